@@ -1,0 +1,234 @@
+"""The parts of a `UNet` but for attention: time embedding, resampling, residual block.
+
+Every layer is called the same way, `layer(x, emb, context, size)`, and takes what it needs:
+
+    x        (B, C, *spatial)     the features
+    emb      (B, time_emb_dim)    time embedding, with the class and vector embeddings added
+    context  Context              tokens for cross-attention
+    size     spatial shape        what an upsampling must come out at: its skip's, odd sizes included
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+CONV_TRANSPOSE = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+AVG_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+
+
+Size = Sequence[int] | None
+Emb = Tensor | None
+
+
+class Context(NamedTuple):
+    """What cross-attention attends to.
+
+    tokens: (B, S, context_dim). mask: (B, S) bool, True where a token counts, or None when all do; every row of it
+    has at least one True (softmax over nothing is NaN): `UNet` sees to that.
+    """
+
+    tokens: Tensor
+    mask: Tensor | None = None
+
+
+def group_norm(channels: int, groups: int = 32, eps: float = 1e-5) -> nn.GroupNorm:
+    """GroupNorm over the largest number of groups that divides `channels` and is at most `groups`.
+
+    Checkpoints depend on this rule, a test pins it.
+    """
+    return nn.GroupNorm(max(g for g in range(1, min(groups, channels) + 1) if channels % g == 0), channels, eps=eps)
+
+
+def zero(module: nn.Module) -> nn.Module:
+    """Zero the parameters, so that the residual branch this module ends starts as the identity (DDPM, ADM)."""
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    return module
+
+
+# ---- time ----------------------------------------------------------------------------------------------------------
+
+
+class SinusoidalPosEmb(nn.Module):
+    """Sinusoidal embedding of timesteps: (B,) integer or float -> (B, dim) float32, sines then cosines.
+
+    Angles are t * 10000^(-k / (half - 1)) for k < half = dim // 2 with frequencies="endpoint" (DDPM), or
+    t * 10000^(-k / half) with "half" (ADM). An odd `dim` is zero-padded on the right. (Vaswani et al. 2017, 3.5)
+
+    Raises:
+        ValueError: dim < 2.
+    """
+
+    def __init__(self, dim: int, frequencies: Literal["endpoint", "half"] = "endpoint") -> None:
+        super().__init__()
+        if dim < 2:
+            raise ValueError(f"dim={dim} has no room for a sine and a cosine; give at least 2")
+        self.dim = dim
+        self.frequencies = frequencies
+
+    def forward(self, t: Tensor) -> Tensor:
+        half = self.dim // 2
+        steps = max(half - 1, 1) if self.frequencies == "endpoint" else half
+        # float32 throughout: bfloat16 could not tell timestep 999 from 1000
+        k = torch.arange(half, device=t.device, dtype=torch.float32)
+        angles = t.float()[:, None] * torch.exp(k * (-math.log(10000) / steps))
+        return F.pad(torch.cat([angles.sin(), angles.cos()], dim=-1), (0, self.dim % 2))
+
+
+class TimeMLP(nn.Sequential):
+    """Timesteps (B,) -> embedding (B, 4 * dim): sinusoids, Linear, SiLU, Linear."""
+
+    def __init__(self, dim: int, frequencies: Literal["endpoint", "half"] = "endpoint") -> None:
+        super().__init__(
+            SinusoidalPosEmb(dim, frequencies), nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, 4 * dim)
+        )
+
+    def forward(self, t: Tensor) -> Tensor:
+        sinusoids, linear1, act, linear2 = self
+        return linear2(act(linear1(sinusoids(t).to(linear1.weight.dtype))))
+
+
+# ---- resampling: any size down to ceil(size / 2), and back up to the size of the skip ------------------------------
+
+
+def keep(x: Tensor, size: Size = None) -> Tensor:
+    return x
+
+
+def average_pool(x: Tensor, size: Size = None) -> Tensor:
+    """Halve by averaging; the last row or column of an odd size counts twice."""
+    # one column more leaves an even size unchanged, as it stays unread; it needs no branch on the size (torch.export)
+    return AVG_POOL[x.ndim - 2](F.pad(x, (0, 1) * (x.ndim - 2), mode="replicate"), 2)
+
+
+def nearest(x: Tensor, size: Size = None) -> Tensor:
+    """Double by repetition, then cut to `size`."""
+    return crop(F.interpolate(x, size=[2 * n for n in x.shape[2:]]), size)
+
+
+def crop(x: Tensor, size: Size) -> Tensor:
+    """The first `size` entries of each spatial axis; all of them for None."""
+    for axis, length in enumerate(size or (), start=2):
+        if torch.compiler.is_compiling():
+            # slicing asks torch.export to prove length <= 2 * ceil(length / 2), which is true but beyond it
+            x = x.index_select(axis, torch.arange(length, device=x.device))
+        else:
+            x = x.narrow(axis, 0, length)
+    return x
+
+
+class AveragePool(nn.Module):
+    """Downsampling without parameters."""
+
+    def forward(self, x: Tensor, emb: Emb = None, context: Context | None = None, size: Size = None) -> Tensor:
+        return average_pool(x)
+
+
+class Downsample(nn.Module):
+    """Downsampling by a convolution of stride 2.
+
+    Args:
+        channels: in and out.
+        asymmetric: pad right and bottom only, as DDPM's weights expect; else both sides.
+    """
+
+    def __init__(self, channels: int, dims: int = 2, asymmetric: bool = False) -> None:
+        super().__init__()
+        self.conv = CONV[dims](channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
+        # an even size needs one column of padding and an odd one two; with two, an even size leaves the second unread
+        self.pad = (0, 2) * dims if asymmetric else (0, 0)
+
+    def forward(self, x: Tensor, emb: Emb = None, context: Context | None = None, size: Size = None) -> Tensor:
+        return self.conv(F.pad(x, self.pad))
+
+
+class TransposedUpsample(nn.Module):
+    """Upsampling by a transposed convolution of kernel 4 and stride 2, cut to the size of the skip."""
+
+    def __init__(self, channels: int, dims: int = 2) -> None:
+        super().__init__()
+        self.conv = CONV_TRANSPOSE[dims](channels, channels, 4, stride=2, padding=1)
+
+    def forward(self, x: Tensor, emb: Emb = None, context: Context | None = None, size: Size = None) -> Tensor:
+        return crop(self.conv(x), size)
+
+
+class NearestUpsample(nn.Module):
+    """Upsampling by repetition, then a 3x3 convolution."""
+
+    def __init__(self, channels: int, dims: int = 2) -> None:
+        super().__init__()
+        self.conv = CONV[dims](channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, emb: Emb = None, context: Context | None = None, size: Size = None) -> Tensor:
+        return self.conv(nearest(x, size))
+
+
+# ---- residual block ------------------------------------------------------------------------------------------------
+
+
+class ResBlock(nn.Module):
+    """Two convolutions around the time embedding, with a residual connection.
+
+    h = conv1(silu(norm1(x))); the embedding is added to h ("add") or, after norm2, scales and shifts it
+    ("scale_shift"; ADM, Dhariwal and Nichol 2021, AdaGN); h = conv2(dropout(silu(h))); out = skip(x) + h.
+
+    Args:
+        in_ch, out_ch: channels; `skip` is a 1x1 convolution where they differ.
+        time_emb_dim: width of the embedding.
+        resample: "down" or "up" resample both h and x before conv1 (ADM's resblock_updown).
+
+    Shapes: x (B, in_ch, *spatial), emb (B, time_emb_dim) -> (B, out_ch, *spatial).
+    """
+
+    def __init__(
+        self,
+        in_ch: int,
+        out_ch: int,
+        time_emb_dim: int,
+        dropout: float = 0.1,
+        *,
+        dims: int = 2,
+        norm_groups: int = 32,
+        norm_eps: float = 1e-5,
+        modulation: Literal["add", "scale_shift"] = "add",
+        resample: Literal["none", "down", "up"] = "none",
+    ) -> None:
+        super().__init__()
+        self.scale_shift = modulation == "scale_shift"
+        self.resample = {"none": keep, "down": average_pool, "up": nearest}[resample]
+        self.norm1 = group_norm(in_ch, norm_groups, norm_eps)
+        self.conv1 = CONV[dims](in_ch, out_ch, 3, padding=1)
+        self.time_mlp = nn.Linear(time_emb_dim, 2 * out_ch if self.scale_shift else out_ch)
+        self.norm2 = group_norm(out_ch, norm_groups, norm_eps)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zero(CONV[dims](out_ch, out_ch, 3, padding=1))
+        self.skip = nn.Identity() if in_ch == out_ch else CONV[dims](in_ch, out_ch, 1)
+
+    def forward(self, x: Tensor, emb: Tensor, context: Context | None = None, size: Size = None) -> Tensor:
+        h = self.conv1(self.resample(F.silu(self.norm1(x)), size))
+        emb = self.time_mlp(F.silu(emb))
+        emb = emb.reshape(*emb.shape, *[1] * (x.ndim - 2))
+        if self.scale_shift:
+            scale, shift = emb.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + emb)
+        h = self.conv2(self.dropout(F.silu(h)))
+        return self.skip(self.resample(x, size)) + h
+
+
+class Block(nn.ModuleList):
+    """Layers that run one after the other: one entry of the encoder or decoder."""
+
+    def forward(self, x: Tensor, emb: Tensor, context: Context | None = None, size: Size = None) -> Tensor:
+        for layer in self:
+            x = layer(x, emb, context, size)
+        return x

@@ -1,0 +1,197 @@
+"""Saving and loading a network with its architecture: `config.json` beside `model.safetensors`.
+
+The two methods have the signatures of huggingface_hub's ModelHubMixin. That class itself is not the base: importing
+it takes longer than importing this package may.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, Self
+
+import torch
+from torch import Tensor
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+
+P = ParamSpec("P")
+
+
+def signature_of(cls: Callable[P, Any]) -> Callable[[Callable[..., None]], Callable[Concatenate[Any, P], None]]:
+    """Give an `__init__(self, *args, **kwargs)` the parameters of `cls`, for help(), editors and type checkers."""
+
+    def decorate(init: Callable[..., None]) -> Callable[Concatenate[Any, P], None]:
+        parameters = inspect.signature(cls).parameters.values()
+        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        init.__signature__ = inspect.Signature([own, *parameters])  # type: ignore[attr-defined]
+        return init
+
+    return decorate
+
+
+class Pretrained:
+    """Mixin for a torch module that is built from a `config`: saves, loads and shares it.
+
+    The class sets `config_class`, whose `from_dict` and `to_dict` are the config's JSON form.
+    """
+
+    config_class: Any
+    config: Any
+
+    @classmethod
+    def from_config(cls, config: Any) -> Self:
+        """A network of this architecture, randomly initialised."""
+        return cls(**{name: getattr(config, name) for name in config.to_dict()})
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        config: Mapping[str, Any] | None = None,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **push_to_hub_kwargs: Any,
+    ) -> str | None:
+        """Write `config.json` and `model.safetensors`; each appears whole or not at all.
+
+        Args:
+            save_directory: made if it does not exist.
+            config: saved instead of the network's own.
+            repo_id, push_to_hub: also upload the directory to this repository (default: the directory's name);
+                remaining arguments go to huggingface_hub's `upload_folder`.
+            model_card_kwargs: not supported; here for the signature.
+
+        Returns:
+            The commit's URL after an upload, otherwise None.
+        """
+        from safetensors.torch import save_file
+
+        if model_card_kwargs is not None:
+            raise ValueError("model_card_kwargs is not supported: write a README.md into the directory instead")
+        directory = Path(save_directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}  # type: ignore[attr-defined]
+        config = self.config.to_dict() if config is None else config
+        write_atomically(directory / WEIGHTS_NAME, lambda path: save_file(state, path, metadata={"format": "pt"}))
+        write_atomically(directory / CONFIG_NAME, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+        if not push_to_hub:
+            return None
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=push_to_hub_kwargs.pop("token", None))
+        repo_id = api.create_repo(repo_id or directory.name, exist_ok=True).repo_id
+        return str(api.upload_folder(repo_id=repo_id, folder_path=directory, **push_to_hub_kwargs))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        force_download: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        revision: str | None = None,
+        **model_kwargs: Any,
+    ) -> Self:
+        """The network of a directory or hub repository, in evaluation mode, with its architecture read from there.
+
+        The weights are never held twice: the network is built without storage and takes the file's tensors as its own.
+
+        Args:
+            pretrained_model_name_or_path: a directory that `save_pretrained` wrote, or "owner/name" on the hub.
+            force_download, token, cache_dir, local_files_only, revision: as for `huggingface_hub.hf_hub_download`.
+            model_kwargs: options to change that do not change the weights, for example dropout=0.0.
+
+        Raises:
+            FileNotFoundError: no such directory, or no `config.json` in it.
+            ValueError: an unreadable file, an unknown option, or weights that do not fit the architecture exactly.
+        """
+        hub = {
+            "force_download": force_download,
+            "token": token,
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+            "revision": revision,
+        }
+        config_path = _fetch(pretrained_model_name_or_path, CONFIG_NAME, hub)
+        weights_path = _fetch(pretrained_model_name_or_path, WEIGHTS_NAME, hub)
+        config = cls.config_class.from_dict(read_json(config_path) | model_kwargs)
+        with torch.device("meta"):
+            model = cls.from_config(config)
+        load_strictly(model, read_safetensors(weights_path), weights_path)
+        return model.eval()  # type: ignore[attr-defined]
+
+
+def load_strictly(model: Any, state: Mapping[str, Tensor], source: object) -> None:
+    """Let the model take these tensors as its own; a name or shape that does not fit raises a short ValueError."""
+    own = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    found = {name: tuple(p.shape) for name, p in state.items()}
+    problems = [f"lacks {name} {own[name]}" for name in own if name not in found]
+    problems += [f"has {name} {found[name]}, which the network lacks" for name in found if name not in own]
+    problems += [
+        f"has {name} {found[name]}, not {own[name]}" for name in own if found.get(name, own[name]) != own[name]
+    ]
+    if problems:
+        more = f"; and {len(problems) - 3} more differences" if len(problems) > 3 else ""
+        raise ValueError(f"{source} does not fit its architecture: it {'; it '.join(problems[:3])}{more}")
+    model.load_state_dict(state, strict=True, assign=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; anything else raises ValueError naming the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, mapped from it; a damaged file raises ValueError naming it."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file and rename it to `path`: readers see the old file or the new one, whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _fetch(source: str | Path, name: str, hub: dict[str, Any]) -> Path:
+    """The local path of a file of a directory or, where there is no such directory, of a hub repository."""
+    directory = Path(source)
+    if directory.is_dir():
+        if not (directory / name).is_file():
+            raise FileNotFoundError(f"{directory} has no {name}; give a directory that save_pretrained wrote")
+        return directory / name
+    if directory.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{source} is neither a directory nor a hub repository's name (owner/name)")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(str(source), name, **hub))
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"{source} is no directory here, and {name} cannot be had from the hub: {reason}"
+        ) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, asdict, dataclass, fields
@@ -143,7 +144,7 @@ class UNetConfig:
         for name, hint in get_type_hints(type(self)).items():
             if get_origin(hint) is Literal:
                 value, choices = getattr(self, name), get_args(hint)
-                if value not in choices or isinstance(value, bool):
+                if value not in choices or type(value) is not type(choices[0]):
                     raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
         _check_int("model_channels", self.model_channels, 2)
         for name in ("in_channels", "out_channels", "num_res_blocks", "norm_groups"):
@@ -166,7 +167,7 @@ class UNetConfig:
             raise ValueError("channel_mult=() needs one entry per level, for example (1, 2, 4, 8)")
         for mult in self.channel_mult:
             width = mult * self.model_channels if _is_number(mult) else 0
-            if width < 1 or width != int(width):
+            if not 1 <= width < math.inf or width != int(width):
                 raise ValueError(
                     f"channel_mult={self.channel_mult} gives a level {mult!r} x model_channels={self.model_channels} "
                     "channels; each must be a whole number of at least 1, for example (1, 2, 4, 8)"

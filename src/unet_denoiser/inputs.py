@@ -13,6 +13,9 @@ from torch import Tensor
 
 from unet_denoiser.config import UNetConfig
 
+# every condition, and the option of a network that is built for it
+CONDITIONS = {"class_labels": "num_classes", "vector": "vector_dim", "context": "context_dim"}
+
 
 def check_inputs(
     config: UNetConfig,
@@ -36,16 +39,15 @@ def check_inputs(
     if t.dtype == torch.bool or t.is_complex():
         raise TypeError(f"t has dtype {t.dtype}; give integer or float timesteps")
     batch = x.shape[0]
-    built_for = {"class_labels": config.num_classes, "vector": config.vector_dim, "context": config.context_dim}
-    option = {"class_labels": "num_classes", "vector": "vector_dim", "context": "context_dim"}
+    built_for = {name: getattr(config, option) for name, option in CONDITIONS.items()}
     for name, value in conditions.items():
         if value is None and built_for[name] is not None and not config.learned_null:
             raise ValueError(
-                f"{name} is missing: this network has {option[name]}={built_for[name]} and learned_null=False"
+                f"{name} is missing: this network has {CONDITIONS[name]}={built_for[name]} and learned_null=False"
             )
         if value is not None and built_for[name] is None:
             raise ValueError(
-                f"{name} was given, but this network has {option[name]}=None; leave it out, or build for it"
+                f"{name} was given, but this network has {CONDITIONS[name]}=None; leave it out, or build for it"
             )
     if (labels := conditions["class_labels"]) is not None:
         _check_labels(labels, batch, config.num_classes or 0)
@@ -57,6 +59,8 @@ def check_inputs(
         if context is None:
             raise ValueError("context_mask was given without a context")
         _check_tensor("context_mask", context_mask, torch.bool, (batch, context.shape[1]))
+    if drop is not None and not isinstance(drop, Mapping):
+        raise TypeError(f"drop is a {type(drop).__name__}; give a dict of masks, for example {{'class_labels': mask}}")
     for name, mask in (drop or {}).items():
         if conditions.get(name) is None:
             raise ValueError(f"drop has {name!r}, which was not given as a condition in this call")

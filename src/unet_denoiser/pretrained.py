@@ -179,17 +179,20 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 def _fetch(source: str | Path, name: str, hub: dict[str, Any]) -> Path:
     """The local path of a file of a directory or, where there is no such directory, of a hub repository."""
     directory = Path(source)
+    neither = f"{source} is neither a directory nor a hub repository's name (owner/name)"
     if directory.is_dir():
         if not (directory / name).is_file():
             raise FileNotFoundError(f"{directory} has no {name}; give a directory that save_pretrained wrote")
         return directory / name
     if directory.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
-        raise FileNotFoundError(f"{source} is neither a directory nor a hub repository's name (owner/name)")
+        raise FileNotFoundError(neither)
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(str(source), name, **hub))
+    except HFValidationError:
+        raise FileNotFoundError(neither) from None
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(

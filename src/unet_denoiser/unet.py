@@ -169,7 +169,7 @@ class UNet(Pretrained, nn.Module):
                 emb = emb + (null if given is None else _replace(embed(given), null, drop.get(name)))
         if self.config.context_dim is None:
             return emb, None
-        return emb, _context(conditions["context"], mask, drop.get("context"), self.null_context, len(t))
+        return emb, _context(conditions["context"], mask, drop.get("context"), self.null_context, t.shape[0])
 
 
 class _Builder:

@@ -1,0 +1,3 @@
+from unet_denoiser.cli import main
+
+main()

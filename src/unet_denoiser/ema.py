@@ -1,0 +1,74 @@
+"""Exponential moving average of a network's parameters, kept apart from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class EMA:
+    """Averages the parameters of `model` over training; `with ema.swapped():` the model has the averages.
+
+    After n updates the decay is min(decay, (1 + n) / (10 + n)), so that the average is not held back by the random
+    start. The averages are float32 copies; the training weights themselves are exchanged by reference and come back
+    bit-equal, whatever happens inside.
+
+    Args:
+        model: the module whose parameters are averaged.
+        decay: in [0, 1); 0.9999 averages over some 10,000 updates.
+
+    Raises:
+        ValueError: decay outside [0, 1).
+    """
+
+    def __init__(self, model: nn.Module, decay: float = 0.999) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"ema_decay={decay} must be in [0, 1), for example 0.999")
+        self.decay = decay
+        self.updates = 0
+        self._names = [name for name, _ in model.named_parameters()]
+        self._parameters = [p for _, p in model.named_parameters()]
+        self._averages = [p.detach().float().clone() for p in self._parameters]
+        self._is_swapped = False
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the averages towards the current parameters; call once after each optimizer step."""
+        if self._is_swapped:
+            raise RuntimeError("EMA.update() inside `with ema.swapped()`: the model has the averages now")
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        current = [p.detach().to(a) for p, a in zip(self._parameters, self._averages, strict=True)]
+        torch._foreach_lerp_(self._averages, current, 1 - decay)
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """The model has the averages inside, and its own parameters again after, exceptions included."""
+        if self._is_swapped:
+            raise RuntimeError("`with ema.swapped()` inside itself")
+        own = [p.data for p in self._parameters]
+        self._is_swapped = True
+        try:
+            for p, average in zip(self._parameters, self._averages, strict=True):
+                p.data = average.to(p.dtype)
+            yield
+        finally:
+            for p, data in zip(self._parameters, own, strict=True):
+                p.data = data
+            self._is_swapped = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages by parameter name, and the number of updates."""
+        return {"updates": self.updates, "averages": dict(zip(self._names, self._averages, strict=True))}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`; the decay stays this object's."""
+        if set(state["averages"]) != set(self._names):
+            raise ValueError("the EMA state belongs to another architecture")
+        self.updates = state["updates"]
+        for name, average in zip(self._names, self._averages, strict=True):
+            average.copy_(state["averages"][name])

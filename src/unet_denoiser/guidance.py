@@ -1,0 +1,56 @@
+"""Guidance: what a network's outputs with and without its conditions are combined to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unet_denoiser.inputs import CONDITIONS
+
+
+def classifier_free_guidance(
+    model: Callable[..., Tensor], guidance_scale: float, **inputs: Tensor | None
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function (x_t, t) -> output that bends the network's prediction towards its conditions.
+
+    output = unconditional + guidance_scale * (conditional - unconditional) (Ho and Salimans 2022, equation 6, with
+    guidance_scale = 1 + w). At 1 it is the network itself, called once; at 0 the unconditional network, called once;
+    otherwise both halves run as one batch.
+
+    Args:
+        model: called as model(x, t, **inputs), with the conditions that are to count dropped by its `drop` argument.
+        inputs: conditions, each (B, ...); None for those that are absent. Others than those of `CONDITIONS`
+            (`context_mask`) go along with them.
+
+    Raises:
+        ValueError: a scale other than 1 without any condition.
+    """
+    given = {name: value for name, value in inputs.items() if value is not None}
+    conditions = [name for name in CONDITIONS if name in given]
+    if guidance_scale == 1:
+        return partial(model, **given)
+    if not conditions:
+        raise ValueError(
+            f"guidance_scale={guidance_scale} needs a condition ({', '.join(CONDITIONS)}); without one give 1"
+        )
+    if guidance_scale == 0:
+        rows = len(given[conditions[0]])
+        device = given[conditions[0]].device
+        return partial(
+            model, drop=dict.fromkeys(conditions, torch.ones(rows, dtype=torch.bool, device=device)), **given
+        )
+    doubled = {name: torch.cat([value, value]) for name, value in given.items()}
+    return partial(_guided, model, guidance_scale, conditions, doubled)
+
+
+def _guided(
+    model: Callable[..., Tensor], scale: float, conditions: list[str], doubled: dict[str, Any], x: Tensor, t: Tensor
+) -> Tensor:
+    drop = torch.arange(2 * len(x), device=x.device) >= len(x)
+    output = model(torch.cat([x, x]), torch.cat([t, t]), drop=dict.fromkeys(conditions, drop), **doubled)
+    conditional, unconditional = output.chunk(2)
+    return unconditional + scale * (conditional - unconditional)

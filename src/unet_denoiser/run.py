@@ -1,0 +1,203 @@
+"""A run directory: everything about one training, enough to go on with it or to sample from it.
+
+RUN/config.json       all that was chosen: data, model, process, training
+RUN/model/            the latest averaged weights, for UNet.from_pretrained, with the process beside them
+RUN/checkpoints/      the latest training states, to go on from
+RUN/samples/          pictures of samples with fixed seeds
+RUN/metrics.jsonl     loss, gradient norm and learning rate over the steps
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unet_denoiser import __version__
+from unet_denoiser.config import UNetConfig
+from unet_denoiser.data import ImageData, load_data
+from unet_denoiser.diffusion import Diffusion
+from unet_denoiser.images import save_grid
+from unet_denoiser.pretrained import read_json, write_atomically
+from unet_denoiser.recipe import TrainingConfig
+from unet_denoiser.sampling import sample
+from unet_denoiser.training import Trainer, TrainingStep
+from unet_denoiser.unet import UNet
+
+KEPT_CHECKPOINTS = 2
+LOG_EVERY = 10
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training and its directory.
+
+    Args:
+        path: the directory.
+        data: what `load_data` takes ("source", "image_size", "channels"), and the "class_names" found there.
+        model: the architecture.
+        process: schedule, prediction type, data range.
+        training: how it is trained.
+    """
+
+    path: Path
+    data: dict[str, Any]
+    model: UNetConfig
+    process: Diffusion
+    training: TrainingConfig
+
+    # ---- on disk ---------------------------------------------------------------------------------------------------
+
+    def check_new(self) -> None:
+        """FileExistsError when the directory already holds a run."""
+        if (self.path / "config.json").exists():
+            raise FileExistsError(f"{self.path} already holds a run: train --resume {self.path} goes on with it")
+
+    def write(self) -> None:
+        """Write `config.json`."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        config = {
+            "unet_denoiser": __version__,
+            "data": self.data,
+            "model": self.model.to_dict(),
+            "process": self.process.to_dict(),
+            "training": asdict(self.training),
+        }
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        write_atomically(self.path / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Run:
+        """Read a run directory; FileNotFoundError or ValueError when it holds none."""
+        path = Path(path)
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"{path} holds no run: it has no config.json; give a directory that train wrote")
+        config = read_json(path / "config.json")
+        if missing := {"data", "model", "process", "training"} - set(config):
+            raise ValueError(f"{path / 'config.json'} is not a run's: it lacks {', '.join(sorted(missing))}")
+        return cls(
+            path,
+            config["data"],
+            UNetConfig.from_dict(config["model"]),
+            Diffusion.from_dict(config["process"]),
+            TrainingConfig(**config["training"]),
+        )
+
+    # ---- training --------------------------------------------------------------------------------------------------
+
+    def trainer(self, data: ImageData | None = None) -> Trainer:
+        """A trainer at the run's latest checkpoint, or at the start where there is none.
+
+        Args:
+            data: the run's data, where they are loaded already.
+        """
+        if data is None:
+            data = load_data(self.data["source"], self.data["image_size"], self.data["channels"])
+        torch.manual_seed(self.training.seed)
+        trainer = Trainer(UNet.from_config(self.model), self.process, data, self.training)
+        if checkpoints := self.checkpoints():
+            trainer.restore(checkpoints[-1])
+        return trainer
+
+    def train(self, trainer: Trainer) -> Iterator[TrainingStep]:
+        """Train to the last step, writing checkpoints, previews and metrics on the way; yields after every step."""
+        main, training = trainer.accelerator.is_main_process, trainer.config
+        if main:
+            self._cut_metrics(trainer.step)
+        for step in trainer.steps():
+            last = step.step == training.steps
+            if main and (last or step.step % LOG_EVERY == 0):
+                self._log(step)
+            if last or step.step % training.checkpoint_every == 0:
+                self.save(trainer)
+            if main and (last or step.step % training.preview_every == 0):
+                self.preview(trainer)
+            yield step
+
+    def save(self, trainer: Trainer) -> None:
+        """Write a checkpoint, then the averaged weights; a reader sees the old or the new ones, never a part."""
+        folder = self.path / "checkpoints"
+        unfinished = folder / "unfinished"
+        if trainer.accelerator.is_main_process:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        trainer.accelerator.wait_for_everyone()
+        trainer.save(unfinished)
+        trainer.accelerator.wait_for_everyone()
+        if trainer.accelerator.is_main_process:
+            final = folder / f"step-{trainer.step:08d}"
+            shutil.rmtree(final, ignore_errors=True)
+            unfinished.rename(final)
+            with trainer.ema.swapped():
+                trainer.model.save_pretrained(self.path / "model")
+            self.process.save_pretrained(self.path / "model")
+            for old in self.checkpoints()[:-KEPT_CHECKPOINTS]:
+                shutil.rmtree(old)
+
+    def checkpoints(self) -> list[Path]:
+        """The complete training states, oldest first."""
+        return sorted((self.path / "checkpoints").glob("step-*"))
+
+    def preview(self, trainer: Trainer) -> Path:
+        """Sample with fixed seeds from the averaged weights into `samples/`; training is not touched."""
+        count = 16 if self.class_names is None else min(40, 4 * len(self.class_names))
+        labels = None if self.class_names is None else self.labels(count)
+        with trainer.ema.swapped():
+            x = sample(trainer.model, self.process, seeds=range(count), class_labels=labels)
+        return self.save_grid(x, self.path / "samples" / f"step-{trainer.step:08d}.png")
+
+    def _log(self, step: TrainingStep) -> None:
+        line = {"step": step.step, "loss": float(step.loss), "grad_norm": float(step.grad_norm)}
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line | {"learning_rate": step.learning_rate}) + "\n")
+
+    def _cut_metrics(self, step: int) -> None:
+        """Drop what was logged after the checkpoint that training goes on from."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        write_atomically(path, lambda p: p.write_text("".join(kept)))
+
+    # ---- sampling --------------------------------------------------------------------------------------------------
+
+    def load_model(self) -> UNet:
+        """The averaged weights of the latest checkpoint, in evaluation mode."""
+        if not (self.path / "model").is_dir():
+            raise FileNotFoundError(f"{self.path} has no model yet: its first checkpoint was not reached")
+        return UNet.from_pretrained(self.path / "model")
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of the classes in label order, or None for a run without classes."""
+        names: list[str] | None = self.data["class_names"] if self.model.num_classes else None
+        return names
+
+    def labels(self, count: int, names: Sequence[str] = ()) -> Tensor:
+        """(count,) labels that go round the classes `names` (default: all), so that label i does not depend on count.
+
+        Raises:
+            ValueError: a run without classes, or a name it does not have.
+        """
+        if self.class_names is None:
+            raise ValueError(f"class={names[0] if names else None!r}: {self.path} was trained without classes")
+        if unknown := [name for name in names if name not in self.class_names]:
+            raise ValueError(f"class={unknown[0]!r} is not one of {', '.join(self.class_names)}")
+        chosen = [self.class_names.index(name) for name in names or self.class_names]
+        return torch.tensor([chosen[i % len(chosen)] for i in range(count)])
+
+    def save_grid(self, x: Tensor, path: Path, names: Sequence[str] = ()) -> Path:
+        """One picture of samples whose labels `labels` made: one row per class, or a square without classes."""
+        if self.class_names is None:
+            return save_grid(x, path, data_range=self.process.data_range)
+        classes = len(names or self.class_names)
+        by_class = torch.cat([x[i::classes] for i in range(min(classes, len(x)))])
+        return save_grid(by_class, path, max(1, -(-len(x) // classes)), self.process.data_range)
+
+    def with_training(self, **changes: Any) -> Run:
+        """The same run with other training options."""
+        return replace(self, training=replace(self.training, **changes))

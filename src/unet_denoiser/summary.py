@@ -1,0 +1,79 @@
+"""What a network is made of, measured on the built model: sizes, widths, heads, parameters, FLOPs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from unet_denoiser.config import UNetConfig
+from unet_denoiser.unet import UNet
+
+
+class Part(NamedTuple):
+    """A level, or another part of a network.
+
+    size: spatial size, "64x64"; width: channels; attention: "8 heads x 64"; parameters; flops of one forward pass of
+    one sample (a multiplication and an addition count as two).
+    """
+
+    name: str
+    size: str
+    width: int
+    blocks: int
+    attention: str
+    parameters: int
+    flops: int
+
+
+def summarize(config: UNetConfig) -> list[Part]:
+    """The parts of a network in the order they run; built without storage, so any size is quick.
+
+    The FLOPs are those of convolutions, linear layers and attention, at `image_size`, with one token of context.
+    """
+    with torch.device("meta"):
+        model = UNet.from_config(config).eval()
+        size = config.image_size if isinstance(config.image_size, tuple) else (config.image_size,) * config.dims
+        conditions = {} if config.num_classes is None else {"class_labels": torch.zeros(1, dtype=torch.long)}
+        if config.vector_dim is not None:
+            conditions["vector"] = torch.zeros(1, config.vector_dim)
+        context = None if config.context_dim is None else torch.zeros(1, 1, config.context_dim)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.zeros(1, config.in_channels, *size), torch.zeros(1), context, **conditions)
+    flops = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
+    names = {module: name for name, module in model.named_modules()}
+
+    def part(name: str, level: int, width: int, blocks: int, modules: Iterable[nn.Module], attention: bool) -> Part:
+        heads = config.heads(level) if attention else 0
+        at = [-(-n // 2**level) for n in size]
+        return Part(
+            name,
+            "x".join(map(str, at)) if width else "",
+            width,
+            blocks,
+            f"{heads} heads x {width // heads}" if heads else "",
+            sum(p.numel() for module in modules for p in module.parameters()),
+            sum(flops.get(f"UNet.{names[module]}", 0) for module in modules),
+        )
+
+    per_level, last = config.num_res_blocks + 1, len(config.widths) - 1
+    top = {name: module for name, module in model.named_children() if module is not None}
+    trunk = ("input_conv", "encoder", "bottleneck", "decoder", "output")
+    embeddings = [module for name, module in top.items() if name not in trunk]
+    parts = [part("time and conditions", 0, 0, 0, embeddings, False)]
+    parts.append(part("input", 0, config.model_channels, 0, [model.input_conv], False))
+    for level, width in enumerate(config.widths):
+        blocks = list(model.encoder)[level * per_level : (level + 1) * per_level]
+        parts.append(part(f"encoder {level}", level, width, per_level - 1, blocks, config.has_attention(level)))
+    parts.append(part("bottleneck", last, config.widths[last], 2, list(model.bottleneck), True))
+    for i, level in enumerate(range(last, -1, -1)):
+        blocks = list(model.decoder)[i * per_level : (i + 1) * per_level]
+        parts.append(
+            part(f"decoder {level}", level, config.widths[level], per_level, blocks, config.has_attention(level))
+        )
+    parts.append(part("output", 0, config.out_channels, 0, [model.output], False))
+    nulls = sum(p.numel() for p in model.parameters(recurse=False))
+    return [parts[0]._replace(parameters=parts[0].parameters + nulls), *parts[1:]]

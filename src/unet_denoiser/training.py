@@ -1,0 +1,148 @@
+"""Training: a generator that yields after every optimizer step; whoever drives it logs, previews and saves."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.utils import set_seed
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from unet_denoiser.config import UNetConfig
+from unet_denoiser.data import ArrayData, EndlessSampler, ImageData
+from unet_denoiser.diffusion import Diffusion
+from unet_denoiser.ema import EMA
+from unet_denoiser.inputs import CONDITIONS
+from unet_denoiser.recipe import DeviceName, TrainingConfig
+from unet_denoiser.unet import UNet
+
+
+class TrainingStep(NamedTuple):
+    """What one optimizer step did: its number from 1, mean loss and gradient norm (before clipping), learning rate."""
+
+    step: int
+    loss: Tensor
+    grad_norm: Tensor
+    learning_rate: float
+
+
+class Trainer:
+    """A network in training: model, process and data with optimizer, learning rate and averaged weights.
+
+    It runs through Accelerate: in one process as it is, on many with `accelerate launch`.
+
+    Args:
+        model: trained in place, on the device of `config`; its weights are the start.
+        data: items {"image": (C, *spatial) in the process's range, and conditions by the names that `UNet` takes}.
+    """
+
+    def __init__(self, model: UNet, process: Diffusion, data: ImageData, config: TrainingConfig) -> None:
+        resolve_device(config.device)
+        _check_fit(model.config, data)
+        self.process, self.data, self.config = process, data, config
+        self.step = 0
+        # batch_size is that of all processes together, so that their number does not change the training
+        loading = DataLoaderConfiguration(split_batches=True)
+        self.accelerator = Accelerator(cpu=config.device == "cpu", dataloader_config=loading)
+        set_seed(config.seed, device_specific=True)
+        model.gradient_checkpointing = config.gradient_checkpointing
+        optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+        self.prepared, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.model: UNet = self.accelerator.unwrap_model(self.prepared)
+        # not prepared: Accelerate would advance it once per process
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._learning_rate_factor)
+        self.ema = EMA(self.model, config.ema_decay)
+        self.accelerator.register_for_checkpointing(self.schedule, self.ema)
+
+    def steps(self) -> Iterator[TrainingStep]:
+        """Train from the current step to the last, yielding after each optimizer step."""
+        for batch in self._batches():
+            self.prepared.train()
+            x0, conditions = self._inputs(batch)
+            loss = self.process.loss(self.prepared, x0, drop=self._drop(conditions), **conditions).mean()
+            self.accelerator.backward(loss)
+            grad_norm = self.accelerator.clip_grad_norm_(self.prepared.parameters(), self.config.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            learning_rate = self.schedule.get_last_lr()[0]
+            self.schedule.step()
+            self.ema.update()
+            self.step += 1
+            yield TrainingStep(self.step, loss.detach(), torch.as_tensor(grad_norm), float(learning_rate))
+
+    def save(self, directory: Path) -> None:
+        """Write everything that training needs to go on into `directory`."""
+        self.accelerator.save_state(str(directory), safe_serialization=True)
+        (directory / "step").write_text(str(self.step))
+
+    def restore(self, directory: Path) -> None:
+        """Go on from what `save` wrote: weights, averages, optimizer, learning rate, random states, data order."""
+        self.accelerator.load_state(str(directory))
+        self.step = int((directory / "step").read_text())
+
+    def _batches(self) -> Any:
+        c = self.config
+        sampler = EndlessSampler(len(self.data), c.seed, self.step * c.batch_size, c.steps * c.batch_size)
+        workers = c.num_workers
+        if workers is None:
+            workers = 0 if isinstance(self.data, ArrayData) else min(4, os.cpu_count() or 1)
+        pin = self.accelerator.device.type == "cuda"
+        loader = DataLoader(self.data, c.batch_size, sampler=sampler, num_workers=workers, pin_memory=pin)
+        return self.accelerator.prepare(loader)
+
+    def _inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The images, checked once against the range that samples will be clipped to, and the network's conditions."""
+        x0, bounds = batch["image"], self.process.data_range
+        if self.step == 0 and bounds is not None and (x0.min() < bounds[0] - 1e-3 or x0.max() > bounds[1] + 1e-3):
+            found = f"[{x0.min():g}, {x0.max():g}]"
+            raise ValueError(f"the images lie in {found}; the process has {list(bounds)}, set by clip_sample_range")
+        given = [name for name, option in CONDITIONS.items() if getattr(self.model.config, option) is not None]
+        given += ["context_mask"] * ("context" in given and "context_mask" in batch)
+        return x0, {name: batch[name] for name in given}
+
+    def _drop(self, conditions: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        """The samples that lose all their conditions in this step."""
+        names = [name for name in CONDITIONS if name in conditions]
+        if not names or not self.model.config.learned_null:
+            return None
+        values = conditions[names[0]]
+        dropped = torch.rand(len(values), device=values.device) < self.config.condition_dropout
+        return dict.fromkeys(names, dropped)
+
+    def _learning_rate_factor(self, step: int) -> float:
+        """Linear warm-up, then half a cosine down to zero at the last step."""
+        c = self.config
+        warmup = min(c.warmup_steps, c.steps // 2)
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        progress = (step - warmup) / max(1, c.steps - warmup)
+        return float(0.5 + 0.5 * torch.cos(torch.tensor(torch.pi * min(1.0, progress), dtype=torch.float64)))
+
+
+def _check_fit(config: UNetConfig, data: ImageData) -> None:
+    """ValueError for a network that cannot be trained on the data."""
+    for name in ("in_channels", "out_channels"):
+        if getattr(config, name) != data.channels:
+            raise ValueError(f"{name}={getattr(config, name)}, but the data have {data.channels} channels")
+    if config.dims != len(data.image_size):
+        raise ValueError(f"dims={config.dims}, but the data have {len(data.image_size)} axes")
+    if config.num_classes is not None and config.num_classes < (classes := len(data.class_names or [])):
+        raise ValueError(f"num_classes={config.num_classes}, but the data have {classes} classes; give that, or None")
+    for name, option in CONDITIONS.items():
+        if getattr(config, option) is not None and name not in data[0]:
+            raise ValueError(f"{option}={getattr(config, option)}, but the data have no {name}; give None")
+
+
+def resolve_device(name: DeviceName) -> str:
+    """The device that a choice means here; ValueError for one that is not available."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return next(device for device, is_here in available.items() if is_here)
+    if not available[name]:
+        raise ValueError(f"device={name!r} is not available here; 'auto' takes what there is, or give 'cpu'")
+    return name

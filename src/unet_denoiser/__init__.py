@@ -9,8 +9,25 @@ if TYPE_CHECKING:
     from unet_denoiser.attention import CrossAttention as CrossAttention
     from unet_denoiser.attention import SelfAttention as SelfAttention
     from unet_denoiser.config import UNetConfig as UNetConfig
+    from unet_denoiser.data import ArrayData as ArrayData
+    from unet_denoiser.data import FolderData as FolderData
+    from unet_denoiser.data import ImageData as ImageData
+    from unet_denoiser.data import load_data as load_data
+    from unet_denoiser.diffusion import Diffusion as Diffusion
+    from unet_denoiser.ema import EMA as EMA
+    from unet_denoiser.guidance import classifier_free_guidance as classifier_free_guidance
+    from unet_denoiser.images import save_grid as save_grid
     from unet_denoiser.layers import ResBlock as ResBlock
     from unet_denoiser.layers import SinusoidalPosEmb as SinusoidalPosEmb
+    from unet_denoiser.presets import list_presets as list_presets
+    from unet_denoiser.presets import preset as preset
+    from unet_denoiser.recipe import DiffusionConfig as DiffusionConfig
+    from unet_denoiser.recipe import TrainingConfig as TrainingConfig
+    from unet_denoiser.run import Run as Run
+    from unet_denoiser.sampling import denoise as denoise
+    from unet_denoiser.sampling import sample as sample
+    from unet_denoiser.summary import summarize as summarize
+    from unet_denoiser.training import Trainer as Trainer
     from unet_denoiser.unet import UNet as UNet
 
 __version__ = "0.1.0"
@@ -22,6 +39,23 @@ _WHERE = {
     "SinusoidalPosEmb": "layers",
     "SelfAttention": "attention",
     "CrossAttention": "attention",
+    "Diffusion": "diffusion",
+    "sample": "sampling",
+    "denoise": "sampling",
+    "classifier_free_guidance": "guidance",
+    "load_data": "data",
+    "ArrayData": "data",
+    "FolderData": "data",
+    "ImageData": "data",
+    "EMA": "ema",
+    "Trainer": "training",
+    "TrainingConfig": "recipe",
+    "DiffusionConfig": "recipe",
+    "Run": "run",
+    "save_grid": "images",
+    "list_presets": "presets",
+    "preset": "presets",
+    "summarize": "summary",
 }
 __all__ = ["__version__", *_WHERE]
 

@@ -217,8 +217,8 @@ def info(name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME_
         name: a preset's name, a run directory, or a directory with a saved model.
     """
     with one_line_errors():
+        from unet_denoiser.files import read_json
         from unet_denoiser.presets import PRESETS, preset
-        from unet_denoiser.pretrained import read_json
         from unet_denoiser.run import Run
 
         if name in PRESETS:

@@ -16,7 +16,8 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from unet_denoiser.pretrained import read_json, signature_of, write_atomically
+from unet_denoiser.files import read_json, write_atomically
+from unet_denoiser.pretrained import signature_of
 from unet_denoiser.recipe import DiffusionConfig, PredictionType
 
 SCHEDULER_NAME = "scheduler_config.json"

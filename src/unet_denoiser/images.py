@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unet_denoiser.pretrained import write_atomically
+from unet_denoiser.files import write_atomically
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Self
 
 import torch
 from torch import Tensor
+
+from unet_denoiser.files import read_json, write_atomically
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -144,17 +145,6 @@ def load_strictly(model: Any, state: Mapping[str, Tensor], source: object) -> No
     model.load_state_dict(state, strict=True, assign=True)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; anything else raises ValueError naming the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a JSON {type(value).__name__}, not an object")
-    return value
-
-
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, mapped from it; a damaged file raises ValueError naming it."""
     from safetensors import SafetensorError
@@ -164,16 +154,6 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file and rename it to `path`: readers see the old file or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _fetch(source: str | Path, name: str, hub: dict[str, Any]) -> Path:

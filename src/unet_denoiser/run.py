@@ -23,8 +23,8 @@ from unet_denoiser import __version__
 from unet_denoiser.config import UNetConfig
 from unet_denoiser.data import ImageData, load_data
 from unet_denoiser.diffusion import Diffusion
+from unet_denoiser.files import read_json, write_atomically
 from unet_denoiser.images import save_grid
-from unet_denoiser.pretrained import read_json, write_atomically
 from unet_denoiser.recipe import TrainingConfig
 from unet_denoiser.sampling import sample
 from unet_denoiser.training import Trainer, TrainingStep

@@ -1,0 +1,28 @@
+# Each target sets up what it needs: a virtual environment in .venv with the versions of constraints.txt.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint clean
+
+demo: .venv/installed  ## train on handwritten digits, generate new ones, measure them
+	rm -rf runs/digits
+	$(BIN)/python examples/demo.py
+
+test: .venv/installed  ## all tests
+	$(BIN)/pytest -n 2
+
+lint: .venv/installed  ## format, lint, types, layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(INSTALL) torch==2.13.0
+	$(INSTALL) --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv runs

@@ -92,7 +92,8 @@ def _progress(run: Any, trainer: Any) -> Any:
 
     size, main = run.training.batch_size, trainer.accelerator.is_main_process
     done, total = trainer.step * size, run.training.steps * size
-    return tqdm(initial=done, total=total, unit="img", unit_scale=True, dynamic_ncols=True, disable=not main)
+    interval = 0.1 if sys.stderr.isatty() else 10  # seconds; a log file needs no animation
+    return tqdm(initial=done, total=total, unit="img", unit_scale=True, mininterval=interval, disable=not main)
 
 
 def _started(source: str, given: dict[str, Any]) -> tuple[Any, Any]:

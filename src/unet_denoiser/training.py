@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import set_seed
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -49,7 +49,6 @@ class Trainer:
         # batch_size is that of all processes together, so that their number does not change the training
         loading = DataLoaderConfiguration(split_batches=True)
         self.accelerator = Accelerator(cpu=config.device == "cpu", dataloader_config=loading)
-        set_seed(config.seed, device_specific=True)
         model.gradient_checkpointing = config.gradient_checkpointing
         optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
         self.prepared, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -63,6 +62,7 @@ class Trainer:
         """Train from the current step to the last, yielding after each optimizer step."""
         for batch in self._batches():
             self.prepared.train()
+            self._seed_step()
             x0, conditions = self._inputs(batch)
             loss = self.process.loss(self.prepared, x0, drop=self._drop(conditions), **conditions).mean()
             self.accelerator.backward(loss)
@@ -81,7 +81,7 @@ class Trainer:
         (directory / "step").write_text(str(self.step))
 
     def restore(self, directory: Path) -> None:
-        """Go on from what `save` wrote: weights, averages, optimizer, learning rate, random states, data order."""
+        """Go on from what `save` wrote: weights, averages, optimizer, learning rate, place in the data."""
         self.accelerator.load_state(str(directory))
         self.step = int((directory / "step").read_text())
 
@@ -94,6 +94,14 @@ class Trainer:
         pin = self.accelerator.device.type == "cuda"
         loader = DataLoader(self.data, c.batch_size, sampler=sampler, num_workers=workers, pin_memory=pin)
         return self.accelerator.prepare(loader)
+
+    def _seed_step(self) -> None:
+        """Seed what this step draws (timesteps, noise, dropout) by its number, so that resuming is exact.
+
+        Nothing that happens between steps, a preview or a save, can then change the training.
+        """
+        entropy = [self.config.seed, self.step, self.accelerator.process_index]
+        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
 
     def _inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The images, checked once against the range that samples will be clipped to, and the network's conditions."""

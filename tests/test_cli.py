@@ -1,0 +1,187 @@
+"""The command as a user runs it: whole runs at tiny size, and one line with exit code 2 for every mistake."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+from unet_denoiser import Run, UNet, UNetConfig, sample
+from unet_denoiser.cli import main
+from unet_denoiser.recipe import TrainingConfig
+
+TINY = "--model.model-channels 8 --model.num-res-blocks 1 --batch-size 4 --steps 3 --device cpu".split()  # noqa: SIM905
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def run(tmp_path):
+    main(["train", "digits", "--out", "run", *TINY])
+    return tmp_path / "run"
+
+
+def error(capsys, *args):
+    """Run a command that must fail; its message."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_info:
+        main([str(a) for a in args])
+    assert exit_info.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("unet-denoiser: error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_trains_and_samples_the_digits(run, capsys):
+    config = json.loads((run / "config.json").read_text())
+    assert (config["training"]["steps"], config["training"]["batch_size"]) == (3, 4)
+    assert (config["model"]["model_channels"], config["model"]["num_classes"]) == (8, 10)
+    assert config["process"]["prediction_type"] == "epsilon"
+    main(["sample", str(run), "--num-images", "20", "--num-inference-steps", "2", "--guidance-scale", "2"])
+    assert capsys.readouterr().out.splitlines()[-1] == str(run / "samples.png")
+    with Image.open(run / "samples.png") as image:
+        assert image.size == (2 * 34 + 2, 10 * 34 + 2)  # a row for each class
+
+
+def test_sample_is_the_library_with_the_seeds_asked_for(run):
+    args = "--num-images 3 --seed 5 --class 7 2 --num-inference-steps 2 --sampler ddim --guidance-scale 3 --separate"
+    main(["sample", str(run), *args.split(), "--out", str(run / "new" / "a.png")])
+    files = sorted((run / "new" / "a-separate").iterdir())
+    assert [f.name for f in files] == ["000005-7.png", "000006-2.png", "000007-7.png"]
+    loaded = Run.load(run)
+    options = {"num_inference_steps": 2, "sampler": "ddim", "guidance_scale": 3.0}
+    labels = torch.tensor([7, 2, 7])
+    x = sample(UNet.from_pretrained(run / "model"), loaded.process, seeds=[5, 6, 7], class_labels=labels, **options)
+    for file, image in zip(files, x, strict=True):
+        with Image.open(file) as picture:
+            found = torch.from_numpy(np.array(picture).astype(np.float32))
+        assert_close(found, ((image[0] + 1) * 127.5).clamp(0, 255), rtol=0, atol=0.51)
+
+
+def test_resumes_to_more_steps(run, capsys):
+    main(["train", "--resume", str(run), "--steps", "5"])
+    assert Run.load(run).training.steps == 5
+    assert [p.name for p in Run.load(run).checkpoints()] == ["step-00000003", "step-00000005"]
+    assert "to sample: unet-denoiser sample" in capsys.readouterr().out
+    assert "seed cannot change with --resume" in error(capsys, "train", "--resume", run, "--seed", 1)
+    assert "model cannot change" in error(capsys, "train", "--resume", run, "--model.dropout", 0)
+    assert "steps=2" in error(capsys, "train", "--resume", run, "--steps", 2)
+
+
+def test_trains_on_a_folder_of_colour_pictures(tmp_path, capsys):
+    for name, colour in (("cats", (255, 0, 0)), ("dogs", (0, 0, 255))):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (20, 14), colour).save(tmp_path / "pets" / name / f"{i}.jpg")
+    main(["train", "pets", "--image-size", "8", "6", *TINY])
+    run = Run.load("runs/pets")
+    assert (run.model.in_channels, run.model.image_size, run.class_names) == (3, (8, 6), ["cats", "dogs"])
+    main(["sample", "runs/pets", "--class", "dogs", "--num-images", "2", "--num-inference-steps", "2"])
+    with Image.open("runs/pets/samples.png") as image:
+        assert image.mode == "RGB"
+    assert "class='cow' is not one of cats, dogs" in error(capsys, "sample", "runs/pets", "--class", "cow")
+
+
+def test_unlabelled_arrays_of_two_channels(tmp_path, capsys):
+    images = np.random.default_rng(0).integers(0, 255, (6, 8, 8, 2), np.uint8)
+    np.savez("d.npz", images=images)
+    main(["train", "d.npz", *TINY, "--process.prediction-type", "v_prediction"])
+    assert Run.load("runs/d").process.prediction_type == "v_prediction"
+    main(["sample", "runs/d", "--num-images", "3", "--num-inference-steps", "2", "--image-size", "12"])
+    assert np.load("runs/d/samples.npy").shape == (3, 2, 12, 12)
+    message = error(capsys, "sample", "runs/d", "--guidance-scale", 2)
+    assert "guidance_scale=2.0 needs classes" in message
+    assert "trained without classes" in error(capsys, "sample", "runs/d", "--class", "a")
+
+
+def test_info(run, capsys):
+    main(["info", "ddpm-cifar10"])
+    table = capsys.readouterr().out
+    assert "35,746,307" in table
+    assert [line.split()[:4] for line in table.splitlines() if line.startswith("encoder 1")] == [
+        ["encoder", "1", "16x16", "256"]
+    ]
+    for place in (run, run / "model"):
+        main(["info", str(place)])
+        assert "model_channels=8" in capsys.readouterr().out
+    assert "neither a run or model directory nor a preset: specification" in error(capsys, "info", "sd-9")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("train", "give either DATA or --resume RUN"),
+        ("train nowhere", "DATA=nowhere is not 'digits'"),
+        ("train digits --steps 0", "steps=0"),
+        ("train digits --model.num-heads 7", "num_heads=7"),
+        ("train digits --model.norm-groups 0", "norm_groups=0 must be at least 1"),
+        ("train digits --model.context-dim 8", "context_dim=8, but the data have no context"),
+        ("train digits --process.clip-sample-range -1", "clip_sample_range=-1.0"),
+        ("train digits --preset sd-9", "preset='sd-9' is not one of specification"),
+        ("train digits --image-size 4 4 4", "image_size"),
+        ("train --resume nowhere", "nowhere holds no run"),
+        ("sample nowhere", "nowhere holds no run"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(capsys, tmp_path, args, message):
+    assert message in error(capsys, *args.split())
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--num-images", 0, "num_images=0 must be at least 1"),
+        ("--num-inference-steps", 0, "num_inference_steps=0 must be 1 to 1000"),
+        ("--batch-size", 0, "batch_size=0"),
+        ("--image-size", 0, "image_size"),
+        ("--class", "cat", "class='cat' is not one of 0, 1, 2"),
+    ],
+)
+def test_mistakes_in_sampling(run, capsys, option, value, message):
+    assert message in error(capsys, "sample", run, option, value)
+    assert not (run / "samples.png").exists()
+
+
+def test_an_existing_run_is_not_overwritten(run, capsys):
+    before = (run / "config.json").read_text()
+    assert "already holds a run: train --resume" in error(capsys, "train", "digits", "--out", run, *TINY)
+    assert (run / "config.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    "args", [["train", "digits", "--bach-size", "3"], ["sample"], ["paint"], ["train", "digits", "--steps", "x"]]
+)
+def test_unknown_options_exit_with_2(args):
+    done = subprocess.run([sys.executable, "-m", "unet_denoiser", *args], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_help_has_every_option_with_its_words(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["train", "--help"])
+    assert exit_info.value.code == 0
+    text = capsys.readouterr().out
+    for config, prefix in ((UNetConfig, "model."), (TrainingConfig, "")):
+        for name in config.__dataclass_fields__:
+            if name != "_":
+                assert f"--{prefix}{name.replace('_', '-')}" in text
+    assert "GroupNorm" in text
+
+
+def test_help_does_not_wait_for_torch():
+    code = (
+        "import sys, unet_denoiser.cli as c\ntry: c.main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"

@@ -1,0 +1,110 @@
+"""The averaged weights: against torch's own averaging, swapped in and always out again."""
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.testing import assert_close
+
+from unet_denoiser import EMA
+
+
+def net():
+    return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+
+
+def step(model):
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p))
+
+
+def test_equals_torchs_average():
+    model = net()
+    ema, peer = EMA(model, decay=0.15), AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.15))
+    peer.update_parameters(model)  # its first update copies
+    for _ in range(5):  # with such a short memory the warm-up, (1 + n) / (10 + n) > 0.18, is over from the start
+        step(model)
+        ema.update()
+        peer.update_parameters(model)
+    for average, expected in zip(ema.state_dict()["averages"].values(), peer.module.parameters(), strict=True):
+        assert_close(average, expected.data)
+
+
+def test_warm_up():
+    model = nn.Linear(1, 1, bias=False)
+    model.weight.data.fill_(0.0)
+    ema, expected = EMA(model, decay=0.9999), 0.0
+    for n in range(1, 6):
+        model.weight.data.fill_(float(n))
+        ema.update()
+        expected += (n - expected) * (1 - (1 + n) / (10 + n))
+    assert ema.state_dict()["averages"]["weight"].item() == pytest.approx(expected)
+
+
+def test_swaps_in_and_comes_back_bit_equal():
+    model = net()
+    ema = EMA(model)
+    step(model)
+    ema.update()
+    own = [p.detach().clone() for p in model.parameters()]
+    storages = [p.data_ptr() for p in model.parameters()]
+    with ema.swapped():
+        for p, average in zip(model.parameters(), ema.state_dict()["averages"].values(), strict=True):
+            assert torch.equal(p, average)
+        assert not torch.equal(model[0].weight, own[0])
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), own, strict=True))
+    assert storages == [p.data_ptr() for p in model.parameters()]
+
+
+def test_comes_back_after_an_exception():
+    model = net()
+    ema = EMA(model)
+    step(model)
+    own = model[0].weight.detach().clone()
+    with pytest.raises(RuntimeError, match="preview failed"), ema.swapped():
+        raise RuntimeError("preview failed")
+    assert torch.equal(model[0].weight, own)
+    ema.update()  # and goes on
+
+
+def test_a_change_inside_the_swap_does_not_reach_the_averages():
+    model = net()
+    ema = EMA(model)
+    before = {name: a.clone() for name, a in ema.state_dict()["averages"].items()}
+    with ema.swapped(), pytest.raises(RuntimeError, match="inside"):
+        ema.update()
+    assert all(torch.equal(a, before[name]) for name, a in ema.state_dict()["averages"].items())
+    with ema.swapped(), pytest.raises(RuntimeError, match="inside itself"), ema.swapped():
+        pass
+
+
+def test_half_precision_is_averaged_in_float32():
+    model = net().bfloat16()
+    ema = EMA(model, decay=0.999)
+    ema.updates = 10_000
+    model[0].weight.data.add_(1)
+    ema.update()
+    assert ema.state_dict()["averages"]["0.weight"].dtype == torch.float32
+    with ema.swapped():
+        assert model[0].weight.dtype == torch.bfloat16
+
+
+def test_state_comes_back():
+    model = net()
+    ema = EMA(model)
+    step(model)
+    ema.update()
+    again = EMA(net())
+    again.load_state_dict(ema.state_dict())
+    assert again.updates == 1
+    for a, b in zip(again.state_dict()["averages"].values(), ema.state_dict()["averages"].values(), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="another architecture"):
+        EMA(nn.Linear(2, 2)).load_state_dict(ema.state_dict())
+
+
+@pytest.mark.parametrize("decay", [1.0, -0.1])
+def test_refuses(decay):
+    with pytest.raises(ValueError, match=f"ema_decay={decay}"):
+        EMA(net(), decay)

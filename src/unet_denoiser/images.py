@@ -21,8 +21,9 @@ def to_uint8(x: Tensor, data_range: tuple[float, float] | None = None) -> Tensor
     return ((x.float() - low) * (255 / (high - low))).round().clamp(0, 255).to(torch.uint8)
 
 
-def save_image(x: Tensor, path: Path) -> Path:
+def save_image(x: Tensor, path: str | Path) -> Path:
     """Save one sample (C, *spatial): uint8 (C, H, W) with 1, 3 or 4 channels as PNG, others as .npy; the path used."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     array = x.cpu().numpy()
     if x.ndim != 3 or x.shape[0] not in MODES or x.dtype != torch.uint8:
@@ -34,7 +35,9 @@ def save_image(x: Tensor, path: Path) -> Path:
     return path
 
 
-def save_grid(x: Tensor, path: Path, columns: int | None = None, data_range: tuple[float, float] | None = None) -> Path:
+def save_grid(
+    x: Tensor, path: str | Path, columns: int | None = None, data_range: tuple[float, float] | None = None
+) -> Path:
     """Save samples (N, C, H, W) as one picture, row by row; samples that are no images go to one .npy instead.
 
     Samples smaller than 32 pixels are enlarged by a whole factor, so that there is something to see.

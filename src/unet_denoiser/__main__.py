@@ -1,3 +1,4 @@
 from unet_denoiser.cli import main
 
-main()
+if __name__ == "__main__":  # not in data-loading workers, which import this module again
+    main()

@@ -53,7 +53,7 @@ class Pretrained:
         self,
         save_directory: str | Path,
         *,
-        config: Mapping[str, Any] | None = None,
+        config: Any = None,
         repo_id: str | None = None,
         push_to_hub: bool = False,
         model_card_kwargs: dict[str, Any] | None = None,
@@ -63,7 +63,7 @@ class Pretrained:
 
         Args:
             save_directory: made if it does not exist.
-            config: saved instead of the network's own.
+            config: a configuration or its `to_dict()`, saved instead of the network's own.
             repo_id, push_to_hub: also upload the directory to this repository (default: the directory's name);
                 remaining arguments go to huggingface_hub's `upload_folder`.
             model_card_kwargs: not supported; here for the signature.
@@ -78,7 +78,7 @@ class Pretrained:
         directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}  # type: ignore[attr-defined]
-        config = self.config.to_dict() if config is None else config
+        config = config if isinstance(config, Mapping) else (config or self.config).to_dict()
         write_atomically(directory / WEIGHTS_NAME, lambda path: save_file(state, path, metadata={"format": "pt"}))
         write_atomically(directory / CONFIG_NAME, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
         if not push_to_hub:

@@ -13,13 +13,13 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from unet_denoiser import __version__
 from unet_denoiser.config import UNetConfig
 from unet_denoiser.data import ImageData, load_data
 from unet_denoiser.diffusion import Diffusion
@@ -63,7 +63,7 @@ class Run:
         """Write `config.json`."""
         self.path.mkdir(parents=True, exist_ok=True)
         config = {
-            "unet_denoiser": __version__,
+            "unet_denoiser": version("unet-denoiser"),
             "data": self.data,
             "model": self.model.to_dict(),
             "process": self.process.to_dict(),

@@ -50,7 +50,8 @@ class Trainer:
         loading = DataLoaderConfiguration(split_batches=True)
         self.accelerator = Accelerator(cpu=config.device == "cpu", dataloader_config=loading)
         model.gradient_checkpointing = config.gradient_checkpointing
-        optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+        options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
+        optimizer = torch.optim.AdamW(model.parameters(), **options)
         self.prepared, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.model: UNet = self.accelerator.unwrap_model(self.prepared)
         # not prepared: Accelerate would advance it once per process

@@ -254,23 +254,6 @@ def test_resblock_resamples_any_number_of_axes_and_any_size(size, modulation, th
     assert up(low, emb, size=size).shape == x.shape
 
 
-@pytest.mark.parametrize("dims", [1, 3])
-def test_resblock_on_signals_and_volumes_equals_images_of_height_one(dims):
-    """A signal (or volume) of n samples along one axis is an image of height 1: only the kernels' middle row acts."""
-    image = randomise(ResBlock(4, 6, 8, norm_groups=2)).eval()
-    block = ResBlock(4, 6, 8, dims=dims, norm_groups=2).eval()
-    state = dict(image.state_dict())
-    for name, p in state.items():
-        if p.ndim == 4:
-            state[name] = p[:, :, p.shape[2] // 2] if dims == 1 else p[:, :, None]
-            if dims == 3 and p.shape[-1] == 3:
-                state[name] = F.pad(p[:, :, None], (0, 0, 0, 0, 1, 1))
-    block.load_state_dict(state)
-    x, emb = torch.randn(2, 4, 1, 7), torch.randn(2, 8)
-    expected = image(x, emb).flatten(2)
-    assert_close(block(x.reshape(2, 4, *[1] * (dims - 1), 7), emb).flatten(2), expected)
-
-
 @pytest.mark.parametrize("modulation", ["add", "scale_shift"])
 def test_a_new_resblock_is_the_identity(modulation):
     x = torch.randn(2, 8, 5, 5)

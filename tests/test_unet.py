@@ -249,6 +249,25 @@ def test_any_size(dims, downsample, upsample):
         assert out.isfinite().all()
 
 
+@pytest.mark.parametrize("dims", [1, 2])
+@pytest.mark.parametrize(
+    ("downsample", "upsample"), [("conv", "conv_transpose"), ("avgpool", "nearest"), ("resblock", "resblock")]
+)
+@pytest.mark.parametrize("size", [(8, 6), (5, 7)])
+def test_one_axis_of_length_one_equals_one_axis_less(dims, downsample, upsample, size):
+    """A signal is an image of height 1, an image a volume of depth 1, where only one row of each kernel acts."""
+    options = CONDITIONS | {"downsample": downsample, "upsample": upsample}
+    flat, deep = small(**options, dims=dims), small(**options, dims=dims + 1)
+    state = deep.state_dict()
+    for name, p in flat.state_dict().items():
+        if p.ndim > 2:  # a kernel: 3 rows padded by 1, or 4 rows padded by 1 and transposed; 1 row in a shortcut
+            state[name].zero_()[:, :, min(1, state[name].shape[2] - 1)] = p
+        else:
+            state[name].copy_(p)
+    args = inputs(flat.config, size=size[:dims])
+    assert_close(deep(**args | {"x": args["x"].unsqueeze(2)}).squeeze(2), flat(**args))
+
+
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_one_sample_of_one_position_with_one_channel_per_group(dims):
     """torch.nn.GroupNorm refuses this, even in evaluation mode."""

@@ -137,15 +137,19 @@ def test_flat_folder_has_no_classes(tmp_path):
 
 
 def test_sizes(tmp_path):
-    """Large or differing images go to 64; any size is fitted at the centre, without distortion."""
+    """Large or differing images go to 64 by default; any size is fitted at the centre, without distortion."""
     wide = np.zeros((50, 150, 3))
     wide[:, 50:100] = 255  # a white square in the middle
     write(tmp_path / "d" / "wide.png", wide)
     data = FolderData(tmp_path / "d")
     assert data.image_size == (64, 64)
     assert data[0]["image"].mean() > 0.9
+    write(tmp_path / "d" / "other.png", np.zeros((9, 70, 3)))
     write(tmp_path / "d" / "small.png", np.zeros((8, 8, 3)))
     assert FolderData(tmp_path / "d").image_size == (64, 64)
+    for i in range(2):
+        write(tmp_path / "d" / f"small{i}.png", np.zeros((8, 8, 3)))
+    assert FolderData(tmp_path / "d").image_size == (8, 8)  # that of at least half
     data = FolderData(tmp_path / "d", image_size=(4, 12))
     assert (data.image_size, data[0]["image"].shape) == ((4, 12), (3, 4, 12))
 

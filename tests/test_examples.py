@@ -12,7 +12,7 @@ def test_demo(tmp_path, monkeypatch, capsys):
     demo = runpy.run_path(str(EXAMPLES / "demo.py"))
     settings = demo["main"].__globals__
     train = settings["TRAIN"].replace(
-        "--steps 600 --batch-size 128", "--steps 2 --batch-size 4 --model.model-channels 8"
+        "--steps 480 --batch-size 128", "--steps 2 --batch-size 4 --model.model-channels 8"
     )
     assert train != settings["TRAIN"]
     settings.update(TRAIN=train, SAMPLE=settings["SAMPLE"] + " --num-inference-steps 2", SAMPLES=20)

@@ -70,7 +70,7 @@ def train(
         out: the run directory to make (default: runs/ and the data's name).
         resume: a run directory to go on with, instead of DATA; --steps, --checkpoint-every, --preview-every,
             --num-workers and --device may be changed.
-        image_size: resize to this, one number or height and width (default: the images' own up to 64, else 64).
+        image_size: resize to this, one number or height and width (default: that of most images up to 64, else 64).
         preset: start from a published architecture (see `info`) instead of one chosen by size.
     """
     with one_line_errors():
@@ -282,8 +282,8 @@ COMMANDS: dict[str, Callable[..., None]] = {"train": train, "sample": sample, "i
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of the command."""
     if "OMP_WAIT_POLICY" not in os.environ:
-        # torch's threads on a CPU wait for each other in a busy loop. On cores that something else uses too, one small
-        # network's training step then took 5.5 s instead of 0.6 s with this limit; on free cores there is no difference.
+        # torch's threads on a CPU wait for each other in a busy loop. On cores that something else uses too, a small
+        # network's training step then took 5.5 s instead of 0.6 s with this limit; on free cores it is the same
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     tyro.extras.subcommand_cli_from_dict(
         COMMANDS,

@@ -90,7 +90,7 @@ class FolderData(ImageData):
 
     Args:
         folder: any formats that Pillow reads, at any depth; the folder each file lies in is its class.
-        image_size: default: the images' own if they all agree and it is at most 64, else 64.
+        image_size: default: the size that at least half of the images have if that is at most 64, else 64.
         channels: 1, 3 or 4 (default: 1 if all images are grey, else 3). Alpha is laid on white unless channels is 4.
 
     Raises:
@@ -108,7 +108,7 @@ class FolderData(ImageData):
         self.channels = channels or (1 if grey else 3)
         sizes = Counter(size for _, size in headers)
         (size, count), *_ = sizes.most_common(1)
-        native = count == len(headers) and max(size) <= LARGEST_DEFAULT_SIZE
+        native = 2 * count >= len(headers) and max(size) <= LARGEST_DEFAULT_SIZE
         default = size if native else (LARGEST_DEFAULT_SIZE, LARGEST_DEFAULT_SIZE)
         self.image_size = default if image_size is None else _per_axis(image_size, 2)
 

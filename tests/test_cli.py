@@ -1,6 +1,7 @@
 """The command as a user runs it: whole runs at tiny size, and one line with exit code 2 for every mistake."""
 
 import json
+import shlex
 import subprocess
 import sys
 
@@ -120,6 +121,7 @@ def test_info(run, capsys):
     ("args", "message"),
     [
         ("train", "give either DATA or --resume RUN"),
+        ("train ''", "DATA= is not 'digits'"),
         ("train nowhere", "DATA=nowhere is not 'digits'"),
         ("train digits --steps 0", "steps=0"),
         ("train digits --model.num-heads 7", "num_heads=7"),
@@ -133,13 +135,14 @@ def test_info(run, capsys):
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(capsys, tmp_path, args, message):
-    assert message in error(capsys, *args.split())
+    assert message in error(capsys, *shlex.split(args))
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
+        ("--guidance-scale", "nan", "guidance_scale=nan must be a finite number"),
         ("--num-images", 0, "num_images=0 must be at least 1"),
         ("--num-inference-steps", 0, "num_inference_steps=0 must be 1 to 1000"),
         ("--batch-size", 0, "batch_size=0"),
@@ -150,6 +153,24 @@ def test_mistakes_are_one_line_and_leave_nothing(capsys, tmp_path, args, message
 def test_mistakes_in_sampling(run, capsys, option, value, message):
     assert message in error(capsys, "sample", run, option, value)
     assert not (run / "samples.png").exists()
+
+
+def test_damaged_runs_are_one_line(run, capsys, tmp_path):
+    (tmp_path / "file").touch()
+    assert "out=file is a file; give a directory" in error(capsys, "train", "digits", "--out", "file", *TINY)
+    checkpoint = run / "checkpoints" / "step-00000003" / "model.safetensors"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:100])
+    message = error(capsys, "train", "--resume", run, "--steps", 5)
+    assert "step-00000003 cannot be read" in message
+    assert "delete it to go on" in message
+    weights = run / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "model.safetensors is not a readable safetensors file" in error(capsys, "sample", run)
+    config = (run / "config.json").read_text()
+    (run / "config.json").write_text(config.replace('"steps"', '"stepz"'))
+    assert "training option of another version" in error(capsys, "sample", run)
+    (run / "config.json").write_text(config[:50])
+    assert "config.json is not valid JSON" in error(capsys, "sample", run)
 
 
 def test_an_existing_run_is_not_overwritten(run, capsys):

@@ -5,7 +5,9 @@ import json
 import warnings
 
 import pytest
+import torch
 
+from helpers import relative_error, small
 from unet_denoiser import UNet, UNetConfig
 
 VALID = {"model_channels": 16, "channel_mult": (1, 2, 3), "num_heads": 4, "image_size": 32}
@@ -217,3 +219,22 @@ def test_skip_levels_of_stable_diffusion():
         *[(2, 1280)] * 2,
         *[(3, 1280)] * 3,
     )
+
+
+def test_warns_where_the_norm_takes_the_embedding_away():
+    """With one channel per group, GroupNorm removes what is added to whole channels: the output ignores t."""
+    with pytest.warns(UserWarning, match=r"norm_groups=32 leaves one channel per group .* give norm_groups=4"):
+        deaf = small(model_channels=16, channel_mult=(1, 1), norm_groups=32)
+    x = torch.randn(1, 3, 8, 8)
+
+    def change(model):
+        return relative_error(model(x, torch.tensor([900])), model(x, torch.tensor([10])))
+
+    assert change(deaf) < 1e-4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert change(small(model_channels=16, channel_mult=(1, 1), norm_groups=4)) > 1e-2
+        UNetConfig(
+            model_channels=16, channel_mult=(1, 1), num_heads=1, modulation="scale_shift", attention_resolutions=()
+        )
+        UNetConfig()

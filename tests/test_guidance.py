@@ -56,5 +56,7 @@ def test_without_conditions(setting):
     network, x, t, _ = setting
     with torch.no_grad():
         assert torch.equal(classifier_free_guidance(network, 1.0, class_labels=None)(x, t), network.model(x, t))
+    with pytest.raises(ValueError, match=r"guidance_scale=inf must be a finite"):
+        classifier_free_guidance(network, float("inf"))
     with pytest.raises(ValueError, match=r"guidance_scale=2\.0 needs a condition"):
         classifier_free_guidance(network, 2.0, class_labels=None)

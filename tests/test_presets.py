@@ -20,6 +20,14 @@ def test_ddpm_cifar10_has_the_published_parameters():
     assert count(preset("ddpm-cifar10")) == 35_746_307
 
 
+@pytest.mark.parametrize("size", [8, 32, 64])
+def test_no_level_loses_the_time_embedding(size):
+    """At least 4 channels in every group of the normalisation."""
+    for options in ({}, {"model_channels": 12}):
+        config = architecture_for(1, (size, size), None, options)
+        assert all(width // config.norm_groups >= 3 for width in config.widths)
+
+
 def test_unknown_names_the_known():
     with pytest.raises(ValueError, match=r"preset='sd-9' is not one of .*ddpm-cifar10"):
         preset("sd-9")

@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
 
 from helpers import CONDITIONS, inputs, small
 from unet_denoiser import UNet, UNetConfig
@@ -34,11 +35,13 @@ def saved(tmp_path):
 
 def test_round_trip(saved):
     model, directory = saved
-    args = inputs(model.config)
+    args, random_state = inputs(model.config), torch.get_rng_state()
     loaded = UNet.from_pretrained(directory)
+    assert torch.equal(torch.get_rng_state(), random_state)  # no weights are drawn only to be replaced
     assert loaded.config == model.config
     assert type(loaded) is UNet
-    assert torch.equal(loaded(**args), model(**args))
+    assert all(torch.equal(p, model.state_dict()[name]) for name, p in loaded.state_dict().items())
+    assert_close(loaded(**args), model(**args))
     assert not any(m.training for m in loaded.modules())
     assert all(p.requires_grad and p.device.type == "cpu" for p in loaded.parameters())
     assert [name for name, _ in loaded.named_parameters()] == [name for name, _ in model.named_parameters()]
@@ -67,7 +70,7 @@ def test_frozen_and_non_contiguous_weights_are_saved(tmp_path):
     model = small().requires_grad_(False).to(memory_format=torch.channels_last)
     model.save_pretrained(tmp_path)
     args = inputs(model.config)
-    torch.testing.assert_close(UNet.from_pretrained(tmp_path)(**args), model(**args))
+    assert_close(UNet.from_pretrained(tmp_path)(**args), model(**args))
 
 
 def test_the_files_are_plain(saved):

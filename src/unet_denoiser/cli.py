@@ -113,7 +113,9 @@ def _started(source: str, given: dict[str, Any]) -> tuple[Any, Any]:
     config = architecture_for(data.channels, data.image_size, classes, options, preset)
     chosen: dict[str, Any] = {"source": source if source == "digits" else str(Path(source).absolute())}
     chosen |= {"image_size": list(data.image_size), "channels": data.channels, "class_names": data.class_names}
-    run = Run(given["out"] or Path("runs") / Path(source).stem, chosen, config, process, training)
+    place = Path(source).absolute()
+    out = given["out"] or Path("runs") / (place.name if place.is_dir() else place.stem)
+    run = Run(out, chosen, config, process, training)
     run.check_new()
     trainer = run.trainer(data)
     run.write()

@@ -203,6 +203,15 @@ class UNetConfig:
                 stacklevel=5,
             )
 
+        if self.modulation == "add" and min(self.widths) <= self.norm_groups:
+            # one channel per group: what is added to a whole channel is its mean, which the norm after it takes away
+            warnings.warn(
+                f"norm_groups={self.norm_groups} leaves one channel per group at {min(self.widths)} channels, "
+                "where the time and class embeddings then have no effect (modulation='add'); "
+                f"give norm_groups={max(1, min(self.widths) // 4)}, for example",
+                stacklevel=5,
+            )
+
     def _check_heads(self) -> None:
         """Heads divide the width of every level that has attention; the bottleneck is the last level's."""
         if (self.num_heads is None) == (self.head_dim is None):

@@ -145,7 +145,7 @@ def load_data(
         images, labels = digits()
         return ArrayData(images, labels, image_size=image_size)
     path = Path(source)
-    if path.is_dir():
+    if path.is_dir() and str(source):
         return FolderData(path, image_size, channels)
     if path.suffix == ".npz" and path.is_file():
         return _load_npz(path, image_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -29,6 +30,8 @@ def classifier_free_guidance(
     Raises:
         ValueError: a scale other than 1 without any condition.
     """
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale={guidance_scale} must be a finite number; 1 is off")
     given = {name: value for name, value in inputs.items() if value is not None}
     conditions = [name for name in CONDITIONS if name in given]
     if guidance_scale == 1:

@@ -65,12 +65,14 @@ def _by_size(size: int, options: dict[str, Any]) -> dict[str, Any]:
     widths = {8: (32, (1, 2)), 16: (64, (1, 2, 2)), 32: (64, (1, 2, 2, 2)), 64: (96, (1, 2, 3, 4))}
     model_channels, mults = next((v for limit, v in widths.items() if size <= limit), (128, (1, 1, 2, 3, 4)))
     levels = len(options.get("channel_mult", mults))
+    width = options.get("model_channels", model_channels)
     return {
         "model_channels": model_channels,
         "channel_mult": mults,
         "attention_resolutions": tuple(r for r in (-(-size // 2**level) for level in range(levels)) if r <= 16),
         "num_heads": None,
-        "head_dim": math.gcd(options.get("model_channels", model_channels), 32),
+        "head_dim": math.gcd(width, 32),
         "context_dim": None,
         "upsample": "nearest",
+        "norm_groups": max(1, min(32, width // 4)),  # with one channel per group, the time embedding would be lost
     }

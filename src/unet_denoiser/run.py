@@ -55,7 +55,9 @@ class Run:
     # ---- on disk ---------------------------------------------------------------------------------------------------
 
     def check_new(self) -> None:
-        """FileExistsError when the directory already holds a run."""
+        """FileExistsError when the path is a file, or a directory that already holds a run."""
+        if self.path.exists() and not self.path.is_dir():
+            raise FileExistsError(f"out={self.path} is a file; give a directory")
         if (self.path / "config.json").exists():
             raise FileExistsError(f"{self.path} already holds a run: train --resume {self.path} goes on with it")
 
@@ -81,13 +83,12 @@ class Run:
         config = read_json(path / "config.json")
         if missing := {"data", "model", "process", "training"} - set(config):
             raise ValueError(f"{path / 'config.json'} is not a run's: it lacks {', '.join(sorted(missing))}")
-        return cls(
-            path,
-            config["data"],
-            UNetConfig.from_dict(config["model"]),
-            Diffusion.from_dict(config["process"]),
-            TrainingConfig(**config["training"]),
-        )
+        try:
+            training = TrainingConfig(**config["training"])
+        except TypeError as error:
+            raise ValueError(f"{path / 'config.json'} has a training option of another version: {error}") from None
+        model, process = UNetConfig.from_dict(config["model"]), Diffusion.from_dict(config["process"])
+        return cls(path, config["data"], model, process, training)
 
     # ---- training --------------------------------------------------------------------------------------------------
 

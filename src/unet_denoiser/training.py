@@ -83,8 +83,14 @@ class Trainer:
 
     def restore(self, directory: Path) -> None:
         """Go on from what `save` wrote: weights, averages, optimizer, learning rate, place in the data."""
-        self.accelerator.load_state(str(directory))
-        self.step = int((directory / "step").read_text())
+        try:
+            self.accelerator.load_state(str(directory))
+            self.step = int((directory / "step").read_text())
+        except Exception as error:  # each of the libraries behind it has exceptions of its own
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ValueError(
+                f"{directory} cannot be read ({reason}); delete it to go on from the one before"
+            ) from error
 
     def _batches(self) -> Any:
         c = self.config

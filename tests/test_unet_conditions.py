@@ -3,9 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.embeddings import TimestepEmbedding
 from torch.testing import assert_close
 
-from helpers import CONDITIONS, inputs, relative_error, small
+from helpers import CONDITIONS, inputs, randomise, relative_error, small
+from unet_denoiser.attention import TransformerBlock
+from unet_denoiser.layers import Context
 
 NAMES = {"class_labels": "num_classes", "vector": "vector_dim", "context": "context_dim"}
 ATTENTION = ["plain", "transformer"]
@@ -222,3 +225,35 @@ def test_residuals_leave_the_callers_list_alone_and_carry_gradients():
     model(**inputs(model.config), skip_residuals=given).sum().backward()
     assert len(given) == 4
     assert all(r.grad.abs().max() > 0 for r in given)
+
+
+# ---- conditions of single published networks -----------------------------------------------------------------------
+
+
+def test_time_cond_shifts_the_sinusoids():
+    """As in diffusers' TimestepEmbedding: a projection is added before the first linear layer."""
+    model = small(time_cond_dim=6)
+    args, cond = inputs(model.config), torch.randn(2, 6)
+    plain, shifted = model(**args), model(**args, time_cond=cond)
+    assert relative_error(shifted, plain) > 1e-2
+    peer = TimestepEmbedding(8, 32, cond_proj_dim=6)
+    weights = {f"linear_{i}.{n}": p for i, m in ((1, 1), (2, 3)) for n, p in model.time_mlp[m].state_dict().items()}
+    peer.load_state_dict(weights | {"cond_proj.weight": model.time_cond.weight})
+    sinusoids = model.time_mlp[0](args["t"])
+    assert_close(model.time_mlp(args["t"], model.time_cond(cond)), peer(sinusoids, cond))
+    with pytest.raises(ValueError, match="time_cond was given, but this network has time_cond_dim=None"):
+        small()(**inputs(small().config), time_cond=cond)
+    with pytest.raises(ValueError, match=r"time_cond has shape \(2, 5\)"):
+        model(**args, time_cond=torch.randn(2, 5))
+
+
+def test_only_cross_attention_sees_no_other_position():
+    """Without self-attention, one transformer block acts on each position alone."""
+    for cross_only in (False, True):
+        block = randomise(TransformerBlock(8, 2, 6, cross_only))
+        tokens, context = torch.randn(1, 5, 8), Context(torch.randn(1, 3, 6))
+        changed = tokens.clone()
+        changed[:, 0] += 1
+        moved = (block(changed, context) - block(tokens, context)).abs().amax(-1)[0]
+        assert (moved[1:].max() < 1e-5) == cross_only
+        assert moved[0] > 1e-2

@@ -98,13 +98,14 @@ class SpatialTransformer(nn.Module):
         context_dim: int | None = None,
         depth: int = 1,
         *,
+        cross_only: bool = False,
         norm_groups: int = 32,
     ) -> None:
         super().__init__()
         self.norm = group_norm(channels, norm_groups, eps=1e-6)  # always 1e-6, whatever the other norms have
         self.proj_in = nn.Linear(channels, channels)
         self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(channels, num_heads, context_dim) for _ in range(depth)
+            TransformerBlock(channels, num_heads, context_dim, cross_only) for _ in range(depth)
         )
         self.proj_out = zero(nn.Linear(channels, channels))
 
@@ -116,12 +117,16 @@ class SpatialTransformer(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention if there is a context, and a gated feed-forward layer; tokens (B, N, dim)."""
+    """Self-attention, cross-attention if there is a context, and a gated feed-forward layer; tokens (B, N, dim).
 
-    def __init__(self, dim: int, num_heads: int, context_dim: int | None) -> None:
+    With `cross_only` the first attention sees the context too (Stable Diffusion's upscaler).
+    """
+
+    def __init__(self, dim: int, num_heads: int, context_dim: int | None, cross_only: bool = False) -> None:
         super().__init__()
+        self.cross_only = cross_only
         self.norm1 = nn.LayerNorm(dim)
-        self.attn1 = CrossAttention(dim, dim, num_heads, qkv_bias=False)
+        self.attn1 = CrossAttention(dim, context_dim if cross_only and context_dim else dim, num_heads, qkv_bias=False)
         if context_dim is not None:
             self.norm2 = nn.LayerNorm(dim)
             self.attn2 = CrossAttention(dim, context_dim, num_heads, qkv_bias=False)
@@ -129,7 +134,7 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(dim)
 
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
-        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn1(self.norm1(x), *(context if self.cross_only and context is not None else ()))
         if context is not None:
             x = x + self.attn2(self.norm2(x), context.tokens, context.mask)
         return x + self.ff(self.norm3(x))

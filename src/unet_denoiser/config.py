@@ -31,11 +31,15 @@ class UNetConfig:
         head_dim: channels per attention head, per level; needs num_heads=None.
         num_classes: number of classes to condition on, or None.
         vector_dim: width of one continuous conditioning vector per sample, or None.
+        time_cond_dim: width of an embedding that is projected and added to the sinusoids before the time MLP (the
+            guidance scale of consistency models), or None.
         learned_null: learn what stands in for an absent condition, so that each can be dropped or left out.
         attention: "plain" (self-attention, then cross-attention) or "transformer" (the spatial transformer of
             Stable Diffusion).
         transformer_depth: transformer blocks per attention place, per level; with attention="transformer".
+        only_cross_attention: the transformer's first attention sees the context too, not the features; per level.
         modulation: how the time embedding acts: "add", or "scale_shift" (norm, then * (1 + scale) + shift).
+        stem_channels: channels after the input convolution, or None for `model_channels`.
         downsample: "conv" (stride 2), "conv_asymmetric" (pads right and bottom only), "avgpool" or "resblock".
         upsample: "conv_transpose", "nearest" (nearest, then conv) or "resblock".
         norm_groups: groups of each GroupNorm: the largest divisor of its width that is at most this.
@@ -61,10 +65,13 @@ class UNetConfig:
     head_dim: int | tuple[int, ...] | None = None
     num_classes: int | None = None
     vector_dim: int | None = None
+    time_cond_dim: int | None = None
     learned_null: bool = True
     attention: Literal["plain", "transformer"] = "plain"
     transformer_depth: int | tuple[int, ...] = 1
+    only_cross_attention: bool | tuple[bool, ...] = False
     modulation: Literal["add", "scale_shift"] = "add"
+    stem_channels: int | None = None
     downsample: Literal["conv", "conv_asymmetric", "avgpool", "resblock"] = "conv"
     upsample: Literal["conv_transpose", "nearest", "resblock"] = "conv_transpose"
     norm_groups: int = 32
@@ -111,14 +118,23 @@ class UNetConfig:
             return self.widths[level] // _at(self.head_dim, level)
         return _at(self.num_heads, level)
 
+    @property
+    def stem_width(self) -> int:
+        """Channels after the input convolution."""
+        return self.model_channels if self.stem_channels is None else self.stem_channels
+
     def depth(self, level: int) -> int:
         """Transformer blocks at each attention place of `level`; the bottleneck has the last level's."""
         return _at(self.transformer_depth, level)
 
+    def cross_only(self, level: int) -> bool:
+        """Whether the transformers of `level` have no self-attention; the bottleneck's have the last level's."""
+        return bool(_at(self.only_cross_attention, level))
+
     @property
     def skip_levels(self) -> tuple[tuple[int, int], ...]:
         """(level of its size, channels) of every skip connection, in the order the encoder pushes them."""
-        skips, last = [(0, self.model_channels)], len(self.widths) - 1
+        skips, last = [(0, self.stem_width)], len(self.widths) - 1
         for level, width in enumerate(self.widths):
             skips += [(level, width)] * self.num_res_blocks + [(level + 1, width)] * (level < last)
         return tuple(skips)
@@ -149,7 +165,7 @@ class UNetConfig:
         _check_int("model_channels", self.model_channels, 2)
         for name in ("in_channels", "out_channels", "num_res_blocks", "norm_groups"):
             _check_int(name, getattr(self, name), 1)
-        for name in ("num_classes", "vector_dim", "context_dim"):
+        for name in ("num_classes", "vector_dim", "context_dim", "time_cond_dim", "stem_channels"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), 1, " or None")
         if not isinstance(self.learned_null, bool):
@@ -192,6 +208,13 @@ class UNetConfig:
             for entry in value if isinstance(value, tuple) else (value,):
                 if value is not None:
                     _check_int(name, entry, low)
+        cross = self.only_cross_attention
+        if isinstance(cross, tuple) and len(cross) != levels:
+            raise ValueError(f"only_cross_attention={cross} has {len(cross)} entries, but there are {levels} levels")
+        if not all(isinstance(entry, bool) for entry in (cross if isinstance(cross, tuple) else (cross,))):
+            raise TypeError(f"only_cross_attention={cross!r} must be True or False, or one of them per level")
+        if cross and (self.attention == "plain" or self.context_dim is None):
+            raise ValueError(f"only_cross_attention={cross} needs attention='transformer' and a context_dim")
         if self.attention == "plain" and self.transformer_depth != 1:
             raise ValueError(
                 f"transformer_depth={self.transformer_depth} needs attention='transformer'; with 'plain' leave it at 1"

@@ -24,6 +24,7 @@ def check_inputs(
     t: Tensor,
     conditions: Mapping[str, Tensor | None],
     context_mask: Tensor | None,
+    time_cond: Tensor | None,
     drop: Mapping[str, Tensor] | None,
     skip_residuals: Sequence[Tensor] | None,
     bottleneck_residual: Tensor | None,
@@ -59,6 +60,12 @@ def check_inputs(
         if context is None:
             raise ValueError("context_mask was given without a context")
         _check_tensor("context_mask", context_mask, torch.bool, (batch, context.shape[1]))
+    if time_cond is not None:
+        if config.time_cond_dim is None:
+            raise ValueError(
+                "time_cond was given, but this network has time_cond_dim=None; leave it out, or build for it"
+            )
+        _check_tensor("time_cond", time_cond, dtype, (batch, config.time_cond_dim))
     if drop is not None and not isinstance(drop, Mapping):
         raise TypeError(f"drop is a {type(drop).__name__}; give a dict of masks, for example {{'class_labels': mask}}")
     for name, mask in (drop or {}).items():

@@ -90,16 +90,17 @@ class SinusoidalPosEmb(nn.Module):
 
 
 class TimeMLP(nn.Sequential):
-    """Timesteps (B,) -> embedding (B, 4 * dim): sinusoids, Linear, SiLU, Linear."""
+    """Timesteps (B,) -> embedding (B, 4 * dim): sinusoids, plus `shift` (B, dim) if given, Linear, SiLU, Linear."""
 
     def __init__(self, dim: int, frequencies: Literal["endpoint", "half"] = "endpoint") -> None:
         super().__init__(
             SinusoidalPosEmb(dim, frequencies), nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, 4 * dim)
         )
 
-    def forward(self, t: Tensor) -> Tensor:
+    def forward(self, t: Tensor, shift: Tensor | None = None) -> Tensor:
         sinusoids, linear1, act, linear2 = self
-        return linear2(act(linear1(sinusoids(t).to(linear1.weight.dtype))))
+        h = sinusoids(t).to(linear1.weight.dtype)
+        return linear2(act(linear1(h if shift is None else h + shift)))
 
 
 # ---- resampling: any size down to ceil(size / 2), and back up to the size of the skip ------------------------------

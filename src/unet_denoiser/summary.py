@@ -64,7 +64,7 @@ def summarize(config: UNetConfig) -> list[Part]:
     trunk = ("input_conv", "encoder", "bottleneck", "decoder", "output")
     embeddings = [module for name, module in top.items() if name not in trunk]
     parts = [part("time and conditions", 0, 0, 0, embeddings, False)]
-    parts.append(part("input", 0, config.model_channels, 0, [model.input_conv], False))
+    parts.append(part("input", 0, config.stem_width, 0, [model.input_conv], False))
     for level, width in enumerate(config.widths):
         blocks = list(model.encoder)[level * per_level : (level + 1) * per_level]
         parts.append(part(f"encoder {level}", level, width, per_level - 1, blocks, config.has_attention(level)))

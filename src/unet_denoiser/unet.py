@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from unet_denoiser.layers import (
     group_norm,
     zero,
 )
+from unet_denoiser.presets import preset
 from unet_denoiser.pretrained import Pretrained, signature_of
 
 
@@ -50,14 +52,15 @@ class UNet(Pretrained, nn.Module):
         build, last = _Builder(c), len(c.widths) - 1
 
         self.time_mlp = TimeMLP(c.model_channels, c.time_frequencies)
+        self.time_cond = nn.Linear(c.time_cond_dim, c.model_channels, bias=False) if c.time_cond_dim else None
         self.class_embedding = nn.Embedding(c.num_classes, c.time_dim) if c.num_classes else None
         self.vector_embedding = build.vector_embedding() if c.vector_dim else None
         self.null_class = build.null(c.num_classes and c.time_dim)
         self.null_vector = build.null(c.vector_dim and c.time_dim)
         self.null_context = build.null(c.context_dim)
 
-        self.input_conv = CONV[c.dims](c.in_channels, c.model_channels, 3, padding=1)
-        ch, skips = c.model_channels, [channels for _, channels in c.skip_levels]
+        self.input_conv = CONV[c.dims](c.in_channels, c.stem_width, 3, padding=1)
+        ch, skips = c.stem_width, [channels for _, channels in c.skip_levels]
         self.encoder = nn.ModuleList()
         for level, width in enumerate(c.widths):
             for _ in range(c.num_res_blocks):
@@ -80,6 +83,15 @@ class UNet(Pretrained, nn.Module):
         conv_out = zero(CONV[c.dims](ch, c.out_channels, 3, padding=1))
         self.output = nn.Sequential(group_norm(ch, c.norm_groups, c.norm_eps), nn.SiLU(), conv_out)
 
+    @classmethod
+    def from_preset(cls, name: str, **options: Any) -> Self:
+        """A randomly initialised network of a published architecture, `options` changing single fields.
+
+        Raises:
+            ValueError: a name that `list_presets` does not have.
+        """
+        return cls.from_config(replace(preset(name), **options))
+
     def forward(
         self,
         x: Tensor,
@@ -89,6 +101,7 @@ class UNet(Pretrained, nn.Module):
         context_mask: Tensor | None = None,
         class_labels: Tensor | None = None,
         vector: Tensor | None = None,
+        time_cond: Tensor | None = None,
         drop: Mapping[str, Tensor] | None = None,
         skip_residuals: Sequence[Tensor] | None = None,
         bottleneck_residual: Tensor | None = None,
@@ -102,6 +115,7 @@ class UNet(Pretrained, nn.Module):
             context_mask: (B, S) bool, False at padding. A row without any True counts as an absent context.
             class_labels: (B,) integers in [0, num_classes).
             vector: (B, vector_dim).
+            time_cond: (B, time_cond_dim); without it nothing is added to the sinusoids.
             drop: which samples have a condition replaced by its learned null: {"class_labels": (B,) bool, ...}.
             skip_residuals: added to the skips, one tensor each, from the input convolution on (control networks).
             bottleneck_residual: added to the bottleneck's output.
@@ -114,8 +128,9 @@ class UNet(Pretrained, nn.Module):
                 learned_null=False, or a wrong shape, range or dtype; before anything is computed.
         """
         conditions = {"class_labels": class_labels, "vector": vector, "context": context}
-        check_inputs(self.config, self.dtype, x, t, conditions, context_mask, drop, skip_residuals, bottleneck_residual)
-        emb, attended = self._embed(t, conditions, context_mask, drop or {})
+        residuals = (skip_residuals, bottleneck_residual)
+        check_inputs(self.config, self.dtype, x, t, conditions, context_mask, time_cond, drop, *residuals)
+        emb, attended = self._embed(t, conditions, context_mask, time_cond, drop or {})
 
         h = self.input_conv(x)
         skips = [h]
@@ -156,10 +171,16 @@ class UNet(Pretrained, nn.Module):
         return block(*args)
 
     def _embed(
-        self, t: Tensor, conditions: Mapping[str, Tensor | None], mask: Tensor | None, drop: Mapping[str, Tensor]
+        self,
+        t: Tensor,
+        conditions: Mapping[str, Tensor | None],
+        mask: Tensor | None,
+        time_cond: Tensor | None,
+        drop: Mapping[str, Tensor],
     ) -> tuple[Tensor, Context | None]:
         """The embedding (B, time_dim) that all blocks share, and the context that cross-attention sees."""
-        emb = self.time_mlp(t)
+        shift = self.time_cond(time_cond) if self.time_cond is not None and time_cond is not None else None
+        emb = self.time_mlp(t, shift)
         for name, embed, null in (
             ("class_labels", self.class_embedding, self.null_class),
             ("vector", self.vector_embedding, self.null_vector),
@@ -191,7 +212,8 @@ class _Builder:
         if not (always or c.has_attention(level)):
             return []
         if c.attention == "transformer":
-            return [SpatialTransformer(width, heads, c.context_dim, c.depth(level), norm_groups=c.norm_groups)]
+            options: dict[str, Any] = {"cross_only": c.cross_only(level), "norm_groups": c.norm_groups}
+            return [SpatialTransformer(width, heads, c.context_dim, c.depth(level), **options)]
         if c.context_dim is None:
             return [SelfAttention(width, heads, **self.norm)]
         return [SelfAttention(width, heads, **self.norm), ContextAttention(width, c.context_dim, heads, **self.norm)]

@@ -175,7 +175,7 @@ def test_neither_a_directory_nor_a_hub_name(name, tmp_path, monkeypatch):
 
 
 def test_a_file_is_not_a_directory(saved):
-    with pytest.raises(FileNotFoundError, match="neither a directory nor"):
+    with pytest.raises(ValueError, match=r"own weights; give the directory that has their config\.json"):
         UNet.from_pretrained(saved[1] / WEIGHTS)
 
 

@@ -2,13 +2,17 @@
 
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from unet_denoiser import UNet, preset
 from unet_denoiser.cli import main
+from unet_denoiser.convert import save, write
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -24,8 +28,28 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
+def test_checkpoint_examples(tmp_path, monkeypatch):
+    """The second Python block and the conversions, on a small file in the layout of Stable Diffusion 1."""
+    monkeypatch.chdir(tmp_path)
+    config = replace(preset("sd-1.5"), model_channels=32, context_dim=8)
+    state = UNet.from_config(config).state_dict()
+    save(state, config, Path("stable-diffusion-v1-5/unet"), "diffusers")
+    theirs = {f"model.diffusion_model.{name}": p for name, p in write(state, config, "compvis").items()}
+    torch.save({"state_dict": theirs}, "v1-5-pruned.ckpt")
+    for line in blocks("python")[1].splitlines():
+        heads = "" if "unet" in line else ", num_heads=8"  # a published file would need no help
+        exec(line.split("#")[0].rstrip()[:-1] + heads + ")", {"UNet": UNet})
+    lines = [line for line in blocks("bash")[2].splitlines() if line.startswith("unet-denoiser convert")]
+    assert len(lines) == 3
+    for line in lines:
+        args = shlex.split(line, comments=True)[1:]
+        main(args + (["--num-heads", "8"] if args[1].endswith("ckpt") else []))
+    assert Path("sd15/config.json").exists()
+    assert Path("sd15-diffusers/config.json").exists()
+
+
 def test_python_example(tmp_path, monkeypatch, capsys):
-    (code,) = blocks("python")
+    code = blocks("python")[0]
     assert len([line for line in code.splitlines() if line.strip()]) <= 18
     monkeypatch.chdir(tmp_path)
     short = code.replace("steps=100, batch_size=32", "steps=3, batch_size=4")
@@ -45,7 +69,7 @@ def test_commands(tmp_path, monkeypatch, capsys):
         for i in range(2):
             pixels = np.random.default_rng(i).integers(0, 255, (10, 12, 3), np.uint8)
             Image.fromarray(pixels).save(tmp_path / "pictures" / name / f"{i}.png")
-    lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("unet-denoiser ")]
+    lines = [line for line in blocks("bash")[1].splitlines() if line.startswith("unet-denoiser ")]
     assert len(lines) == 5
     for line in lines:
         _, command, *args = shlex.split(line, comments=True)

@@ -2,50 +2,29 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypedDict, get_type_hints
+from typing import Annotated, Any, Literal
 
 import tyro
-from docstring_parser import parse
 
 from unet_denoiser.config import UNetConfig
-from unet_denoiser.recipe import DeviceName, DiffusionConfig, SamplerName, TrainingConfig
-
-
-def options_of(config: type) -> Any:
-    """The fields of a configuration class as options that are there only when given, with its docstring's words."""
-    words = {p.arg_name: " ".join((p.description or "").split()) for p in parse(config.__doc__ or "").params}
-    parameters, hints = inspect.signature(config).parameters, get_type_hints(config)
-    options = {
-        name: Annotated[
-            hints[name], tyro.conf.arg(help=words[name], help_behavior_hint=f"(default: {show(p.default)})")
-        ]
-        for name, p in parameters.items()
-    }
-    return TypedDict(f"{config.__name__}Options", options, total=False)  # type: ignore[operator]
-
-
-def show(value: object) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-if TYPE_CHECKING:
-    TrainingOptions: TypeAlias = dict[str, Any]
-    ProcessOptions: TypeAlias = dict[str, Any]
-    ModelOptions: TypeAlias = dict[str, Any]
-else:
-    TrainingOptions = Annotated[options_of(TrainingConfig), tyro.conf.OmitArgPrefixes]
-    ProcessOptions = options_of(DiffusionConfig)
-    ModelOptions = options_of(UNetConfig)
-OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
-OptionalSize = Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="INT [INT]", help_behavior_hint="")]
-OptionalName = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
+from unet_denoiser.options import (
+    ModelOptions,
+    OptionalName,
+    OptionalNumber,
+    OptionalOrder,
+    OptionalPath,
+    OptionalSize,
+    ProcessOptions,
+    TrainingOptions,
+    show,
+)
+from unet_denoiser.recipe import DeviceName, SamplerName, TrainingConfig
 
 
 def train(
@@ -263,6 +242,45 @@ def info(name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME_
     print("\n" + ", ".join(f"{k}={show(v)}" for k, v in asdict(config).items()))
 
 
+def convert(
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")],
+    target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")],
+    *,
+    to: Literal["unet-denoiser", "diffusers", "ldm", "adm", "ddpm"] = "unet-denoiser",
+    ema: bool = False,
+    num_heads: OptionalNumber = None,
+    head_dim: OptionalNumber = None,
+    qkv_order: OptionalOrder = None,
+) -> None:
+    """Convert a checkpoint of DDPM, ADM, LDM, Stable Diffusion or diffusers to this library's format, or back.
+
+    Args:
+        source: a run, a model directory, a diffusers folder, or a .safetensors, .ckpt or .pt file; its layout and
+            architecture are recognised.
+        target: what to write: a folder for "unet-denoiser" and "diffusers", else a .safetensors file.
+        to: the format to write.
+        ema: take the averaged weights of a file that has both.
+        num_heads: attention heads, where the file does not tell and the network is none of the known ones.
+        head_dim: channels per head instead.
+        qkv_order: how an ADM file packs its attention, likewise ("new" is use_new_attention_order).
+    """
+    with one_line_errors():
+        if target.exists():
+            raise FileExistsError(f"{target} exists; give a new name")
+        from unet_denoiser.convert import save
+        from unet_denoiser.unet import UNet
+
+        options = {"ema": ema or None, "num_heads": num_heads, "head_dim": head_dim, "qkv_order": qkv_order}
+        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+        is_run = (source / "model" / "config.json").is_file()
+        model = UNet.from_pretrained(source / "model" if is_run else source, **given)
+        if to == "unet-denoiser":
+            model.save_pretrained(target)
+        else:
+            save(model.state_dict(), model.config, target, to, qkv_order=qkv_order or "legacy")
+        print(f"{target}: {sum(p.numel() for p in model.parameters()):,} parameters")
+
+
 @contextmanager
 def one_line_errors(
     kinds: tuple[type[Exception], ...] = (ValueError, TypeError, OSError, ImportError),
@@ -278,7 +296,7 @@ def one_line_errors(
         raise SystemExit(130) from None
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"train": train, "sample": sample, "info": info}
+COMMANDS: dict[str, Callable[..., None]] = {"train": train, "sample": sample, "info": info, "convert": convert}
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -290,6 +308,6 @@ def main(args: Sequence[str] | None = None) -> None:
     tyro.extras.subcommand_cli_from_dict(
         COMMANDS,
         prog="unet-denoiser",
-        description="Train a diffusion model on your images, sample from it, look at its network.",
+        description="Train a diffusion model on your images, sample from it, look at networks and convert them.",
         args=args,
     )

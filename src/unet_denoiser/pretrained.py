@@ -121,13 +121,23 @@ class Pretrained:
             "local_files_only": local_files_only,
             "revision": revision,
         }
-        config_path = _fetch(pretrained_model_name_or_path, CONFIG_NAME, hub)
-        weights_path = _fetch(pretrained_model_name_or_path, WEIGHTS_NAME, hub)
-        config = cls.config_class.from_dict(read_json(config_path) | model_kwargs)
+        source = Path(pretrained_model_name_or_path)
+        config_path = None if source.is_file() else fetch(pretrained_model_name_or_path, CONFIG_NAME, hub)
+        config, state = cls._read(pretrained_model_name_or_path, config_path, hub, model_kwargs)
         with torch.device("meta"):
             model = cls.from_config(config)
-        load_strictly(model, read_safetensors(weights_path), weights_path)
+        load_strictly(model, state, source if config_path is None else source / WEIGHTS_NAME)
         return model.eval()  # type: ignore[attr-defined]
+
+    @classmethod
+    def _read(
+        cls, source: str | Path, config_path: Path | None, hub: dict[str, Any], options: dict[str, Any]
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """The configuration and parameters of a directory or repository; `config_path` is None for a single file."""
+        if config_path is None:
+            raise FileNotFoundError(f"{source} is a file; give the directory that save_pretrained wrote")
+        config = cls.config_class.from_dict(read_json(config_path) | options)
+        return config, read_safetensors(fetch(source, WEIGHTS_NAME, hub))
 
 
 def load_strictly(model: Any, state: Mapping[str, Tensor], source: object) -> None:
@@ -158,7 +168,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
 
 
-def _fetch(source: str | Path, name: str, hub: dict[str, Any]) -> Path:
+def fetch(source: str | Path, name: str, hub: dict[str, Any]) -> Path:
     """The local path of a file of a directory or, where there is no such directory, of a hub repository."""
     directory = Path(source)
     neither = f"{source} is neither a directory nor a hub repository's name (owner/name)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -12,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from unet_denoiser.attention import ContextAttention, SelfAttention, SpatialTransformer
 from unet_denoiser.config import UNetConfig
+from unet_denoiser.convert import read
+from unet_denoiser.files import read_json
 from unet_denoiser.inputs import check_inputs
 from unet_denoiser.layers import (
     CONV,
@@ -27,7 +30,7 @@ from unet_denoiser.layers import (
     zero,
 )
 from unet_denoiser.presets import preset
-from unet_denoiser.pretrained import Pretrained, signature_of
+from unet_denoiser.pretrained import Pretrained, fetch, signature_of
 
 
 class UNet(Pretrained, nn.Module):
@@ -91,6 +94,24 @@ class UNet(Pretrained, nn.Module):
             ValueError: a name that `list_presets` does not have.
         """
         return cls.from_config(replace(preset(name), **options))
+
+    @classmethod
+    def _read(
+        cls, source: str | Path, config_path: Path | None, hub: dict[str, Any], options: dict[str, Any]
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """Our own format, or any that `unet_denoiser.convert` reads; `options` then say what a file does not tell."""
+        if config_path is not None and "_class_name" not in read_json(config_path):
+            return super()._read(source, config_path, hub, options)
+        path = Path(source)
+        if config_path is not None and not path.is_dir():  # a repository
+            path = fetch(source, "diffusion_pytorch_model.safetensors", hub).parent
+        return read(path, cls._shapes, **options)
+
+    @classmethod
+    def _shapes(cls, config: UNetConfig) -> dict[str, torch.Size]:
+        """Names and shapes of the parameters of an architecture."""
+        with torch.device("meta"):
+            return {name: p.shape for name, p in cls.from_config(config).state_dict().items()}
 
     def forward(
         self,

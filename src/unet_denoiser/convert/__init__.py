@@ -1,0 +1,117 @@
+"""Checkpoints of other code, into our names and back: pure functions from state dicts to state dicts.
+
+`read` takes a file or folder in any layout of the family; `write` gives one back. One file per concern: `layouts`
+(names), `infer` (the architecture, from names and shapes), `tensors` (the edits), `diffusers_config`, `files`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from unet_denoiser.config import UNetConfig
+from unet_denoiser.convert.diffusers_config import from_diffusers, has_linear_projections, to_diffusers
+from unet_denoiser.convert.files import read_state, save_state
+from unet_denoiser.convert.infer import complete, infer, recognise, skeleton
+from unet_denoiser.convert.layouts import LAYOUTS, Skeleton
+from unet_denoiser.convert.tensors import Dialect, QKVOrder, to_ours, to_theirs
+
+ForeignFormat = Literal["diffusers", "ldm", "adm", "ddpm"]
+ShapesOf = Callable[[UNetConfig], Mapping[str, Sequence[int]]]
+
+
+def read(
+    path: Path, shapes_of: ShapesOf, *, ema: bool = False, qkv_order: QKVOrder | None = None, **options: Any
+) -> tuple[UNetConfig, dict[str, Tensor]]:
+    """The architecture and parameters of a foreign checkpoint.
+
+    Args:
+        path: a diffusers folder, or a .safetensors, .ckpt, .pt, .pth or .bin file.
+        shapes_of: the names and shapes of our parameters for an architecture.
+        ema: take the averaged weights of a file that has both.
+        qkv_order: how ADM files pack their attention, if the network is none of the known ones.
+        options: fields of `UNetConfig` that names and shapes do not tell: `num_heads` or `head_dim`, `image_size`, ...
+
+    Raises:
+        FileNotFoundError, ValueError: what is wrong, by name.
+    """
+    state, foreign = read_state(path, ema)
+    layout = recognise(state)
+    bones = skeleton(layout, state)
+    seen = infer(layout, {name: tuple(t.shape) for name, t in state.items()}, bones)
+    known, cosines_first = None, layout == "compvis"
+    if foreign is not None:
+        told, cosines_first = from_diffusers(foreign)
+        size = foreign.get("sample_size")
+        if isinstance(size, int) and "image_size" not in options:
+            seen |= _placed(size, bones)
+        config = _by_head_width(UNetConfig(**seen | told | options))
+    else:
+        if layout == "diffusers":
+            seen["time_frequencies"], cosines_first = "half", True
+        config, known = complete(seen, options)
+    packed = any(".qkv." in name for name in state)
+    many_heads = any(config.heads(level) > 1 for level in range(bones.levels))
+    if packed and many_heads and qkv_order is None and known is None:
+        raise ValueError("the file does not tell how it packs query, key and value; give qkv_order='legacy' or 'new'")
+    order = qkv_order or ("new" if known == "adm-64-cond" else "legacy")
+    dialect = Dialect(LAYOUTS[layout], bones, config.heads, order, cosines_first)
+    return config, to_ours(state, shapes_of(config), dialect)
+
+
+def write(
+    state: Mapping[str, Tensor], config: UNetConfig, layout: str, *, qkv_order: QKVOrder = "legacy"
+) -> dict[str, Tensor]:
+    """Our parameters under the names of a layout: "compvis" (ADM, LDM, Stable Diffusion), "diffusers" or "ddpm".
+
+    Raises:
+        ValueError: a network that the layout cannot hold, by the parameter it has no place for.
+    """
+    levels = len(config.widths)
+    attended = tuple(map(config.has_attention, range(levels)))
+    bones = Skeleton(config.num_res_blocks, levels, attended, config.attention == "transformer")
+    # DDPM's spacing comes with DDPM's order in every layout
+    cosines_first = config.time_frequencies == "half"
+    linear = has_linear_projections(config)
+    return to_theirs(state, Dialect(LAYOUTS[layout], bones, config.heads, qkv_order, cosines_first, linear))
+
+
+def save(
+    state: Mapping[str, Tensor], config: UNetConfig, path: Path, to: ForeignFormat, *, qkv_order: QKVOrder = "legacy"
+) -> None:
+    """Write our parameters as other tools read them.
+
+    Args:
+        to: "diffusers" (a folder), or a .safetensors file: "adm" (ADM, improved-diffusion), "ldm" (the same names below
+            model.diffusion_model: LDM, Stable Diffusion) or "ddpm" (the PyTorch port of DDPM).
+
+    Raises:
+        ValueError: a network that the format cannot hold, by name.
+    """
+    if to == "diffusers":
+        foreign = to_diffusers(config)
+        save_state(write(state, config, "diffusers"), path, foreign)
+        return
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: the format {to!r} is one file; give a name that ends in .safetensors")
+    theirs = write(state, config, "ddpm" if to == "ddpm" else "compvis", qkv_order=qkv_order)
+    save_state({f"model.diffusion_model.{n}" if to == "ldm" else n: t for n, t in theirs.items()}, path)
+
+
+def _by_head_width(config: UNetConfig) -> UNetConfig:
+    """Heads that differ by level but have one width are given by it, as in our presets."""
+    widths = {width // config.heads(level) for level, width in enumerate(config.widths)}
+    one_width = isinstance(config.num_heads, tuple) and len(widths) == 1
+    return replace(config, num_heads=None, head_dim=widths.pop()) if one_width else config
+
+
+def _placed(size: int, bones: Skeleton) -> dict[str, Any]:
+    resolutions = [-(-size // 2**level) for level in range(bones.levels)]
+    attended = tuple(r for r, has in zip(resolutions, bones.attended, strict=True) if has)
+    # two levels of one resolution cannot differ in attention; then the size says less than the layout
+    agrees = tuple(r in attended for r in resolutions) == bones.attended
+    return {"image_size": size, "attention_resolutions": attended} if agrees else {}

@@ -1,0 +1,175 @@
+"""`config.json` of diffusers' UNet2DModel and UNet2DConditionModel, to and from ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from unet_denoiser.config import UNetConfig
+
+# What this class cannot be: field, and the values that mean nothing special
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "center_input_sample": (None, False),
+    "act_fn": (None, "silu", "swish"),
+    "mid_block_scale_factor": (None, 1, 1.0),
+    "time_embedding_type": (None, "positional"),
+    "time_embedding_dim": (None,),
+    "time_embedding_act_fn": (None,),
+    "timestep_post_act": (None,),
+    "class_embed_type": (None,),
+    "class_embeddings_concat": (None, False),
+    "addition_embed_type": (None, "text_time"),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "dual_cross_attention": (None, False),
+    "cross_attention_norm": (None,),
+    "attention_type": (None, "default"),
+    "conv_in_kernel": (None, 3),
+    "conv_out_kernel": (None, 3),
+    "resnet_skip_time_act": (None, False),
+    "resnet_out_scale_factor": (None, 1, 1.0),
+    "reverse_transformer_layers_per_block": (None,),
+    "mid_block_only_cross_attention": (None, False),
+    "mid_block_type": ("UNetMidBlock2D", "UNetMidBlock2DCrossAttn"),
+    "add_attention": (None, True),
+}
+_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "CrossAttnDownBlock2D", "ResnetDownsampleBlock2D")
+
+
+def from_diffusers(config: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """What a diffusers configuration tells beyond names and shapes.
+
+    Returns:
+        Options of `UNetConfig`, and whether the sinusoids are cosines first.
+
+    Raises:
+        ValueError: a field that this network has no counterpart for, by name.
+    """
+    name = config.get("_class_name", "UNet2DModel")
+    conditional = name == "UNet2DConditionModel"
+    if name not in ("UNet2DModel", "UNet2DConditionModel"):
+        raise ValueError(f"_class_name={name!r} is not UNet2DModel or UNet2DConditionModel")
+    for field, plain in _PLAIN.items():
+        default = (
+            ("UNetMidBlock2DCrossAttn" if conditional else "UNetMidBlock2D") if field == "mid_block_type" else None
+        )
+        if config.get(field, default) not in plain:
+            raise ValueError(f"{field}={config[field]!r} has no counterpart here")
+    for block in config.get("down_block_types", ()):
+        if block not in _BLOCKS:
+            raise ValueError(
+                f"down_block_types has {block!r}, which has no counterpart here; {', '.join(_BLOCKS)} have"
+            )
+    shift = config.get("freq_shift", 0)
+    if shift not in (0, 1):
+        raise ValueError(f"freq_shift={shift!r} has no counterpart here; 0 and 1 have")
+    options: dict[str, Any] = {
+        "time_frequencies": "endpoint" if shift else "half",
+        "norm_eps": config.get("norm_eps", 1e-5),
+        "norm_groups": config.get("norm_num_groups", 32),
+        "dropout": config.get("dropout", 0.0),
+        **_heads(config, conditional),
+    }
+    if config.get("downsample_type", "conv") == "conv" and config.get("downsample_padding", 1) == 0:
+        options["downsample"] = "conv_asymmetric"
+    return options, bool(config.get("flip_sin_to_cos", True))
+
+
+def _heads(config: Mapping[str, Any], conditional: bool) -> dict[str, Any]:
+    """In UNet2DConditionModel, attention_head_dim is the number of heads; in UNet2DModel it is their width."""
+    value = config.get("attention_head_dim", 8)
+    if conditional:
+        value = config.get("num_attention_heads") or value
+        return {"num_heads": tuple(value) if isinstance(value, list | tuple) else value, "head_dim": None}
+    return {"num_heads": 1, "head_dim": None} if value is None else {"num_heads": None, "head_dim": value}
+
+
+def has_linear_projections(c: UNetConfig) -> bool:
+    """Whether a published network like this has linear layers, not 1x1 convolutions, around its transformers.
+
+    They came with Stable Diffusion 2, whose networks give a head width, and its upscaler. The numbers are the same.
+    """
+    return c.head_dim is not None or any(c.cross_only(level) for level in range(len(c.widths)))
+
+
+def to_diffusers(c: UNetConfig) -> dict[str, Any]:
+    """The diffusers configuration of the same network.
+
+    Raises:
+        ValueError: an option that diffusers' classes have no counterpart for, by name.
+    """
+    levels = range(len(c.widths))
+    conditional = c.attention == "transformer"
+    refused = {
+        "dims": c.dims != 2,
+        "learned_null": c.learned_null and bool(c.num_classes or c.vector_dim or c.context_dim),
+        "context_dim": c.context_dim is None if conditional else c.context_dim is not None,
+        "upsample": c.upsample == "conv_transpose" and len(c.widths) > 1,
+        "downsample": c.downsample == "avgpool" or (c.downsample == "resblock") != (c.upsample == "resblock"),
+        "stem_channels": c.stem_width != c.widths[0] or c.model_channels != c.widths[0],
+        "vector_dim": c.vector_dim is not None,
+        "time_cond_dim": c.time_cond_dim is not None and not conditional,
+        "norm_groups": any(width % c.norm_groups for width in c.widths),
+    }
+    if conditional:
+        refused["vector_dim"] = c.vector_dim is not None and c.vector_dim < 1536
+        refused["downsample"] = c.downsample not in ("conv", "conv_asymmetric")
+    for field, is_so in refused.items():
+        if is_so:
+            raise ValueError(f"{field}={getattr(c, field)!r} has no counterpart in diffusers' networks")
+    common = {
+        "sample_size": c.image_size if isinstance(c.image_size, int) else list(c.image_size),
+        "in_channels": c.in_channels,
+        "out_channels": c.out_channels,
+        "block_out_channels": list(c.widths),
+        "layers_per_block": c.num_res_blocks,
+        "norm_num_groups": c.norm_groups,
+        "norm_eps": c.norm_eps,
+        "dropout": c.dropout,
+        "freq_shift": 1 if c.time_frequencies == "endpoint" else 0,
+        "flip_sin_to_cos": c.time_frequencies == "half",
+        "resnet_time_scale_shift": "scale_shift" if c.modulation == "scale_shift" else "default",
+        "downsample_padding": 0 if c.downsample == "conv_asymmetric" else 1,
+        "num_class_embeds": c.num_classes,
+    }
+    attended = [c.has_attention(level) for level in levels]
+    if conditional:
+        return common | _conditional(c, attended)
+    sizes = {width // c.heads(level) for level, width in enumerate(c.widths) if attended[level]}
+    sizes.add(c.widths[-1] // c.heads(len(c.widths) - 1))
+    one_head = all(c.heads(level) == 1 for level in levels)
+    if len(sizes) > 1 and not one_head:
+        raise ValueError(
+            f"num_heads={c.num_heads} gives heads of {sorted(sizes)} channels; UNet2DModel has one width only"
+        )
+    kind = "resnet" if c.downsample == "resblock" else "conv"
+    plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if kind == "resnet" else ("DownBlock2D", "UpBlock2D")
+    return common | {
+        "_class_name": "UNet2DModel",
+        "down_block_types": ["AttnDownBlock2D" if a else plain[0] for a in attended],
+        "up_block_types": ["AttnUpBlock2D" if a else plain[1] for a in reversed(attended)],
+        "downsample_type": kind,
+        "upsample_type": kind,
+        "attention_head_dim": None if one_head else sizes.pop(),
+        "attn_norm_num_groups": c.norm_groups,
+    }
+
+
+def _conditional(c: UNetConfig, attended: list[bool]) -> dict[str, Any]:
+    levels = range(len(c.widths))
+    only = [c.cross_only(level) for level in levels]
+    config: dict[str, Any] = {
+        "_class_name": "UNet2DConditionModel",
+        "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attended],
+        "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attended)],
+        "cross_attention_dim": c.context_dim,
+        "attention_head_dim": [c.heads(level) for level in levels],
+        "transformer_layers_per_block": [max(1, c.depth(level)) for level in levels],
+        "use_linear_projection": has_linear_projections(c),
+        "only_cross_attention": only if any(only) else False,
+        "time_cond_proj_dim": c.time_cond_dim,
+    }
+    if c.vector_dim is not None:
+        added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
+        config |= added | {"projection_class_embeddings_input_dim": c.vector_dim}
+    return config

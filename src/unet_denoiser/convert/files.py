@@ -1,0 +1,103 @@
+"""Opening foreign checkpoints: safetensors and pickles without code, in folders or single files."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unet_denoiser.files import read_json, write_atomically
+from unet_denoiser.pretrained import read_safetensors
+
+_WEIGHTS = "diffusion_pytorch_model"
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_PREFIX = "model.diffusion_model."
+
+
+def read_state(path: Path, ema: bool = False) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """The U-Net's tensors of a checkpoint, and diffusers' configuration where there is one."""
+    if path.is_dir():
+        config = read_json(path / "config.json")
+        state = _read_folder(path)
+        return {_modern(name): tensor for name, tensor in state.items()}, config
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    state = read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    return _only_unet(state, ema), None
+
+
+def save_state(state: Mapping[str, Tensor], path: Path, config: Mapping[str, Any] | None = None) -> None:
+    """Write a single .safetensors file or, with diffusers' configuration, a folder; whole or not at all."""
+    from safetensors.torch import save_file
+
+    if config is not None:
+        path.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(config, indent=2) + "\n"
+        write_atomically(path / "config.json", lambda p: p.write_text(text))
+        path = path / f"{_WEIGHTS}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = {name: tensor.contiguous() for name, tensor in state.items()}
+    write_atomically(path, lambda p: save_file(whole, p, metadata={"format": "pt"}))
+
+
+def _read_folder(folder: Path) -> dict[str, Tensor]:
+    """Whole or sharded, and variants such as fp16 where nothing else is there."""
+    indices = sorted(folder.glob(f"{_WEIGHTS}*.safetensors.index*.json"))
+    if indices:
+        shards = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
+        return {name: tensor for shard in shards for name, tensor in read_safetensors(folder / shard).items()}
+    for pattern in (f"{_WEIGHTS}.safetensors", f"{_WEIGHTS}.*.safetensors", f"{_WEIGHTS}.bin", f"{_WEIGHTS}.*.bin"):
+        if found := sorted(folder.glob(pattern)):
+            return read_safetensors(found[0]) if found[0].suffix == ".safetensors" else _read_pickle(found[0])
+    raise FileNotFoundError(f"{folder} has no {_WEIGHTS}.safetensors")
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds more than tensors, and opening it would run its code: {_first(error)}"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} is not a readable checkpoint: {_first(error)}") from None
+    if isinstance(content, list | tuple) and content:  # the DDPM port saves [model, optimizer, ...]
+        content = content[0]
+    for key in ("state_dict", "model", "ema"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a state dict")
+    return {str(name): tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
+
+
+def _only_unet(state: dict[str, Tensor], ema: bool) -> dict[str, Tensor]:
+    """The U-Net of a file that may hold more: text encoder, autoencoder, averaged weights."""
+    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    whole = {name[len(_PREFIX) :]: tensor for name, tensor in state.items() if name.startswith(_PREFIX)}
+    if not whole:
+        if ema:
+            raise ValueError("ema=True: the file has no averaged weights beside the others")
+        return state
+    if not ema:
+        return whole
+    averages = {name: "model_ema." + f"diffusion_model.{name}".replace(".", "") for name in whole}
+    if missing := [name for name in averages.values() if name not in state]:
+        raise ValueError(f"ema=True: the file lacks {missing[0]}")
+    return {name: state[average] for name, average in averages.items()}
+
+
+def _modern(name: str) -> str:
+    """Diffusers' attention had other names once; it renames them on loading too."""
+    stem, _, end = name.rpartition(".")
+    parent, _, leaf = stem.rpartition(".")
+    return f"{parent}.{_OLD_ATTENTION[leaf]}.{end}" if leaf in _OLD_ATTENTION and ".attentions." in name else name
+
+
+def _first(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,109 @@
+"""Moving tensors between layouts, strictly: every tensor is used, every parameter is found, or an error names it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from unet_denoiser.convert.layouts import Layout, Skeleton, Source
+
+QKVOrder = Literal["legacy", "new"]
+
+# parameters that read or add to the sinusoids, and along which axis
+_SINUSOIDS = {"time_mlp.1.weight": 1, "time_cond.weight": 0}
+
+
+class Dialect(NamedTuple):
+    """What differs between files of one layout.
+
+    heads: number of heads of a level. qkv_order: rows of a packed projection are (head, qkv, channel) in "legacy" files
+    and (qkv, head, channel) in "new" ones. cosines_first: the sinusoids are cosines, then sines; ours the other way.
+    linear: 1x1 convolutions around a transformer are linear layers.
+    """
+
+    layout: Layout
+    skeleton: Skeleton
+    heads: Callable[[int], int]
+    qkv_order: QKVOrder = "legacy"
+    cosines_first: bool = True
+    linear: bool = False
+
+    def source(self, name: str) -> Source:
+        found = self.layout(name, self.skeleton)
+        return found._replace(ones=0) if self.linear and ".proj_" in name else found
+
+
+def to_ours(state: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], dialect: Dialect) -> dict[str, Tensor]:
+    """Our parameters, of these shapes, from a foreign state dict.
+
+    Raises:
+        ValueError: tensors that are missing, left over or of another shape, the first few by name.
+    """
+    ours, used, problems = {}, set(), []
+    for name, shape in shapes.items():
+        source = dialect.source(name)
+        used.add(source.name)
+        if source.name not in state:
+            problems.append(f"lacks {source.name}")
+            continue
+        tensor = state[source.name]
+        if source.part is not None:
+            if tensor.shape[0] != 3 * shape[0]:
+                problems.append(f"has {source.name} {tuple(tensor.shape)}, not {(3 * shape[0], *shape[1:])}")
+                continue
+            tensor = _unpack(tensor, dialect.heads(source.level), dialect.qkv_order)[source.part]
+        while tensor.ndim > len(shape) and tensor.shape[-1] == 1:
+            tensor = tensor.squeeze(-1)
+        if tuple(tensor.shape) != tuple(shape):
+            problems.append(f"has {source.name} {tuple(tensor.shape)}, not {tuple(shape)}")
+        elif dialect.cosines_first and name in _SINUSOIDS:
+            tensor = _swap_halves(tensor, _SINUSOIDS[name])
+        ours[name] = tensor
+    problems += [f"has {name}, which the network lacks" for name in state if name not in used]
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(f"the checkpoint does not fit: it {'; it '.join(problems[:3])}{more}")
+    return ours
+
+
+def to_theirs(ours: Mapping[str, Tensor], dialect: Dialect) -> dict[str, Tensor]:
+    """The foreign state dict of our parameters: the inverse of `to_ours`, bit for bit."""
+    theirs: dict[str, Tensor] = {}
+    packed: dict[str, list[Tensor]] = {}
+    for name, tensor in ours.items():
+        source = dialect.source(name)
+        if dialect.cosines_first and name in _SINUSOIDS:
+            tensor = _swap_halves(tensor, _SINUSOIDS[name])
+        tensor = tensor.reshape(*tensor.shape, *[1] * source.ones)
+        if source.part is None:
+            theirs[source.name] = tensor
+            continue
+        parts = packed.setdefault(source.name, [tensor, tensor, tensor])
+        parts[source.part] = tensor
+        if source.part == 2:  # query, key and value follow each other
+            theirs[source.name] = _pack(packed.pop(source.name), dialect.heads(source.level), dialect.qkv_order)
+    return theirs
+
+
+def _swap_halves(weight: Tensor, axis: int) -> Tensor:
+    """Exchange the halves of sines and cosines; an odd width has one of padding that stays."""
+    half = weight.shape[axis] // 2
+    first, second, padding = weight.split([half, half, weight.shape[axis] - 2 * half], axis)
+    return torch.cat([second, first, padding], axis)
+
+
+def _unpack(packed: Tensor, heads: int, order: QKVOrder) -> tuple[Tensor, ...]:
+    rest = packed.shape[1:]
+    if order == "new":
+        return packed.chunk(3)
+    return tuple(part.reshape(-1, *rest) for part in packed.reshape(heads, 3, -1, *rest).unbind(1))
+
+
+def _pack(parts: Sequence[Tensor], heads: int, order: QKVOrder) -> Tensor:
+    rest = parts[0].shape[1:]
+    if order == "new":
+        return torch.cat(list(parts))
+    return torch.stack([part.reshape(heads, -1, *rest) for part in parts], dim=1).reshape(-1, *rest)

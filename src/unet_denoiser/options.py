@@ -1,0 +1,45 @@
+"""The options of the command line, made from the configurations' fields and docstrings."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypedDict, get_type_hints
+
+import tyro
+from docstring_parser import parse
+
+from unet_denoiser.config import UNetConfig
+from unet_denoiser.recipe import DiffusionConfig, TrainingConfig
+
+
+def options_of(config: type) -> Any:
+    """The fields of a configuration class as options that are there only when given, with its docstring's words."""
+    words = {p.arg_name: " ".join((p.description or "").split()) for p in parse(config.__doc__ or "").params}
+    parameters, hints = inspect.signature(config).parameters, get_type_hints(config)
+    options = {
+        name: Annotated[
+            hints[name], tyro.conf.arg(help=words[name], help_behavior_hint=f"(default: {show(p.default)})")
+        ]
+        for name, p in parameters.items()
+    }
+    return TypedDict(f"{config.__name__}Options", options, total=False)  # type: ignore[operator]
+
+
+def show(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+if TYPE_CHECKING:
+    TrainingOptions: TypeAlias = dict[str, Any]
+    ProcessOptions: TypeAlias = dict[str, Any]
+    ModelOptions: TypeAlias = dict[str, Any]
+else:
+    TrainingOptions = Annotated[options_of(TrainingConfig), tyro.conf.OmitArgPrefixes]
+    ProcessOptions = options_of(DiffusionConfig)
+    ModelOptions = options_of(UNetConfig)
+OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
+OptionalSize = Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="INT [INT]", help_behavior_hint="")]
+OptionalNumber = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
+OptionalOrder = Annotated[Literal["legacy", "new"] | None, tyro.conf.arg(help_behavior_hint="")]
+OptionalName = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]

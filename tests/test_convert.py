@@ -1,0 +1,189 @@
+"""Foreign checkpoints that are damaged, mislabelled, malicious or of another family: one clear refusal each."""
+
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from helpers import SMALL, randomise
+from unet_denoiser import UNet, UNetConfig
+from unet_denoiser.cli import main
+from unet_denoiser.convert import save, write
+from unet_denoiser.convert.diffusers_config import from_diffusers, to_diffusers
+
+FAMILY = SMALL | {"upsample": "nearest", "learned_null": False, "num_heads": 1, "time_frequencies": "half"}
+
+
+@pytest.fixture
+def model():
+    return randomise(UNet(**FAMILY)).eval()
+
+
+@pytest.fixture
+def adm(model):
+    """The state dict in ADM's names."""
+    return write(model.state_dict(), model.config, "compvis")
+
+
+def load(state, tmp_path, **options):
+    torch.save(state, tmp_path / "m.pt")
+    return UNet.from_pretrained(tmp_path / "m.pt", **{"num_heads": 1} | options)
+
+
+@pytest.mark.parametrize("wrapped", ["plain", "state_dict", "module", "model.diffusion_model", "list"])
+def test_wrappings(model, adm, tmp_path, wrapped):
+    state = {
+        "plain": adm,
+        "state_dict": {"state_dict": adm, "epoch": 3},
+        "module": {f"module.{name}": p for name, p in adm.items()},
+        "model.diffusion_model": {f"model.diffusion_model.{name}": p for name, p in adm.items()}
+        | {"first_stage_model.x": torch.zeros(1), "betas": torch.zeros(10)},
+        "list": [adm, {"step": 1}],
+    }[wrapped]
+    again = load(state, tmp_path)
+    assert all(torch.equal(p, model.state_dict()[name]) for name, p in again.state_dict().items())
+
+
+def test_averaged_weights_on_request(model, adm, tmp_path):
+    state = {f"model.diffusion_model.{name}": p for name, p in adm.items()}
+    state |= {"model_ema." + f"diffusion_model.{name}".replace(".", ""): p + 1 for name, p in adm.items()}
+    assert torch.equal(load(state, tmp_path).input_conv.bias, model.input_conv.bias)
+    assert torch.equal(load(state, tmp_path, ema=True).input_conv.bias, model.input_conv.bias + 1)
+    with pytest.raises(ValueError, match="no averaged weights"):
+        load(adm, tmp_path, ema=True)
+
+
+def change(name, value=None):
+    """A state dict with one tensor removed, or replaced."""
+
+    def edit(state):
+        rest = {k: v for k, v in state.items() if k != name}
+        return rest if value is None else rest | {name: value}
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (change("middle_block.1.norm.weight"), r"it lacks middle_block\.1\.norm\.weight"),
+        (change("extra", torch.zeros(2)), "it has extra, which the network lacks"),
+        (change("out.2.bias", torch.zeros(5)), r"it has out\.2\.bias \(5,\), not \(3,\)"),
+        (change("middle_block.1.qkv.weight", torch.zeros(7, 16, 1)), r"qkv\.weight \(7, 16, 1\), not \(48, 16\)"),
+        (change("input_blocks.0.0.weight"), "not a U-Net of this family"),
+        (change("time_embed.0.weight"), r"the checkpoint lacks time_embed\.0\.weight"),
+        (lambda state: {}, "no tensors at all"),
+        (lambda state: {"conv1.weight": torch.zeros(3)}, r"not a U-Net of this family: it has conv1\.weight"),
+        (lambda state: {k: v for k, v in state.items() if "output_blocks" not in k}, "not a whole U-Net"),
+    ],
+)
+def test_refuses_state_dicts(adm, tmp_path, edit, message):
+    with pytest.raises(ValueError, match=message):
+        load(edit(adm), tmp_path)
+
+
+def test_asks_for_what_the_file_does_not_tell(adm, tmp_path):
+    torch.save(adm, tmp_path / "m.pt")
+    with pytest.raises(ValueError, match=r"number of attention heads.*give num_heads"):
+        UNet.from_pretrained(tmp_path / "m.pt")
+    with pytest.raises(ValueError, match="qkv_order='legacy' or 'new'"):
+        UNet.from_pretrained(tmp_path / "m.pt", num_heads=2)
+    legacy = UNet.from_pretrained(tmp_path / "m.pt", num_heads=2, qkv_order="legacy")
+    new = UNet.from_pretrained(tmp_path / "m.pt", num_heads=2, qkv_order="new")
+    assert not torch.equal(legacy.bottleneck[1].attn.to_q.weight, new.bottleneck[1].attn.to_q.weight)
+    assert legacy.bottleneck[1].attn.num_heads == 2
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_refuses_files(adm, tmp_path):
+    with (tmp_path / "evil.pt").open("wb") as file:
+        pickle.dump({"model": Malicious(tmp_path / "owned")}, file)
+    torch.save({"model": Malicious(tmp_path / "owned")}, tmp_path / "evil2.pt")
+    for name in ("evil.pt", "evil2.pt"):
+        with pytest.raises(ValueError, match=f"{name} holds more than tensors"):
+            UNet.from_pretrained(tmp_path / name)
+    assert not (tmp_path / "owned").exists()
+    torch.save(adm, tmp_path / "cut.pt")
+    content = (tmp_path / "cut.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(content[: len(content) // 2])
+    save_file({name: p.contiguous() for name, p in adm.items()}, tmp_path / "cut.safetensors")
+    content = (tmp_path / "cut.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(content[: len(content) // 2])
+    (tmp_path / "text.ckpt").write_text("version https://git-lfs")
+    for name in ("cut.pt", "cut.safetensors", "text.ckpt"):
+        with pytest.raises(ValueError, match=f"{name} (is not a readable|holds more)"):
+            UNet.from_pretrained(tmp_path / name)
+    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
+    with pytest.raises(ValueError, match="not a state dict"):
+        UNet.from_pretrained(tmp_path / "tensor.pt")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"_class_name": "UNet3DConditionModel"}, "_class_name='UNet3DConditionModel' is not"),
+        ({"time_embedding_type": "fourier"}, "time_embedding_type='fourier' has no counterpart"),
+        ({"class_embed_type": "timestep"}, "class_embed_type='timestep'"),
+        ({"down_block_types": ["SkipDownBlock2D"]}, "down_block_types has 'SkipDownBlock2D'"),
+        ({"freq_shift": 2}, "freq_shift=2"),
+        ({"mid_block_scale_factor": 1.41}, r"mid_block_scale_factor=1\.41"),
+        ({"_class_name": "UNet2DConditionModel", "mid_block_type": None}, "mid_block_type=None"),
+    ],
+)
+def test_refuses_diffusers_networks_it_cannot_be(config, message):
+    with pytest.raises(ValueError, match=message):
+        from_diffusers(config)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dims": 1}, "dims=1"),
+        ({"upsample": "conv_transpose"}, "upsample='conv_transpose'"),
+        ({"downsample": "avgpool"}, "downsample='avgpool'"),
+        ({"context_dim": 6}, "context_dim=6"),
+        ({"num_classes": 3, "learned_null": True}, "learned_null=True"),
+        ({"num_heads": 2, "attention_resolutions": (8, 4)}, "num_heads=2 gives heads of"),
+        ({"stem_channels": 4}, "stem_channels=4"),
+    ],
+)
+def test_refuses_what_diffusers_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        to_diffusers(UNetConfig(**FAMILY | options))
+
+
+def test_refuses_parameters_without_a_place(tmp_path):
+    model = UNet(**FAMILY | {"context_dim": 6})
+    with pytest.raises(ValueError, match="no place for"):
+        save(model.state_dict(), model.config, tmp_path / "m.safetensors", "ddpm")
+    with pytest.raises(ValueError, match=r"give a name that ends in \.safetensors"):
+        save(model.state_dict(), model.config, tmp_path / "m", "adm")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_command(model, tmp_path, capsys, monkeypatch):
+    """There and back through every format that holds this network; the last copy equals the first."""
+    monkeypatch.chdir(tmp_path)
+    model.save_pretrained("ours")
+    main(["convert", "ours", "theirs", "--to", "diffusers"])
+    assert json.loads((tmp_path / "theirs" / "config.json").read_text())["_class_name"] == "UNet2DModel"
+    main(["convert", "theirs", "a.safetensors", "--to", "ldm"])
+    main(["convert", "a.safetensors", "b.safetensors", "--to", "adm", "--num-heads", "1"])
+    main(["convert", "b.safetensors", "again", "--num-heads", "1"])
+    again = UNet.from_pretrained("again")
+    assert all(torch.equal(p, model.state_dict()[name]) for name, p in again.state_dict().items())
+    assert capsys.readouterr().out.splitlines()[-1].startswith("again: ")
+    with pytest.raises(SystemExit) as exit_info:
+        main(["convert", "ours", "theirs"])
+    assert exit_info.value.code == 2
+    assert "theirs exists; give a new name" in capsys.readouterr().err

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from unet_denoiser.adapter import DiffusersUNet as DiffusersUNet
     from unet_denoiser.attention import CrossAttention as CrossAttention
     from unet_denoiser.attention import SelfAttention as SelfAttention
     from unet_denoiser.config import UNetConfig as UNetConfig
@@ -56,6 +57,7 @@ _WHERE = {
     "list_presets": "presets",
     "preset": "presets",
     "summarize": "summary",
+    "DiffusersUNet": "adapter",
 }
 __all__ = ["__version__", *_WHERE]
 

@@ -141,20 +141,9 @@ def sample(
     Raises:
         ValueError: conditions that do not match the seeds, or options that cannot work; before any sampling.
     """
-    config = model.config
-    sizes = config.image_size if image_size is None else image_size
-    sizes = (sizes,) * config.dims if isinstance(sizes, int) else tuple(sizes)
-    if len(sizes) != config.dims or min(sizes) < 1:
-        raise ValueError(f"image_size={image_size} must be a positive int, or {config.dims} of them")
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
     given = {name: value for name, value in conditions.items() if value is not None}
-    for name, value in given.items():
-        if len(value) != len(seeds):
-            raise ValueError(f"{name} has {len(value)} rows for {len(seeds)} seeds; give one row per seed")
+    sizes = _check_request(model, seeds, image_size, batch_size, given)
     make_sampler(sampler, process, num_inference_steps)
-    if not len(seeds):
-        raise ValueError("seeds is empty; give one per sample")
     device, samples = model.input_conv.weight.device, []
 
     def network(x: Tensor, t: Tensor, **inputs: Any) -> Tensor:
@@ -164,7 +153,7 @@ def sample(
         for start in range(0, len(seeds), batch_size):
             rows = slice(start, start + batch_size)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[rows]]
-            noise = torch.stack([torch.randn(config.in_channels, *sizes, generator=g) for g in generators])
+            noise = torch.stack([torch.randn(model.config.in_channels, *sizes, generator=g) for g in generators])
             inputs = {
                 name: value[rows].to(device, model.dtype if value.is_floating_point() else None)
                 for name, value in given.items()
@@ -183,6 +172,29 @@ def sample(
                     on_step(step)
             samples.append(step.x)
     return torch.cat(samples)
+
+
+def _check_request(
+    model: UNet,
+    seeds: Sequence[int],
+    image_size: int | Sequence[int] | None,
+    batch_size: int,
+    conditions: dict[str, Tensor],
+) -> tuple[int, ...]:
+    """The size of the samples, one int per axis, after everything that was asked for has been checked."""
+    config = model.config
+    sizes = config.image_size if image_size is None else image_size
+    sizes = (sizes,) * config.dims if isinstance(sizes, int) else tuple(sizes)
+    if len(sizes) != config.dims or min(sizes) < 1:
+        raise ValueError(f"image_size={image_size} must be a positive int, or {config.dims} of them")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    if not len(seeds):
+        raise ValueError("seeds is empty; give one per sample")
+    for name, value in conditions.items():
+        if len(value) != len(seeds):
+            raise ValueError(f"{name} has {len(value)} rows for {len(seeds)} seeds; give one row per seed")
+    return sizes
 
 
 @contextmanager

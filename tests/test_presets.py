@@ -1,5 +1,8 @@
 """Presets, and the architecture chosen for a data set."""
 
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -100,3 +103,12 @@ def test_starts_from_a_preset():
     assert (config.widths, config.downsample) == ((128, 256, 256, 256), "conv_asymmetric")
     assert (config.num_classes, config.dropout) == (5, 0.0)
     assert architecture_for(3, (64, 64), None, {}, "specification").context_dim is None
+
+
+def test_the_family_page_is_in_step():
+    """docs/family.md is what docs/family.py writes, and names every published network once."""
+    docs = Path(__file__).parents[1] / "docs"
+    page = runpy.run_path(str(docs / "family.py"))["page"]()
+    assert (docs / "family.md").read_text() == page
+    assert all(page.count(f"| {name} |") == 1 for name in PARAMETERS)
+    assert all(f"{count:,}" in page for count in PARAMETERS.values())

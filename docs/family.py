@@ -1,0 +1,56 @@
+"""Writes docs/family.md from the presets: which options make each published network."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from unet_denoiser import UNet, UNetConfig, list_presets, preset
+
+FAMILIES = {
+    "DDPM (Ho et al. 2020)": "ddpm",
+    "Improved DDPM (Nichol and Dhariwal 2021)": "iddpm",
+    "ADM (Dhariwal and Nichol 2021)": "adm",
+    "Latent diffusion (Rombach et al. 2022)": "ldm",
+    "Stable Diffusion 1 and 2": ("sd-1", "instruct", "lcm", "sd-2", "sd-x4"),
+    "SDXL (Podell et al. 2023)": "sdxl",
+}
+HEAD = """# The family
+
+Which options of [`UNetConfig`](../src/unet_denoiser/config.py) make each published network: `UNet.from_preset(NAME)`
+builds it, `unet-denoiser info NAME` shows its levels. Options at their defaults, the specification's, are left out.
+This page is written by `python docs/family.py`; a test keeps it in step with the presets.
+"""
+
+
+def options(name: str) -> dict[str, object]:
+    """The fields of a preset that are not at their defaults."""
+    default = asdict(UNetConfig())
+    return {field: value for field, value in asdict(preset(name)).items() if value != default[field]}
+
+
+def table(names: list[str]) -> str:
+    """What all networks of a family share, and a row for what sets each apart."""
+    own = {name: options(name) for name in names}
+    first = own[names[0]]
+    shared = {f: v for f, v in first.items() if all(f in o and o[f] == v for o in own.values())}
+    lines = ["Shared: " + ", ".join(f"`{f}={v!r}`" for f, v in shared.items()) + ".", ""]
+    lines += ["| name | parameters | besides |", "|---|---|---|"]
+    for name in names:
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in UNet.from_preset(name).parameters())
+        rest = ", ".join(f"`{f}={v!r}`" for f, v in own[name].items() if f not in shared)
+        lines.append(f"| {name} | {parameters:,} | {rest} |")
+    return "\n".join(lines)
+
+
+def page() -> str:
+    """The whole document."""
+    parts = [HEAD]
+    for title, prefix in FAMILIES.items():
+        parts.append(f"## {title}\n\n{table([name for name in list_presets() if name.startswith(prefix)])}\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    Path(__file__).with_suffix(".md").write_text(page())

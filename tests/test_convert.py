@@ -4,12 +4,14 @@ import json
 import os
 import pickle
 
+import diffusers
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from helpers import SMALL, randomise
-from unet_denoiser import UNet, UNetConfig
+from unet_denoiser import Run, UNet, UNetConfig, sample
 from unet_denoiser.cli import main
 from unet_denoiser.convert import save, write
 from unet_denoiser.convert.diffusers_config import from_diffusers, to_diffusers
@@ -187,3 +189,25 @@ def test_command(model, tmp_path, capsys, monkeypatch):
         main(["convert", "ours", "theirs"])
     assert exit_info.value.code == 2
     assert "theirs exists; give a new name" in capsys.readouterr().err
+
+
+def test_a_run_becomes_a_pipeline_that_samples_the_same(tmp_path, monkeypatch):
+    """diffusers opens the folder alone; fed with the same noise, its network and schedule give our images."""
+    monkeypatch.chdir(tmp_path)
+    images = np.random.default_rng(0).integers(0, 255, (8, 8, 8), np.uint8)
+    np.savez("d.npz", images=images)
+    options = "--steps 2 --batch-size 4 --model.model-channels 8 --model.norm-groups 4 --device cpu"
+    main(["train", "d.npz", "--out", "run", *options.split()])
+    main(["convert", "run", "pipeline", "--to", "pipeline"])
+    pipeline = diffusers.DiffusionPipeline.from_pretrained("pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    assert type(pipeline) is diffusers.DDPMPipeline
+    drawn = pipeline(batch_size=1, generator=torch.Generator().manual_seed(5), num_inference_steps=4, output_type="np")
+    run = Run.load("run")
+    ours = sample(run.load_model(), run.process, seeds=[5], sampler="ddpm", num_inference_steps=4)
+    expected = (ours / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+    torch.testing.assert_close(torch.as_tensor(drawn.images), expected, rtol=0, atol=1e-4)
+    main(["train", "digits", "--out", "classes", *options.split()])
+    with pytest.raises(SystemExit):
+        main(["convert", "classes", "refused", "--to", "pipeline"])
+    assert not (tmp_path / "refused").exists()

@@ -246,7 +246,7 @@ def convert(
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")],
     target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")],
     *,
-    to: Literal["unet-denoiser", "diffusers", "ldm", "adm", "ddpm"] = "unet-denoiser",
+    to: Literal["unet-denoiser", "diffusers", "pipeline", "ldm", "adm", "ddpm"] = "unet-denoiser",
     ema: bool = False,
     num_heads: OptionalNumber = None,
     head_dim: OptionalNumber = None,
@@ -257,8 +257,8 @@ def convert(
     Args:
         source: a run, a model directory, a diffusers folder, or a .safetensors, .ckpt or .pt file; its layout and
             architecture are recognised.
-        target: what to write: a folder for "unet-denoiser" and "diffusers", else a .safetensors file.
-        to: the format to write.
+        target: what to write: a folder for "unet-denoiser", "diffusers" and "pipeline", else a .safetensors file.
+        to: the format to write; "pipeline" is a run's network and schedule together, for diffusers' DiffusionPipeline.
         ema: take the averaged weights of a file that has both.
         num_heads: attention heads, where the file does not tell and the network is none of the known ones.
         head_dim: channels per head instead.
@@ -273,6 +273,12 @@ def convert(
         options = {"ema": ema or None, "num_heads": num_heads, "head_dim": head_dim, "qkv_order": qkv_order}
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         is_run = (source / "model" / "config.json").is_file()
+        if to == "pipeline":
+            from unet_denoiser.run import Run
+
+            Run.load(source).save_pipeline(target)
+            print(target)
+            return
         model = UNet.from_pretrained(source / "model" if is_run else source, **given)
         if to == "unet-denoiser":
             model.save_pretrained(target)

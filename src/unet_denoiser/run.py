@@ -15,12 +15,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from unet_denoiser.config import UNetConfig
+from unet_denoiser.convert import save
 from unet_denoiser.data import ImageData, load_data
 from unet_denoiser.diffusion import Diffusion
 from unet_denoiser.files import read_json, write_atomically
@@ -171,6 +173,21 @@ class Run:
         if not (self.path / "model").is_dir():
             raise FileNotFoundError(f"{self.path} has no model yet: its first checkpoint was not reached")
         return UNet.from_pretrained(self.path / "model")
+
+    def save_pipeline(self, path: Path) -> None:
+        """Write a `DDPMPipeline` folder, which diffusers' `DiffusionPipeline.from_pretrained` opens.
+
+        Raises:
+            ValueError: a network that diffusers has no counterpart for (a learned null, for one).
+        """
+        import diffusers
+
+        model = self.load_model()
+        with TemporaryDirectory() as folder:
+            save(model.state_dict(), model.config, Path(folder), "diffusers")
+            unet = diffusers.UNet2DModel.from_pretrained(folder)
+        pipeline: Any = diffusers.DDPMPipeline(unet, self.process.scheduler)
+        pipeline.save_pretrained(path)
 
     @property
     def class_names(self) -> list[str] | None:

@@ -127,6 +127,15 @@ def test_folder_with_classes_of_mixed_modes(tmp_path):
     assert_close(pickle.loads(pickle.dumps(data))[0]["image"], data[0]["image"])  # for spawned workers
 
 
+def test_folders_of_any_name(tmp_path):
+    """Names that a pattern would take for its own signs."""
+    folder = tmp_path / "my [set] *1"
+    write(folder / "a b" / "1 [x].png", np.zeros((4, 4)))
+    write(folder / "?" / "2.png", np.zeros((4, 4)))
+    data = load_data(folder)
+    assert (len(data), data.class_names) == (2, ["?", "a b"])
+
+
 def test_flat_folder_has_no_classes(tmp_path):
     for i in range(3):
         write(tmp_path / "d" / f"{i}.png", np.full((6, 9), 10 * i))

@@ -186,7 +186,9 @@ def sample(
         print(picture)
         if separate:
             folder = picture.with_name(f"{picture.stem}-separate")
-            names = [""] * num_images if labels is None else [f"-{all_names[i]}" for i in labels.tolist()]
+            names = (
+                [""] * num_images if labels is None else ["-" + all_names[i].replace("/", "_") for i in labels.tolist()]
+            )
             for i, (image, name) in enumerate(zip(x, names, strict=True), start=seed):
                 pixels = to_uint8(image, loaded.process.data_range) if loaded.process.data_range else image
                 save_image(pixels, folder / f"{i:06d}{name}.png")

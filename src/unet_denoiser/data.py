@@ -6,6 +6,7 @@ channels, size and class names, from which the network's are set.
 
 from __future__ import annotations
 
+import glob
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -214,7 +215,9 @@ def _list_folder(folder: Path) -> tuple[list[str], Tensor | None, list[str] | No
     datasets.utils.disable_progress_bars()
     try:
         # the pattern keeps folders called train or test from being taken for splits
-        found = datasets.load_dataset("imagefolder", data_files={"train": str(folder / "**")}, split="train")
+        found = datasets.load_dataset(
+            "imagefolder", data_files={"train": f"{glob.escape(str(folder))}/**"}, split="train"
+        )
     except (
         datasets.exceptions.DatasetGenerationError,
         datasets.exceptions.DataFilesNotFoundError,

@@ -4,6 +4,7 @@ import json
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -105,8 +106,10 @@ def test_unlabelled_arrays_of_two_channels(tmp_path, capsys):
 
 
 def test_info(run, capsys):
-    main(["info", "ddpm-cifar10"])
+    main(["info", "ddpm-cifar10", "--diagram", "net.svg"])
     table = capsys.readouterr().out
+    assert Path("net.svg").read_text().startswith("<svg")
+    assert "give a name that ends in .svg" in error(capsys, "info", "ddpm-cifar10", "--diagram", "net.txt")
     assert "35,746,307" in table
     assert [line.split()[:4] for line in table.splitlines() if line.startswith("encoder 1")] == [
         ["encoder", "1", "16x16", "256"]

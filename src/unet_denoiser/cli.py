@@ -195,11 +195,14 @@ def sample(
             print(folder)
 
 
-def info(name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME_OR_RUN")]) -> None:
+def info(
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME_OR_RUN")], *, diagram: OptionalPath = None
+) -> None:
     """Show a network: its levels with sizes, widths, heads, parameters and FLOPs.
 
     Args:
         name: a preset's name, a run directory, or a directory with a saved model.
+        diagram: also draw the network into this .svg file.
     """
     with one_line_errors():
         from unet_denoiser.files import read_json
@@ -214,6 +217,13 @@ def info(name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME_
             config = UNetConfig.from_dict(read_json(Path(name) / "config.json"))
         else:
             raise ValueError(f"{name!r} is neither a run or model directory nor a preset: {', '.join(PRESETS)}")
+        if diagram is not None:
+            if diagram.suffix != ".svg":
+                raise ValueError(f"diagram={diagram}: give a name that ends in .svg")
+            from unet_denoiser.diagram import diagram as draw
+            from unet_denoiser.files import write_atomically
+
+            write_atomically(diagram, lambda path: path.write_text(draw(config), encoding="utf-8"))
     from unet_denoiser.summary import summarize
 
     parts = summarize(config)

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from unet_denoiser.attention import CrossAttention as CrossAttention
     from unet_denoiser.attention import SelfAttention as SelfAttention
     from unet_denoiser.config import UNetConfig as UNetConfig
+    from unet_denoiser.convert.lora import merge_lora as merge_lora
     from unet_denoiser.data import ArrayData as ArrayData
     from unet_denoiser.data import FolderData as FolderData
     from unet_denoiser.data import ImageData as ImageData
@@ -58,6 +59,7 @@ _WHERE = {
     "preset": "presets",
     "summarize": "summary",
     "DiffusersUNet": "adapter",
+    "merge_lora": "convert.lora",
 }
 __all__ = ["__version__", *_WHERE]
 

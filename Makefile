@@ -22,6 +22,7 @@ lint: .venv/installed  ## format, lint, types, layers
 	$(PYTHON) -m venv .venv
 	$(INSTALL) torch==2.13.0
 	$(INSTALL) --editable '.[dev]'
+	$(INSTALL) --no-deps sd-mecha  # only for its lists of checkpoints' keys; it would pull in much more
 	touch $@
 
 clean:

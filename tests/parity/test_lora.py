@@ -69,6 +69,23 @@ def test_merged_equals_diffusers(peer_and_ours, layout):
         assert_close(p, before[name], rtol=1e-4, atol=1e-5)
 
 
+def test_the_ldm_layouts_names_mean_the_same_weights(peer_and_ours):
+    """kohya's SDXL files name modules as the LDM layout does: the same update, by either name, is the same weight."""
+    _, ours = peer_and_ours
+    down, up = torch.randn(2, 32), torch.randn(32, 2)
+    block = "transformer_blocks_0_attn1_to_q"
+    changed = []
+    for module in ("down_blocks_0_attentions_0", "input_blocks_1_1"):
+        model = UNet(**{name: getattr(ours.config, name) for name in ours.config.to_dict()})
+        model.load_state_dict(ours.state_dict())
+        stem = f"lora_unet_{module}_{block}"
+        assert merge_lora(model, model.config, {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}) == 1
+        changed.append(model.state_dict())
+    assert all(torch.equal(p, changed[1][name]) for name, p in changed[0].items())
+    name = "encoder.0.1.transformer_blocks.0.attn1.to_q.weight"
+    assert_close(changed[0][name] - ours.state_dict()[name], up @ down, rtol=1e-4, atol=1e-5)
+
+
 def test_refuses_what_does_not_fit(peer_and_ours):
     _, ours = peer_and_ours
     a, b = torch.zeros(2, 32), torch.zeros(32, 2)

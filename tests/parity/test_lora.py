@@ -60,11 +60,11 @@ def test_merged_equals_diffusers(peer_and_ours, layout):
         tensors = {name: 2 * p if "lora_up" in name else p for name, p in renamed.items()}
     plain = outputs(peer, ours)
     assert relative_error(*plain) > 1e-2
-    assert merge_lora(ours, ours.config, {**tensors, "text_encoder.x": torch.zeros(1)}) == len(
+    assert merge_lora(ours, {**tensors, "text_encoder.x": torch.zeros(1)}) == len(
         [n for n in tensors if "lora_A" in n or "lora_down" in n]
     )
     assert relative_error(*outputs(peer, ours)) < 5e-6
-    merge_lora(ours, ours.config, tensors, scale=-1.0)
+    merge_lora(ours, tensors, scale=-1.0)
     for name, p in ours.state_dict().items():
         assert_close(p, before[name], rtol=1e-4, atol=1e-5)
 
@@ -79,7 +79,7 @@ def test_the_ldm_layouts_names_mean_the_same_weights(peer_and_ours):
         model = UNet(**{name: getattr(ours.config, name) for name in ours.config.to_dict()})
         model.load_state_dict(ours.state_dict())
         stem = f"lora_unet_{module}_{block}"
-        assert merge_lora(model, model.config, {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}) == 1
+        assert merge_lora(model, {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}) == 1
         changed.append(model.state_dict())
     assert all(torch.equal(p, changed[1][name]) for name, p in changed[0].items())
     name = "encoder.0.1.transformer_blocks.0.attn1.to_q.weight"
@@ -91,13 +91,13 @@ def test_refuses_what_does_not_fit(peer_and_ours):
     a, b = torch.zeros(2, 32), torch.zeros(32, 2)
     key = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1"
     with pytest.raises(ValueError, match=r"to_nowhere.*fits no weight"):
-        merge_lora(ours, ours.config, {f"{key}.to_nowhere.lora_A.weight": a, f"{key}.to_nowhere.lora_B.weight": b})
+        merge_lora(ours, {f"{key}.to_nowhere.lora_A.weight": a, f"{key}.to_nowhere.lora_B.weight": b})
     with pytest.raises(ValueError, match=r"fits no weight"):
-        merge_lora(ours, ours.config, {f"{key}.to_q.lora_A.weight": a})
+        merge_lora(ours, {f"{key}.to_q.lora_A.weight": a})
     with pytest.raises(ValueError, match=r"makes \(32, 31\)"):
-        merge_lora(ours, ours.config, {f"{key}.to_q.lora_A.weight": a[:, 1:], f"{key}.to_q.lora_B.weight": b})
+        merge_lora(ours, {f"{key}.to_q.lora_A.weight": a[:, 1:], f"{key}.to_q.lora_B.weight": b})
     with pytest.raises(ValueError, match=r"hada_w1, which is not understood"):
-        merge_lora(ours, ours.config, {"lora_unet_x.hada_w1": a})
+        merge_lora(ours, {"lora_unet_x.hada_w1": a})
 
 
 def test_peft_trains_our_network():

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from unet_denoiser.config import UNetConfig
 from unet_denoiser.convert.layouts import LAYOUTS, Skeleton
 from unet_denoiser.pretrained import read_safetensors
 
@@ -19,12 +19,11 @@ _DOWN = re.compile(r"(.+?)[._](?:lora_A|lora_down|lora\.down)(?:\.default)?\.wei
 
 
 @torch.no_grad()
-def merge_lora(model: nn.Module, config: UNetConfig, source: Path | Mapping[str, Tensor], scale: float = 1.0) -> int:
+def merge_lora(model: nn.Module, source: str | Path | Mapping[str, Tensor], scale: float = 1.0) -> int:
     """Add a LoRA's updates to a network's weights: W + scale * (alpha / rank) * up @ down.
 
     Args:
         model: a `UNet`, changed in place.
-        config: its configuration.
         source: a .safetensors file or its tensors, with the names of diffusers ("unet.down_blocks...lora_A.weight") or
             of kohya ("lora_unet_..."), in diffusers' or the LDM layout. What it has for text encoders is left alone.
         scale: strength; 0 changes nothing, and the negative takes a merged LoRA out again.
@@ -35,9 +34,9 @@ def merge_lora(model: nn.Module, config: UNetConfig, source: Path | Mapping[str,
     Raises:
         ValueError: an update for a weight the network does not have, or of another shape, by name.
     """
-    tensors = read_safetensors(source) if isinstance(source, Path) else source
+    tensors = source if isinstance(source, Mapping) else read_safetensors(Path(source))
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_TEXT)}
-    modules, changed, used = _modules(model, config), 0, set()
+    modules, changed, used = _modules(model), 0, set()
     for name, down in tensors.items():
         if (match := _DOWN.fullmatch(name)) is None:
             continue
@@ -59,8 +58,9 @@ def merge_lora(model: nn.Module, config: UNetConfig, source: Path | Mapping[str,
     return changed
 
 
-def _modules(model: nn.Module, config: UNetConfig) -> dict[str, str]:
+def _modules(model: nn.Module) -> dict[str, str]:
     """Our weight for each foreign module's name with underscores, in both layouts; packed projections have none."""
+    config: Any = model.config
     levels = range(len(config.widths))
     attended = tuple(map(config.has_attention, levels))
     bones = Skeleton(config.num_res_blocks, len(levels), attended, config.attention == "transformer")

@@ -224,33 +224,9 @@ def info(
             from unet_denoiser.files import write_atomically
 
             write_atomically(diagram, lambda path: path.write_text(draw(config), encoding="utf-8"))
-    from unet_denoiser.summary import summarize
+    from unet_denoiser.summary import summarize, table
 
-    parts = summarize(config)
-    rows = [("", "size", "width", "blocks", "attention", "parameters", "MFLOP")]
-    for p in parts:
-        rows.append(
-            (
-                p.name,
-                p.size,
-                str(p.width or ""),
-                str(p.blocks or ""),
-                p.attention,
-                f"{p.parameters:,}",
-                f"{p.flops / 1e6:,.1f}",
-            )
-        )
-    rows.append(
-        ("total", "", "", "", "", f"{sum(p.parameters for p in parts):,}", f"{sum(p.flops for p in parts) / 1e6:,.1f}")
-    )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print(
-            "  ".join(
-                cell.ljust(w) if i in (0, 4) else cell.rjust(w)
-                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-        )
+    print(table(summarize(config)))
     print("\n" + ", ".join(f"{k}={show(v)}" for k, v in asdict(config).items()))
 
 

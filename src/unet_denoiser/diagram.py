@@ -26,8 +26,10 @@ def diagram(config: UNetConfig) -> str:
         shapes.append(_box(parts["input" if side == "encoder" else "output"], x, top(0)))
         for level in levels:
             shapes.append(_box(parts[f"{side} {level}"], x, top(level + 1)))
-            above, below = top(level) + HEIGHT, top(level + 1)
-            shapes.append(_arrow(x + WIDTH // 2, *((above, below) if side == "encoder" else (below, above))))
+            start, end = top(level) + HEIGHT, top(level + 1)
+            if side == "decoder":
+                start, end = end, start
+            shapes.append(_line(x + WIDTH // 2, start, x + WIDTH // 2, end))
     for level in levels:
         y = top(level + 1) + HEIGHT // 2
         shapes.append(_line(MARGIN + WIDTH, y, right, y, "stroke-dasharray:4"))
@@ -63,7 +65,3 @@ def _text(x: int, y: int, text: str, anchor: str) -> str:
 
 def _line(x1: int, y1: int, x2: int, y2: int, style: str = "") -> str:
     return f'<line x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}" stroke="#444" marker-end="url(#a)" style="{style}"/>'
-
-
-def _arrow(x: int, y1: int, y2: int) -> str:
-    return _line(x, y1, x, y2)

@@ -77,3 +77,18 @@ def summarize(config: UNetConfig) -> list[Part]:
     parts.append(part("output", 0, config.out_channels, 0, [model.output], False))
     nulls = sum(p.numel() for p in model.parameters(recurse=False))
     return [parts[0]._replace(parameters=parts[0].parameters + nulls), *parts[1:]]
+
+
+def table(parts: list[Part]) -> str:
+    """The parts and their totals as aligned text, a line each."""
+    rows = [("", "size", "width", "blocks", "attention", "parameters", "MFLOP")]
+    total = Part("total", "", 0, 0, "", sum(p.parameters for p in parts), sum(p.flops for p in parts))
+    for p in [*parts, total]:
+        numbers = f"{p.parameters:,}", f"{p.flops / 1e6:,.1f}"
+        rows.append((p.name, p.size, str(p.width or ""), str(p.blocks or ""), p.attention, *numbers))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligned = [
+        [cell.ljust(w) if i in (0, 4) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        for row in rows
+    ]
+    return "\n".join("  ".join(row).rstrip() for row in aligned)

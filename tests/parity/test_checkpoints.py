@@ -113,6 +113,27 @@ def test_diffusers_folder(name, tmp_path):
     assert torch.equal(again(x, t, **theirs).sample, expected)
 
 
+@pytest.mark.parametrize(
+    ("how", "file"),
+    [
+        ({"max_shard_size": "200KB"}, "diffusion_pytorch_model.safetensors.index.json"),
+        ({"max_shard_size": "200KB", "variant": "fp16"}, "diffusion_pytorch_model.safetensors.index.fp16.json"),
+        ({"variant": "fp16"}, "diffusion_pytorch_model.fp16.safetensors"),
+        ({"safe_serialization": False}, "diffusion_pytorch_model.bin"),
+    ],
+)
+def test_folders_that_are_sharded_variants_or_pickled(how, file, tmp_path):
+    kind, options = DIFFUSERS["sd-1"]
+    peer = randomise(kind(**LEVELS | options))
+    peer.save_pretrained(tmp_path, **how)
+    assert (tmp_path / file).exists()
+    model = UNet.from_pretrained(tmp_path)
+    back = write(model.state_dict(), model.config, "diffusers")
+    assert all(torch.equal(p, peer.state_dict()[key]) for key, p in back.items())
+    with pytest.raises(ValueError, match="a folder with one set of weights"):
+        UNet.from_pretrained(tmp_path, ema=True)
+
+
 ADM = {"in_channels": 3, "num_res_blocks": 1, "use_scale_shift_norm": True, "image_size": 32, "model_channels": 32}
 GUIDED = {
     "adm": ({"resblock_updown": True, "num_head_channels": 16, "num_classes": 7}, "legacy"),

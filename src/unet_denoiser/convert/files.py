@@ -22,6 +22,8 @@ _PREFIX = "model.diffusion_model."
 def read_state(path: Path, ema: bool = False) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """The U-Net's tensors of a checkpoint, and diffusers' configuration where there is one."""
     if path.is_dir():
+        if ema:
+            raise ValueError(f"ema=True: {path} is a folder with one set of weights")
         config = read_json(path / "config.json")
         state = _read_folder(path)
         return {_modern(name): tensor for name, tensor in state.items()}, config
@@ -47,13 +49,14 @@ def save_state(state: Mapping[str, Tensor], path: Path, config: Mapping[str, Any
 
 def _read_folder(folder: Path) -> dict[str, Tensor]:
     """Whole or sharded, and variants such as fp16 where nothing else is there."""
-    indices = sorted(folder.glob(f"{_WEIGHTS}*.safetensors.index*.json"))
-    if indices:
-        shards = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
-        return {name: tensor for shard in shards for name, tensor in read_safetensors(folder / shard).items()}
-    for pattern in (f"{_WEIGHTS}.safetensors", f"{_WEIGHTS}.*.safetensors", f"{_WEIGHTS}.bin", f"{_WEIGHTS}.*.bin"):
-        if found := sorted(folder.glob(pattern)):
-            return read_safetensors(found[0]) if found[0].suffix == ".safetensors" else _read_pickle(found[0])
+    for name in (_WEIGHTS, f"{_WEIGHTS}.*"):
+        for index in sorted(folder.glob(f"{_WEIGHTS}.safetensors.index{name.removeprefix(_WEIGHTS)}.json")):
+            shards = sorted(set(read_json(index)["weight_map"].values()))
+            return {key: tensor for shard in shards for key, tensor in read_safetensors(folder / shard).items()}
+        for file in sorted(folder.glob(f"{name}.safetensors")):
+            return read_safetensors(file)
+        for file in sorted(folder.glob(f"{name}.bin")):
+            return _read_pickle(file)
     raise FileNotFoundError(f"{folder} has no {_WEIGHTS}.safetensors")
 
 

@@ -11,6 +11,7 @@ FAMILIES = {
     "DDPM (Ho et al. 2020)": "ddpm",
     "Improved DDPM (Nichol and Dhariwal 2021)": "iddpm",
     "ADM (Dhariwal and Nichol 2021)": "adm",
+    "EDM (Karras et al. 2022)": "edm",
     "Latent diffusion (Rombach et al. 2022)": "ldm",
     "Stable Diffusion 1 and 2": ("sd-1", "instruct", "lcm", "sd-2", "sd-x4"),
     "SDXL (Podell et al. 2023)": "sdxl",

@@ -3,18 +3,22 @@
 import json
 import os
 import pickle
+from dataclasses import replace
+from pathlib import Path
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 
 from helpers import SMALL, randomise
-from unet_denoiser import Run, UNet, UNetConfig, sample
+from unet_denoiser import Run, UNet, UNetConfig, preset, sample
 from unet_denoiser.cli import main
-from unet_denoiser.convert import save, write
+from unet_denoiser.convert import read, save, write
 from unet_denoiser.convert.diffusers_config import from_diffusers, to_diffusers
+from unet_denoiser.convert.infer import described
 
 FAMILY = SMALL | {"upsample": "nearest", "learned_null": False, "num_heads": 1, "time_frequencies": "half"}
 
@@ -211,3 +215,88 @@ def test_a_run_becomes_a_pipeline_that_samples_the_same(tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         main(["convert", "classes", "refused", "--to", "pipeline"])
     assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "description"),
+    [
+        ({}, "this looks like sd-1.5"),
+        ({"in_channels": 6}, "this looks like sd-1.5 with in_channels=6"),
+        ({"model_channels": 64, "num_res_blocks": 1, "context_dim": 8, "modulation": "scale_shift"}, "no published"),
+    ],
+)
+def test_describes_a_network_by_the_nearest_published_one(options, description):
+    assert description in described(replace(preset("sd-1.5"), **options))
+
+
+@pytest.mark.parametrize(
+    ("prefix", "layer"),
+    [
+        ("input_blocks.8.1.", "it lacks the attention of encoder block 7 (input_blocks.8.1.norm.weight and 25 more)"),
+        ("input_blocks.3.", "it lacks the downsampling of encoder block 2 (input_blocks.3.0.op.weight and 1 more)"),
+        ("middle_block.1.", "it lacks the attention of the bottleneck (middle_block.1.norm.weight and 25 more)"),
+    ],
+)
+def test_names_the_layer_that_a_published_file_lacks(prefix, layer, monkeypatch):
+    """Stable Diffusion without one layer; on the meta device, so without its 3.4 GB."""
+    with torch.device("meta"):
+        whole = write(UNet.from_preset("sd-1.5").state_dict(), preset("sd-1.5"), "compvis")
+    state = {name: tensor for name, tensor in whole.items() if not name.startswith(prefix)}
+    monkeypatch.setattr("unet_denoiser.convert.read_state", lambda *args: (state, None))
+    with pytest.raises(ValueError, match=r"^this looks like sd-1.5.*, but the checkpoint does not fit: ") as caught:
+        read(Path("sd.safetensors"), UNet._shapes)
+    assert layer in str(caught.value)
+
+
+def test_an_order_that_is_not_open_is_refused(model, tmp_path):
+    save(model.state_dict(), model.config, tmp_path / "d.safetensors", "ddpm")
+    with pytest.raises(ValueError, match="qkv_order='new': this file does not leave the order open"):
+        UNet.from_pretrained(tmp_path / "d.safetensors", num_heads=1, qkv_order="new")
+
+
+UNET2D = {
+    "block_out_channels": (32, 64),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+}
+
+
+@pytest.mark.parametrize(("variant", "sharded"), [(None, False), (None, True), ("fp16", False), ("fp16", True)])
+def test_a_part_of_a_repository(variant, sharded, tmp_path, monkeypatch):
+    """Only the files that are needed are fetched, shards and variants too, from the hub and from a folder alike."""
+    peer = randomise(diffusers.UNet2DModel(**UNET2D))
+    sizes = {"max_shard_size": "200KB"} if sharded else {}
+    peer.save_pretrained(tmp_path / "repo/unet", variant=variant, **sizes)
+    fetched = []
+
+    def download(repo_id, name, *, subfolder=None, **hub):
+        fetched.append(name)
+        if not (file := tmp_path / "repo" / subfolder / name).is_file():
+            raise LocalEntryNotFoundError(f"no {name}")
+        return str(file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.chdir(tmp_path)
+    model = UNet.from_pretrained("owner/name", subfolder="unet", variant=variant)
+    back = write(model.state_dict(), model.config, "diffusers")
+    assert all(torch.equal(tensor, peer.state_dict()[name]) for name, tensor in back.items())
+    assert {file.name for file in (tmp_path / "repo/unet").iterdir()} <= set(fetched)
+    local = UNet.from_pretrained(tmp_path / "repo", subfolder="unet")
+    assert torch.equal(local.input_conv.weight, model.input_conv.weight)
+    with pytest.raises(FileNotFoundError, match=r"diffusion_pytorch_model.int8.safetensors"):
+        UNet.from_pretrained(tmp_path / "repo", subfolder="unet", variant="int8")
+
+
+@pytest.mark.parametrize("layout", ["compvis", "diffusers", "ddpm"])
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (1, 1), (2, 0, 3, 3), (1, 2, 3, 4, 5, 6)])
+def test_any_tensor_of_any_shape_is_one_clear_refusal(layout, shape, model, monkeypatch):
+    whole = write(model.state_dict(), model.config, layout)
+    for name in list(whole)[::13]:  # all of them were tried once, in two minutes
+        if whole[name].shape != shape:
+            state = whole | {name: torch.zeros(shape)}
+            monkeypatch.setattr("unet_denoiser.convert.read_state", lambda *args, state=state: (state, None))
+            with pytest.raises((ValueError, TypeError)) as caught:
+                read(Path("m.pt"), UNet._shapes, num_heads=1)
+            assert "\n" not in str(caught.value)

@@ -239,6 +239,7 @@ def test_loads_from_the_hub(saved, monkeypatch):
     assert torch.equal(loaded.input_conv.weight, model.input_conv.weight)
     assert loaded.config.dropout == 0
     options = {"revision": "v1", "token": "t", "cache_dir": "c", "force_download": True, "local_files_only": False}
+    options["subfolder"] = None
     assert calls == [("owner/name", CONFIG, options), ("owner/name", WEIGHTS, options)]
 
 

@@ -239,8 +239,12 @@ def convert(
     num_heads: OptionalNumber = None,
     head_dim: OptionalNumber = None,
     qkv_order: OptionalOrder = None,
+    variant: OptionalName = None,
+    lora: OptionalPath = None,
+    lora_scale: float = 1.0,
+    verify: bool = False,
 ) -> None:
-    """Convert a checkpoint of DDPM, ADM, LDM, Stable Diffusion or diffusers to this library's format, or back.
+    """Convert a checkpoint of DDPM, ADM, EDM, LDM, Stable Diffusion or diffusers to this library's format, or back.
 
     Args:
         source: a run, a model directory, a diffusers folder, or a .safetensors, .ckpt or .pt file; its layout and
@@ -251,28 +255,18 @@ def convert(
         num_heads: attention heads, where the file does not tell and the network is none of the known ones.
         head_dim: channels per head instead.
         qkv_order: how an ADM file packs its attention, likewise ("new" is use_new_attention_order).
+        variant: the weights to take of a diffusers folder that has several, for example fp16.
+        lora: a LoRA file (.safetensors of diffusers or kohya) to merge into the weights.
+        lora_scale: strength of the LoRA.
+        verify: first run the checkpoint in its own code too (diffusers or guided-diffusion) and compare the outputs.
     """
     with one_line_errors():
-        if target.exists():
-            raise FileExistsError(f"{target} exists; give a new name")
-        from unet_denoiser.convert import save
-        from unet_denoiser.unet import UNet
+        from unet_denoiser.conversion import convert_checkpoint
 
-        options = {"ema": ema or None, "num_heads": num_heads, "head_dim": head_dim, "qkv_order": qkv_order}
+        options = {"num_heads": num_heads, "head_dim": head_dim, "qkv_order": qkv_order, "variant": variant}
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-        is_run = (source / "model" / "config.json").is_file()
-        if to == "pipeline":
-            from unet_denoiser.run import Run
-
-            Run.load(source).save_pipeline(target)
-            print(target)
-            return
-        model = UNet.from_pretrained(source / "model" if is_run else source, **given)
-        if to == "unet-denoiser":
-            model.save_pretrained(target)
-        else:
-            save(model.state_dict(), model.config, target, to, qkv_order=qkv_order or "legacy")
-        print(f"{target}: {sum(p.numel() for p in model.parameters()):,} parameters")
+        given |= {"ema": True} if ema else {}
+        print(convert_checkpoint(source, target, to, lora=lora, lora_scale=lora_scale, verify=verify, **given))
 
 
 @contextmanager

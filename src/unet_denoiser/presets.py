@@ -126,6 +126,16 @@ PRESETS: dict[str, Options] = {
         "attention_resolutions": (32, 16),
         "num_classes": 1000,
     },
+    # Karras et al. 2022, arXiv 2206.00364: their DhariwalUNet
+    "edm-imagenet64-cond": _ADM
+    | {
+        "out_channels": 3,
+        "model_channels": 192,
+        "num_res_blocks": 3,
+        "channel_mult": (1, 2, 3, 4),
+        "num_classes": 1000,
+        "dropout": 0.1,
+    },
     # Rombach et al. 2022, arXiv 2112.10752; vq4: CelebA-HQ, FFHQ, bedrooms
     "ldm-cin256": _LDM
     | {

@@ -108,7 +108,8 @@ class Pretrained:
         Args:
             pretrained_model_name_or_path: a directory that `save_pretrained` wrote, or "owner/name" on the hub.
             force_download, token, cache_dir, local_files_only, revision: as for `huggingface_hub.hf_hub_download`.
-            model_kwargs: options to change that do not change the weights, for example dropout=0.0.
+            model_kwargs: subfolder="unet" for a network that is a part of a pipeline, variant="fp16" for a choice of
+                diffusers' weights, or options to change that do not change the weights, for example dropout=0.0.
 
         Raises:
             FileNotFoundError: no such directory, or no `config.json` in it.
@@ -120,6 +121,7 @@ class Pretrained:
             "cache_dir": cache_dir,
             "local_files_only": local_files_only,
             "revision": revision,
+            "subfolder": model_kwargs.pop("subfolder", None),
         }
         source = Path(pretrained_model_name_or_path)
         config_path = None if source.is_file() else fetch(pretrained_model_name_or_path, CONFIG_NAME, hub)
@@ -170,7 +172,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def fetch(source: str | Path, name: str, hub: dict[str, Any]) -> Path:
     """The local path of a file of a directory or, where there is no such directory, of a hub repository."""
-    directory = Path(source)
+    directory = Path(source, hub["subfolder"] or "")
     neither = f"{source} is neither a directory nor a hub repository's name (owner/name)"
     if directory.is_dir():
         if not (directory / name).is_file():

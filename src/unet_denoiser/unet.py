@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from unet_denoiser.attention import ContextAttention, SelfAttention, SpatialTransformer
 from unet_denoiser.config import UNetConfig
 from unet_denoiser.convert import read
+from unet_denoiser.convert.files import weight_files
 from unet_denoiser.files import read_json
 from unet_denoiser.inputs import check_inputs
 from unet_denoiser.layers import (
@@ -103,8 +104,8 @@ class UNet(Pretrained, nn.Module):
         if config_path is not None and "_class_name" not in read_json(config_path):
             return super()._read(source, config_path, hub, options)
         path = Path(source)
-        if config_path is not None and not path.is_dir():  # a repository
-            path = fetch(source, "diffusion_pytorch_model.safetensors", hub).parent
+        if config_path is not None:
+            path = weight_files(lambda name: fetch(source, name, hub), options.get("variant"))[0].parent
         return read(path, cls._shapes, **options)
 
     @classmethod

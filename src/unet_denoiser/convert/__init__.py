@@ -16,16 +16,22 @@ from torch import Tensor
 from unet_denoiser.config import UNetConfig
 from unet_denoiser.convert.diffusers_config import from_diffusers, has_linear_projections, to_diffusers
 from unet_denoiser.convert.files import read_state, save_state
-from unet_denoiser.convert.infer import complete, infer, recognise, skeleton
+from unet_denoiser.convert.infer import complete, described, infer, published_order, recognise, skeleton
 from unet_denoiser.convert.layouts import LAYOUTS, Skeleton
-from unet_denoiser.convert.tensors import Dialect, QKVOrder, to_ours, to_theirs
+from unet_denoiser.convert.tensors import Dialect, Packing, QKVOrder, to_ours, to_theirs
 
 ForeignFormat = Literal["diffusers", "ldm", "adm", "ddpm"]
 ShapesOf = Callable[[UNetConfig], Mapping[str, Sequence[int]]]
 
 
 def read(
-    path: Path, shapes_of: ShapesOf, *, ema: bool = False, qkv_order: QKVOrder | None = None, **options: Any
+    path: Path,
+    shapes_of: ShapesOf,
+    *,
+    ema: bool = False,
+    variant: str | None = None,
+    qkv_order: QKVOrder | None = None,
+    **options: Any,
 ) -> tuple[UNetConfig, dict[str, Tensor]]:
     """The architecture and parameters of a foreign checkpoint.
 
@@ -33,55 +39,69 @@ def read(
         path: a diffusers folder, or a .safetensors, .ckpt, .pt, .pth or .bin file.
         shapes_of: the names and shapes of our parameters for an architecture.
         ema: take the averaged weights of a file that has both.
+        variant: the weights to take of a folder that has several, for example "fp16".
         qkv_order: how ADM files pack their attention, if the network is none of the known ones.
         options: fields of `UNetConfig` that names and shapes do not tell: `num_heads` or `head_dim`, `image_size`, ...
 
     Raises:
         FileNotFoundError, ValueError: what is wrong, by name.
     """
-    state, foreign = read_state(path, ema)
+    state, foreign = read_state(path, ema, variant)
     layout = recognise(state)
     bones = skeleton(layout, state)
     seen = infer(layout, {name: tuple(t.shape) for name, t in state.items()}, bones)
-    known, cosines_first = None, layout == "compvis"
+    known, cosines_first = None, layout in ("compvis", "edm")
     if foreign is not None:
         told, cosines_first = from_diffusers(foreign)
         size = foreign.get("sample_size")
         if isinstance(size, int) and "image_size" not in options:
             seen |= _placed(size, bones)
         config = _by_head_width(UNetConfig(**seen | told | options))
+    elif layout == "edm":
+        config = UNetConfig(**seen | options)
     else:
         if layout == "diffusers":
             seen["time_frequencies"], cosines_first = "half", True
         config, known = complete(seen, options)
-    packed = any(".qkv." in name for name in state)
+    packed = layout != "edm" and any(".qkv." in name for name in state)
     many_heads = any(config.heads(level) > 1 for level in range(bones.levels))
     if packed and many_heads and qkv_order is None and known is None:
         raise ValueError("the file does not tell how it packs query, key and value; give qkv_order='legacy' or 'new'")
-    order = qkv_order or ("new" if known == "adm-64-cond" else "legacy")
-    dialect = Dialect(LAYOUTS[layout], bones, config.heads, order, cosines_first)
-    return config, to_ours(state, shapes_of(config), dialect)
+    if qkv_order is not None and not packed:
+        raise ValueError(f"qkv_order={qkv_order!r}: this file does not leave the order open; leave it out")
+    packing: Packing = "edm" if layout == "edm" else qkv_order or published_order(config)
+    dialect = Dialect(LAYOUTS[layout], bones, config.heads, packing, cosines_first)
+    return config, to_ours(state, shapes_of(config), dialect, f"{described(config)}, but the checkpoint does not fit")
 
 
 def write(
-    state: Mapping[str, Tensor], config: UNetConfig, layout: str, *, qkv_order: QKVOrder = "legacy"
+    state: Mapping[str, Tensor], config: UNetConfig, layout: str, *, qkv_order: QKVOrder | None = None
 ) -> dict[str, Tensor]:
-    """Our parameters under the names of a layout: "compvis" (ADM, LDM, Stable Diffusion), "diffusers" or "ddpm".
+    """Our parameters under the names of a layout: "compvis" (ADM, LDM, Stable Diffusion), "diffusers", "ddpm" or "edm".
+
+    Args:
+        qkv_order: of packed attention (default: that of the published network, "legacy" for most).
 
     Raises:
         ValueError: a network that the layout cannot hold, by the parameter it has no place for.
     """
     levels = len(config.widths)
     attended = tuple(map(config.has_attention, range(levels)))
-    bones = Skeleton(config.num_res_blocks, levels, attended, config.attention == "transformer")
+    bones = Skeleton(config.num_res_blocks, levels, attended, config.attention == "transformer", config.resolutions[0])
     # DDPM's spacing comes with DDPM's order in every layout
     cosines_first = config.time_frequencies == "half"
     linear = has_linear_projections(config)
-    return to_theirs(state, Dialect(LAYOUTS[layout], bones, config.heads, qkv_order, cosines_first, linear))
+    packing: Packing = "edm" if layout == "edm" else qkv_order or published_order(config)
+    return to_theirs(state, Dialect(LAYOUTS[layout], bones, config.heads, packing, cosines_first, linear))
 
 
 def save(
-    state: Mapping[str, Tensor], config: UNetConfig, path: Path, to: ForeignFormat, *, qkv_order: QKVOrder = "legacy"
+    state: Mapping[str, Tensor],
+    config: UNetConfig,
+    path: Path,
+    to: ForeignFormat,
+    *,
+    qkv_order: QKVOrder | None = None,
 ) -> None:
     """Write our parameters as other tools read them.
 

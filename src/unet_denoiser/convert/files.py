@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,20 @@ _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": 
 _PREFIX = "model.diffusion_model."
 
 
-def read_state(path: Path, ema: bool = False) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+def read_state(
+    path: Path, ema: bool = False, variant: str | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """The U-Net's tensors of a checkpoint, and diffusers' configuration where there is one."""
     if path.is_dir():
         if ema:
             raise ValueError(f"ema=True: {path} is a folder with one set of weights")
         config = read_json(path / "config.json")
-        state = _read_folder(path)
+        state: dict[str, Tensor] = {}
+        for file in weight_files(lambda name: _inside(path, name), variant):
+            state |= read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
         return {_modern(name): tensor for name, tensor in state.items()}, config
+    if variant is not None:
+        raise ValueError(f"variant={variant!r}: {path} is a single file")
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     state = read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
@@ -47,17 +53,32 @@ def save_state(state: Mapping[str, Tensor], path: Path, config: Mapping[str, Any
     write_atomically(path, lambda p: save_file(whole, p, metadata={"format": "pt"}))
 
 
-def _read_folder(folder: Path) -> dict[str, Tensor]:
-    """Whole or sharded, and variants such as fp16 where nothing else is there."""
-    for name in (_WEIGHTS, f"{_WEIGHTS}.*"):
-        for index in sorted(folder.glob(f"{_WEIGHTS}.safetensors.index{name.removeprefix(_WEIGHTS)}.json")):
-            shards = sorted(set(read_json(index)["weight_map"].values()))
-            return {key: tensor for shard in shards for key, tensor in read_safetensors(folder / shard).items()}
-        for file in sorted(folder.glob(f"{name}.safetensors")):
-            return read_safetensors(file)
-        for file in sorted(folder.glob(f"{name}.bin")):
-            return _read_pickle(file)
-    raise FileNotFoundError(f"{folder} has no {_WEIGHTS}.safetensors")
+def weight_files(find: Callable[[str], Path], variant: str | None = None) -> list[Path]:
+    """The files with the weights of a diffusers folder or repository: one, or its shards.
+
+    Args:
+        find: the local path of a file of this name; FileNotFoundError if there is none.
+        variant: "fp16", say; by default the plain weights, or half-precision ones where there are no others.
+    """
+    missing = []
+    for ending in [f".{variant}"] if variant else ["", ".fp16", ".bf16"]:
+        for kind in ("safetensors", "bin"):
+            for name in (f"{_WEIGHTS}.{kind}.index{ending}.json", f"{_WEIGHTS}{ending}.{kind}"):
+                try:
+                    file = find(name)
+                except FileNotFoundError as error:
+                    missing.append(error)
+                    continue
+                if file.suffix != ".json":
+                    return [file]
+                return [find(shard) for shard in sorted(set(read_json(file)["weight_map"].values()))]
+    raise missing[1]
+
+
+def _inside(folder: Path, name: str) -> Path:
+    if not (folder / name).is_file():
+        raise FileNotFoundError(f"{folder} has no {name}")
+    return folder / name
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
@@ -81,7 +102,12 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
 
 def _only_unet(state: dict[str, Tensor], ema: bool) -> dict[str, Tensor]:
     """The U-Net of a file that may hold more: text encoder, autoencoder, averaged weights."""
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    for wrapper in ("module.", "model."):  # DistributedDataParallel, EDM's preconditioning
+        if not any(name.startswith(_PREFIX) for name in state) and all(name.startswith(wrapper) for name in state):
+            state = {name.removeprefix(wrapper): tensor for name, tensor in state.items()}
+    # EDM keeps its resampling kernel, the mean of four pixels, as a buffer; ours is a function
+    box = {name for name, kernel in state.items() if name.endswith(".resample_filter") and bool((kernel == 0.25).all())}
+    state = {name: tensor for name, tensor in state.items() if name not in box}
     whole = {name[len(_PREFIX) :]: tensor for name, tensor in state.items() if name.startswith(_PREFIX)}
     if not whole:
         if ema:

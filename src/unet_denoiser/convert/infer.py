@@ -8,6 +8,7 @@ from typing import Any
 
 from unet_denoiser.config import UNetConfig
 from unet_denoiser.convert.layouts import LAYOUTS, Skeleton
+from unet_denoiser.convert.tensors import QKVOrder
 from unet_denoiser.presets import PRESETS, preset
 
 Shapes = Mapping[str, Sequence[int]]
@@ -16,19 +17,21 @@ _SIGNS = {
     "compvis": "input_blocks.0.0.weight",
     "ddpm": "temb.dense.0.weight",
     "diffusers": "time_embedding.linear_1.weight",
+    "edm": "map_layer0.weight",
 }
 # what a layout tells without a shape
 _MEANT: dict[str, dict[str, Any]] = {
     "compvis": {"time_frequencies": "half"},
     "ddpm": {"downsample": "conv_asymmetric", "norm_eps": 1e-6},
     "diffusers": {},
+    "edm": {"time_frequencies": "half", "num_heads": None, "head_dim": 64},
 }
 # what neither names nor shapes tell, or what does not change the network
 _UNSEEN = ("num_heads", "head_dim", "dropout", "image_size", "attention_resolutions", "norm_groups")
 
 
 def recognise(names: Collection[str]) -> str:
-    """The layout of a checkpoint: "compvis", "diffusers" or "ddpm"; ValueError when it is none of them."""
+    """The layout of a checkpoint, a key of `LAYOUTS`; ValueError when it is none of them."""
     for layout, sign in _SIGNS.items():
         if sign in names:
             return layout
@@ -40,6 +43,7 @@ def recognise(names: Collection[str]) -> str:
 
 def skeleton(layout: str, names: Collection[str]) -> Skeleton:
     """Count the blocks and levels."""
+    resolution = 0
     if layout == "compvis":
         entries = _count(names, r"output_blocks\.(\d+)\.")
         ends = [i for i in range(entries) if _has_upsampling(names, i)]
@@ -47,13 +51,22 @@ def skeleton(layout: str, names: Collection[str]) -> Skeleton:
         levels = entries // (blocks + 1) if entries else 0
     elif layout == "diffusers":
         blocks, levels = _count(names, r"down_blocks\.0\.resnets\.(\d+)\."), _count(names, r"down_blocks\.(\d+)\.")
+    elif layout == "edm":
+        resolutions = {int(match[1]) for name in names if (match := re.match(r"enc\.(\d+)x\d+_", name))}
+        resolution, levels = max(resolutions, default=0), len(resolutions)
+        blocks = _count(names, rf"enc\.{resolution}x{resolution}_block(\d+)\.")
     else:
         blocks, levels = _count(names, r"down\.0\.block\.(\d+)\."), _count(names, r"down\.(\d+)\.")
     if blocks < 1 or levels < 1:
         raise ValueError(f"a {layout} checkpoint without encoder blocks: it is not a whole U-Net")
-    bare = Skeleton(blocks, levels, (True,) * levels, any(".transformer_blocks." in name for name in names))
-    first = [LAYOUTS[layout](f"encoder.{level * (blocks + 1)}.1.norm.weight", bare).name for level in range(levels)]
-    return bare._replace(attended=tuple(name in names for name in first))
+    transformer = any(".transformer_blocks." in name for name in names)
+    bare = Skeleton(blocks, levels, (True,) * levels, transformer, resolution)
+
+    def attended(level: int) -> bool:
+        entries = range(level * (blocks + 1), level * (blocks + 1) + blocks)
+        return any(LAYOUTS[layout](f"encoder.{entry}.1.norm.weight", bare).name in names for entry in entries)
+
+    return bare._replace(attended=tuple(map(attended, range(levels))))
 
 
 def infer(layout: str, shapes: Shapes, bones: Skeleton) -> dict[str, Any]:
@@ -61,18 +74,23 @@ def infer(layout: str, shapes: Shapes, bones: Skeleton) -> dict[str, Any]:
     n, levels = bones.blocks, bones.levels
 
     def shape(name: str) -> Sequence[int] | None:
-        return shapes.get(LAYOUTS[layout](name, bones).name)
+        try:
+            return shapes.get(LAYOUTS[layout](name, bones).name)
+        except ValueError:  # this layout has no such thing
+            return None
 
-    def need(name: str) -> Sequence[int]:
-        found = shape(name)
+    def need(name: str, ndim: int | None = None) -> Sequence[int]:
+        found, foreign = shape(name), LAYOUTS[layout](name, bones).name
         if found is None:
-            raise ValueError(f"the checkpoint lacks {LAYOUTS[layout](name, bones).name}")
+            raise ValueError(f"the checkpoint lacks {foreign}")
+        if 0 in found or (not 3 <= len(found) <= 5 if ndim is None else len(found) != ndim):
+            raise ValueError(f"the checkpoint's {foreign} has the shape {tuple(found)}, which no U-Net has")
         return found
 
-    stem, time = need("input_conv.weight"), need("time_mlp.1.weight")
+    stem, time = need("input_conv.weight"), need("time_mlp.1.weight", 2)
     width = time[1]
     conv1 = [need(f"encoder.{level * (n + 1)}.0.conv1.weight") for level in range(levels)]
-    image_size = max(64, 2 ** (levels + 1))
+    image_size = bones.resolution or max(64, 2 ** (levels + 1))
     options: dict[str, Any] = {
         "in_channels": stem[1],
         "model_channels": width,
@@ -84,25 +102,39 @@ def infer(layout: str, shapes: Shapes, bones: Skeleton) -> dict[str, Any]:
         "image_size": image_size,
         "attention_resolutions": tuple(image_size // 2**level for level in range(levels) if bones.attended[level]),
         "learned_null": False,
-        "modulation": "add" if need("encoder.0.0.time_mlp.weight")[0] == conv1[0][0] else "scale_shift",
+        "modulation": "add" if need("encoder.0.0.time_mlp.weight", 2)[0] == conv1[0][0] else "scale_shift",
         "context_dim": None,
         "upsample": "nearest",
         **_MEANT[layout],
     }
     if levels > 1:
-        if shape(f"encoder.{n}.conv.weight") is None:
-            options["downsample"] = "resblock" if shape(f"encoder.{n}.conv1.weight") is not None else "avgpool"
+        downs = [f"encoder.{level * (n + 1) + n}" for level in range(levels - 1)]
+        if not any(shape(f"{down}.conv.weight") for down in downs):
+            options["downsample"] = "resblock" if any(shape(f"{down}.conv1.weight") for down in downs) else "avgpool"
         if shape(f"decoder.{n}.{1 + bones.attended[-1]}.conv1.weight") is not None:
             options["upsample"] = "resblock"
-    if (classes := _optional(layout, shapes, "class_embedding.weight")) is not None:
-        options["num_classes"] = classes[0]
-    if (vector := _optional(layout, shapes, "vector_embedding.0.weight")) is not None:
+    if (classes := shape("class_embedding.weight")) is not None:
+        options["num_classes"] = classes[layout == "edm"]  # a matrix on one-hot labels there
+    if (vector := shape("vector_embedding.0.weight")) is not None:
         options["vector_dim"] = vector[1]
-    if (cond := _optional(layout, shapes, "time_cond.weight")) is not None:
+    if (cond := shape("time_cond.weight")) is not None:
         options["time_cond_dim"] = cond[1]
     if bones.transformer:
         options |= _transformer_options(shapes, layout, bones, [c[0] for c in conv1])
+    if layout == "edm":
+        if options["modulation"] == "add":
+            raise ValueError("EDM's SongUNet (DDPM++, NCSN++) scales its skips and has no counterpart here")
+        options["norm_groups"] = _edm_groups(shapes)
     return options
+
+
+def _edm_groups(shapes: Shapes) -> int:
+    """EDM's norms have at least four channels a group; one `norm_groups` must give the same groups everywhere."""
+    widths = {shape[0] for name, shape in shapes.items() if re.search(r"norm\d?\.weight$", name)}
+    groups = {min(32, width // 4) for width in widths}
+    if len(groups) > 1:
+        raise ValueError(f"norms of {sorted(groups)} groups have no counterpart here; a network 128 wide has 32 in all")
+    return groups.pop()
 
 
 def _transformer_options(shapes: Shapes, layout: str, bones: Skeleton, widths: list[int]) -> dict[str, Any]:
@@ -115,10 +147,9 @@ def _transformer_options(shapes: Shapes, layout: str, bones: Skeleton, widths: l
         return k
 
     depths = [depth(f"encoder.{level * (bones.blocks + 1)}.1") for level in range(bones.levels)]
-    depths[-1] = depth("bottleneck.1")
-    base = "bottleneck.1.transformer_blocks.0"
-    second = shapes.get(LAYOUTS[layout](f"{base}.attn2.to_k.weight", bones).name)
-    options: dict[str, Any] = {"attention": "transformer", "context_dim": None if second is None else second[1]}
+    depths[-1] = depth("bottleneck.1") or max(depths)
+    seconds = (shape for name, shape in shapes.items() if name.endswith(".transformer_blocks.0.attn2.to_k.weight"))
+    options: dict[str, Any] = {"attention": "transformer", "context_dim": next(seconds, (0, None))[1]}
     options["transformer_depth"] = depths[-1] if len(set(depths) - {0}) == 1 else tuple(depths)
     crosses = []
     for level, width in enumerate(widths):
@@ -149,9 +180,29 @@ def complete(options: dict[str, Any], given: Mapping[str, Any]) -> tuple[UNetCon
             own = {field: getattr(known, field) for field in _UNSEEN}
             return UNetConfig(**options | own | dict(given)), name
     raise ValueError(
-        "the file does not tell the number of attention heads, and no known network looks like it; "
-        "give num_heads=... or head_dim=..., for example head_dim=64"
+        "the file does not tell the number of attention heads, and no known network has its shapes "
+        f"({described(probe)}); give num_heads=... or head_dim=..., for example head_dim=64"
     )
+
+
+def published_order(config: UNetConfig) -> QKVOrder:
+    """How the published file of an architecture packs query, key and value (ADM's use_new_attention_order)."""
+    new = ("adm-64-cond", "edm-imagenet64-cond")  # the second as OpenAI's consistency models have it
+    return "new" if any(_visible(preset(name)) == _visible(config) for name in new) else "legacy"
+
+
+def described(config: UNetConfig) -> str:
+    """The known network that is nearest to an architecture, and where they differ."""
+    own = _visible(config)
+    differences = {
+        name: [field for field, value in _visible(preset(name)).items() if own[field] != value] for name in PRESETS
+    }
+    name = min(differences, key=lambda name: len(differences[name]))
+    if not differences[name]:
+        return f"this looks like {name}"
+    if len(differences[name]) > 3:
+        return "this looks like no published network"
+    return f"this looks like {name} with {', '.join(f'{field}={own[field]}' for field in differences[name])}"
 
 
 def _visible(config: UNetConfig) -> dict[str, Any]:
@@ -161,13 +212,6 @@ def _visible(config: UNetConfig) -> dict[str, Any]:
     depths = [config.depth(level) for level in levels if config.has_attention(level)]
     seen["transformer_depth"] = [*depths, config.depth(len(config.widths) - 1)]
     return seen | {"attended": [config.has_attention(level) for level in levels]}
-
-
-def _optional(layout: str, shapes: Shapes, name: str) -> Sequence[int] | None:
-    try:
-        return shapes.get(LAYOUTS[layout](name, Skeleton(1, 1, (False,))).name)
-    except ValueError:  # this layout has no such thing
-        return None
 
 
 def _count(names: Collection[str], pattern: str) -> int:

@@ -11,12 +11,16 @@ from typing import NamedTuple
 
 
 class Skeleton(NamedTuple):
-    """What the index arithmetic needs: residual blocks per level, levels, which have attention, and its kind."""
+    """What the index arithmetic needs: residual blocks per level, levels, which have attention, and its kind.
+
+    resolution: of the first level, for the layout that has it in its names.
+    """
 
     blocks: int
     levels: int
     attended: tuple[bool, ...]
     transformer: bool = False
+    resolution: int = 0
 
 
 class Source(NamedTuple):
@@ -24,12 +28,14 @@ class Source(NamedTuple):
 
     ones: trailing dimensions of length one that it has and ours has not (a 1x1 convolution for a linear layer).
     part: 0, 1, 2 when it holds query, key and value packed, and ours is one of them; with the level, for the heads.
+    transposed: it is a matrix on one-hot labels, and ours the table of its columns.
     """
 
     name: str
     ones: int = 0
     part: int | None = None
     level: int = 0
+    transposed: bool = False
 
 
 class Place(NamedTuple):
@@ -63,6 +69,17 @@ def locate(name: str, skeleton: Skeleton) -> Place:
     return Place(half, index, level, block, int(child), leaf, kind)
 
 
+def layer_name(name: str, skeleton: Skeleton) -> str:
+    """What a reader calls the layer of a parameter: "the attention of encoder block 5"; "" outside the blocks."""
+    if not name.startswith(("encoder", "bottleneck", "decoder")):
+        return ""
+    place = locate(name, skeleton)
+    if place.half == "bottleneck":
+        return "the attention of the bottleneck" if place.kind == "attention" else f"bottleneck block {place.child}"
+    kinds = {"res": "residual block", "attention": "attention", "down": "downsampling", "up": "upsampling"}
+    return f"the {kinds[place.kind]} of {place.half} block {place.entry}"
+
+
 def _rename(leaf: str, table: dict[str, str]) -> str:
     """Replace the longest beginning that the table has."""
     for ours in sorted(table, key=len, reverse=True):
@@ -80,6 +97,15 @@ def _transformer(leaf: str) -> str:
 
 def _ones(leaf: str, count: int) -> int:
     return count if leaf.endswith("weight") else 0
+
+
+def _packed(prefix: str, place: Place, projection: str, ones: int) -> Source:
+    """Attention with query, key and value in one tensor."""
+    stem, _, end = place.leaf.rpartition(".")
+    if stem == "attn.to_out":
+        return Source(f"{prefix}.{projection}.{end}", _ones(end, ones))
+    part = ("attn.to_q", "attn.to_k", "attn.to_v").index(stem)
+    return Source(f"{prefix}.qkv.{end}", _ones(end, ones), part, place.level)
 
 
 # ---- ADM, improved-diffusion, LDM, Stable Diffusion ------------------------------------------------------------------
@@ -121,10 +147,7 @@ def compvis(name: str, skeleton: Skeleton) -> Source:
         return Source(f"{prefix}.{_transformer(leaf)}", _ones(leaf, 2) if leaf.startswith("proj_") else 0)
     if leaf.startswith("norm."):
         return Source(f"{prefix}.{leaf}")
-    parts = {"attn.to_q": 0, "attn.to_k": 1, "attn.to_v": 2, "attn.to_out": None}
-    stem, _, end = leaf.rpartition(".")
-    packed = "proj_out" if stem == "attn.to_out" else "qkv"
-    return Source(f"{prefix}.{packed}.{end}", _ones(leaf, 1), parts[stem], place.level)
+    return _packed(prefix, place, "proj_out", 1)
 
 
 # ---- diffusers -------------------------------------------------------------------------------------------------------
@@ -215,4 +238,47 @@ def ddpm(name: str, skeleton: Skeleton) -> Source:
     return Source(f"{prefix}.{_rename(place.leaf, _DDPM_RES)}")
 
 
-LAYOUTS: dict[str, Layout] = {"compvis": compvis, "diffusers": diffusers, "ddpm": ddpm}
+# ---- EDM's DhariwalUNet ----------------------------------------------------------------------------------------------
+
+_EDM_TOP = {
+    "time_mlp.1": "map_layer0",
+    "time_mlp.3": "map_layer1",
+    "time_cond": "map_augment",
+    "class_embedding": "map_label",
+    "output.0": "out_norm",
+    "output.2": "out_conv",
+}
+_EDM_RES = {
+    "norm1": "norm0",
+    "conv1": "conv0",
+    "time_mlp": "affine",
+    "norm2": "norm1",
+    "conv2": "conv1",
+    "skip": "skip",
+}
+
+
+def edm(name: str, skeleton: Skeleton) -> Source:
+    """The layout by resolution: enc and dec, where a residual block holds its attention too."""
+    if name.startswith("input_conv"):
+        return Source(f"enc.{_square(skeleton.resolution)}_conv.{name.partition('.')[2]}")
+    if not name.startswith(("encoder", "bottleneck", "decoder")):
+        return Source(_rename(name, _EDM_TOP), transposed=name == "class_embedding.weight")
+    place = locate(name, skeleton)
+    # resampling is the first block of the level it leads to
+    level = place.level + {"down": 1, "up": -1}.get(place.kind, 0)
+    block = f"in{place.child // 2}" if place.half == "bottleneck" else f"block{place.block}"
+    entry = place.kind if place.kind in ("down", "up") else block
+    prefix = f"{'enc' if place.half == 'encoder' else 'dec'}.{_square(skeleton.resolution >> level)}_{entry}"
+    if place.kind != "attention":
+        return Source(f"{prefix}.{_rename(place.leaf, _EDM_RES)}")
+    if place.leaf.startswith("norm."):
+        return Source(f"{prefix}.norm2.{place.leaf.partition('.')[2]}")
+    return _packed(prefix, place, "proj", 2)
+
+
+def _square(resolution: int) -> str:
+    return f"{resolution}x{resolution}"
+
+
+LAYOUTS: dict[str, Layout] = {"compvis": compvis, "diffusers": diffusers, "ddpm": ddpm, "edm": edm}

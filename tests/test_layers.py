@@ -21,6 +21,7 @@ from unet_denoiser.layers import (
     TransposedUpsample,
     average_pool,
     crop,
+    dropout_mask,
     group_norm,
     nearest,
 )
@@ -216,8 +217,26 @@ def test_resblock_drops_out_before_the_second_convolution(train):
     torch.manual_seed(1)
     out = block(x, t_emb)
     torch.manual_seed(1)
+    mask = dropout_mask(x, 0.5)
+    if train:
+        peer.dropout.register_forward_hook(lambda module, args, _: torch.where(mask, args[0], 0.0) / 0.5)
     assert_close(out, peer(x, t_emb))
     assert torch.equal(out, block(x, t_emb)) != train
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.83])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_dropout_mask(p, layout):
+    """Every value is kept with the same probability, apart from all others: those of the same draw, above all."""
+    like = torch.empty(8, 16, 31, 33).to(memory_format=layout)
+    mask = dropout_mask(like, p)
+    assert mask.is_contiguous(memory_format=layout)
+    assert mask.shape == like.shape
+    memory = mask if layout == torch.contiguous_format else mask.permute(0, 2, 3, 1)
+    lanes = memory.reshape(-1, 4).double()
+    error = 5 * (p * (1 - p) / len(lanes)) ** 0.5  # five standard deviations
+    assert ((lanes.mean(0) - (1 - p)).abs() < error).all()
+    assert (lanes.T.corrcoef() - torch.eye(4)).abs().max() < 5 / len(lanes) ** 0.5
 
 
 @pytest.mark.parametrize(("modulation", "theirs"), MODULATIONS)

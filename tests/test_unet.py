@@ -12,6 +12,7 @@ import specification
 from helpers import CONDITIONS, SMALL, as_multihead, inputs, randomise, relative_error, small
 from unet_denoiser import CrossAttention, ResBlock, SelfAttention, SinusoidalPosEmb, UNet, UNetConfig
 from unet_denoiser.attention import ContextAttention
+from unet_denoiser.conv import Conv2d
 from unet_denoiser.layers import Block, Downsample, GroupNorm, TimeMLP, TransposedUpsample
 
 # ---- the specification ---------------------------------------------------------------------------------------------
@@ -61,7 +62,7 @@ def test_the_default_network_has_only_what_the_specification_names():
     with torch.device("meta"):
         model, peer = UNet(), specification.UNet()
     named = {type(m) for m in peer.modules()} - {specification.UNet, nn.MultiheadAttention}
-    ours = {ContextAttention, GroupNorm, ResBlock, SinusoidalPosEmb, SelfAttention, CrossAttention}
+    ours = {ContextAttention, Conv2d, GroupNorm, ResBlock, SinusoidalPosEmb, SelfAttention, CrossAttention}
     ours = {kind.__name__: kind for kind in ours}
     named = {ours.get(kind.__name__, kind) for kind in named if "NonDynamic" not in kind.__name__}
     assert {type(m) for m in model.modules()} == named | {UNet, TimeMLP, Block, Downsample, TransposedUpsample}

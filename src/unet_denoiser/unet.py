@@ -13,12 +13,12 @@ from torch.utils.checkpoint import checkpoint
 
 from unet_denoiser.attention import ContextAttention, SelfAttention, SpatialTransformer
 from unet_denoiser.config import UNetConfig
+from unet_denoiser.conv import CONV, channels_last
 from unet_denoiser.convert import read
 from unet_denoiser.convert.files import weight_files
 from unet_denoiser.files import read_json
 from unet_denoiser.inputs import check_inputs
 from unet_denoiser.layers import (
-    CONV,
     AveragePool,
     Block,
     Context,
@@ -154,7 +154,7 @@ class UNet(Pretrained, nn.Module):
         check_inputs(self.config, self.dtype, x, t, conditions, context_mask, time_cond, drop, *residuals)
         emb, attended = self._embed(t, conditions, context_mask, time_cond, drop or {})
 
-        h = self.input_conv(x)
+        h = self.input_conv(channels_last(x))
         skips = [h]
         for block in self.encoder:
             h = self._run(block, h, emb, attended)
@@ -172,7 +172,8 @@ class UNet(Pretrained, nn.Module):
             h = torch.cat([h, skips.pop()], dim=1)
             h = self._run(block, h, emb, attended, (skips[-1] if skips else h).shape[2:])
 
-        return self.output(h)
+        out = self.output(h)
+        return out.contiguous() if x.is_contiguous() else out
 
     @property
     def dtype(self) -> torch.dtype:

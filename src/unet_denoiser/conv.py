@@ -1,0 +1,226 @@
+"""The convolutions of a `UNet`: torch's own, or faster and leaner ways to the same numbers where those pay.
+
+Two things, each beside its plain version: 3x3 convolutions by Winograd's filtering, and `recomputed`, which does not
+keep a convolution's input for the backward pass but computes it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from unet_denoiser.winograd import convolve, transform_weight, weight_gradient
+
+_enabled = True
+
+
+@contextmanager
+def plain_convolutions() -> Iterator[None]:
+    """Within it, networks use torch's own convolutions and autograd: the reference for all that is in this file."""
+    global _enabled
+    before, _enabled = _enabled, False
+    try:
+        yield
+    finally:
+        _enabled = before
+
+
+class Conv2d(nn.Conv2d):
+    """nn.Conv2d; on a CPU, 3x3 by Winograd's filtering and 1x1 as a matrix product where these are faster."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_exporting() or not _enabled:
+            return super().forward(x)
+        if winograd_pays(self, x):
+            if torch.compiler.is_compiling() or torch.is_grad_enabled():
+                return conv3x3(x, self.weight, self.bias, not torch.is_grad_enabled())
+            return _convolve(x, self.weight, self.bias, cache=True)
+        if self.kernel_size == (1, 1) and x.device.type == "cpu" and is_channels_last(x):
+            return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        if x.device.type == "cpu" and x.shape[0] * x.shape[2] * x.shape[3] <= 256:
+            x = x.contiguous()  # so few pixels cost less than the weights' reordering for channels last
+        return super().forward(x)
+
+
+CONV: dict[int, Any] = {1: nn.Conv1d, 2: Conv2d, 3: nn.Conv3d}
+
+
+# ---- Winograd's filtering where it pays ------------------------------------------------------------------------------
+
+
+def winograd_pays(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether the filtering is faster than torch's convolution, by what `benchmarks/winograd.py` measured.
+
+    Not with few channels (the transforms cost more than is saved), few tiles (the transformed weights, four times as
+    many, are read for too little work) or half of the last tiles empty; not in other precisions, where its rounding
+    shows, nor on other devices, whose libraries have it.
+    """
+    if not (conv.kernel_size == (3, 3) and conv.stride == (1, 1) and conv.padding == (1, 1) and conv.groups == 1):
+        return False
+    if x.device.type != "cpu" or x.dtype != torch.float32 or conv.weight.dtype != torch.float32:
+        return False
+    if torch.is_autocast_enabled("cpu") or min(conv.in_channels, conv.out_channels) < 64:
+        return False
+    rows, columns = -(-x.shape[2] // 4), -(-x.shape[3] // 4)
+    return bool(x.shape[0] * rows * columns >= 8 and 16 * rows * columns <= 1.3 * x.shape[2] * x.shape[3])
+
+
+class _Transformed(NamedTuple):
+    """Transformed weights, and what tells that the weights have changed since."""
+
+    weight: Tensor
+    version: int
+    sample: Tensor
+
+
+_transformed: Any = WeakTensorKeyDictionary()
+
+
+def _transform(weight: Tensor, pixels: int) -> Tensor:
+    """Transformed weights, kept for the next call where making them takes a share of it: few pixels, many weights."""
+    if pixels > 4096 or weight.numel() > 2**21 or weight.is_inference():
+        return transform_weight(weight)
+    kept = _transformed.get(weight)
+    # a change through .data leaves the version as it is; but it seldom spares all of 64 values
+    sample = weight.detach().flatten()[:: max(1, weight.numel() // 64)].clone()
+    if kept is None or kept.version != weight._version or not torch.equal(kept.sample, sample):
+        whole = transform_weight(weight.detach()).contiguous()  # worth its time if used again
+        kept = _transformed[weight] = _Transformed(whole, weight._version, sample)
+    return kept.weight
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, *, cache: bool = False) -> Tensor:
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    transformed = _transform(weight, pixels) if cache else transform_weight(weight)
+    return convolve(x.permute(0, 2, 3, 1), transformed, bias).permute(0, 3, 1, 2)
+
+
+def _convolve_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    grad = grad.permute(0, 2, 3, 1)
+    dx = convolve(grad, transform_weight(weight, turned=True)).permute(0, 3, 1, 2) if needs[0] else None
+    dw = weight_gradient(x.permute(0, 2, 3, 1), grad) if needs[1] else None
+    return dx, dw, grad.sum((0, 1, 2)) if needs[2] else None
+
+
+@torch.library.custom_op("unet_denoiser::conv3x3", mutates_args=())
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, cache: bool) -> Tensor:
+    """Winograd's filtering as one operator, which torch.compile takes as it is."""
+    return _convolve(x, weight, bias, cache=cache)
+
+
+@conv3x3.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, cache: bool) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[2], x.shape[3], weight.shape[0]).permute(0, 3, 1, 2)
+
+
+@torch.library.custom_op("unet_denoiser::conv3x3_backward", mutates_args=())
+def conv3x3_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the input, the weights and the bias."""
+    return _convolve_backward(grad, x, weight, (True, True, True))  # type: ignore[return-value]
+
+
+@conv3x3_backward.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dx = x.new_empty(x.shape[0], x.shape[2], x.shape[3], x.shape[1]).permute(0, 3, 1, 2)
+    return dx, torch.empty_like(weight), weight.new_empty(weight.shape[0])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, _ = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    dx, dw, db = conv3x3_backward(grad, *ctx.saved_tensors)
+    return dx, dw, db if ctx.has_bias else None, None
+
+
+conv3x3.register_autograd(_backward, setup_context=_save)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """An image on a CPU in the layout that convolutions and norms there are fastest in, and which they hand on."""
+    use = x.ndim == 4 and x.device.type == "cpu" and _enabled
+    return x.contiguous(memory_format=torch.channels_last) if use else x
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether an image lies in memory with its channels last."""
+    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+
+
+# ---- a convolution that does not keep its input ----------------------------------------------------------------------
+
+
+def recomputed(
+    cheap: Callable[..., Tensor], conv: Any, *inputs: Tensor | None, norm: nn.Module | None = None
+) -> Tensor:
+    """conv(cheap(*inputs)), where the backward pass computes `cheap` again instead of keeping its result.
+
+    Args:
+        cheap: a norm, an activation, a resampling: what costs little beside the convolution.
+        conv: a convolution.
+        norm: the module that `cheap` calls, if any.
+
+    Higher derivatives, function transforms and modules that something else has wrapped, hooked or replaced take the
+    plain way: torch's own autograd.
+    """
+    modules = [conv] if norm is None else [conv, norm]
+    plain = (
+        not _enabled
+        or not torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+        or type(conv) not in CONV.values()
+    )
+    if plain:
+        return conv(cheap(*inputs))
+    parameters = [] if norm is None else list(norm.parameters())
+    return _Recomputed.apply(cheap, conv, len(inputs), *inputs, *parameters, conv.weight, conv.bias)
+
+
+class _Recomputed(torch.autograd.Function):
+    """The autograd step of `recomputed`: inputs of `cheap`, parameters of its norm, weight and bias."""
+
+    @staticmethod
+    def forward(ctx: Any, cheap: Callable[..., Tensor], conv: Any, count: int, *tensors: Tensor | None) -> Tensor:
+        ctx.cheap, ctx.conv, ctx.count = cheap, conv, count
+        ctx.autocast = torch.is_autocast_enabled(conv.weight.device.type)
+        ctx.save_for_backward(*tensors)
+        return conv(cheap(*tensors[:count]))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *others, weight, bias = ctx.saved_tensors
+        device, count = weight.device.type, ctx.count
+        inputs = [None if t is None else t.detach().requires_grad_(t.is_floating_point()) for t in others[:count]]
+        with torch.enable_grad(), torch.autocast(device, enabled=ctx.autocast):
+            h = ctx.cheap(*inputs)
+        needs = (True, weight.requires_grad, bias is not None and bias.requires_grad)
+        if winograd_pays(ctx.conv, h) and grad.dtype == torch.float32:
+            dh, dw, db = _convolve_backward(grad, h.detach(), weight, needs)
+        else:
+            dh, dw, db = _plain_backward(ctx.conv, grad, h.detach(), weight, needs)
+        wanted = [t for t in [*inputs, *others[count:]] if t is not None and t.requires_grad]
+        found = iter(torch.autograd.grad(h, wanted, dh))
+        rest = [next(found) if t is not None and t.requires_grad else None for t in [*inputs, *others[count:]]]
+        return None, None, None, *rest, dw, db
+
+
+def _plain_backward(conv: Any, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]) -> Any:
+    x, w = x.to(grad.dtype), weight.to(grad.dtype)  # as autocast had them
+    sizes = [conv.stride, conv.padding, conv.dilation, False, [0] * len(conv.stride), conv.groups]
+    dx, dw, db = torch.ops.aten.convolution_backward(grad, x, w, [conv.out_channels], *sizes, needs)
+    return dx, None if dw is None else dw.to(weight.dtype), None if db is None else db.to(weight.dtype)

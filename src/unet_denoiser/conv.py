@@ -18,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from unet_denoiser.winograd import convolve, transform_weight, weight_gradient
 
+_KEPT = 2**30  # bytes of transformed weights that inference keeps
 _enabled = True
 
 
@@ -36,15 +37,19 @@ class Conv2d(nn.Conv2d):
     """nn.Conv2d; on a CPU, 3x3 by Winograd's filtering and 1x1 as a matrix product where these are faster."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_exporting() or not _enabled:
+        return self.run(x, training=torch.is_grad_enabled())
+
+    def run(self, x: Tensor, training: bool) -> Tensor:
+        """The convolution; `training` says that the weights change after each call, so that nothing is kept of them."""
+        if torch.compiler.is_exporting() or not _enabled or x.device.type != "cpu":
             return super().forward(x)
-        if winograd_pays(self, x):
+        if winograd_pays(self, x, training):
             if torch.compiler.is_compiling() or torch.is_grad_enabled():
-                return conv3x3(x, self.weight, self.bias, not torch.is_grad_enabled())
-            return _convolve(x, self.weight, self.bias, cache=True)
-        if self.kernel_size == (1, 1) and x.device.type == "cpu" and is_channels_last(x):
+                return conv3x3(x, self.weight, self.bias, not training)
+            return _convolve(x, self.weight, self.bias, cache=not training)
+        if self.kernel_size == (1, 1) and is_channels_last(x):
             return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
-        if x.device.type == "cpu" and x.shape[0] * x.shape[2] * x.shape[3] <= 256:
+        if x.shape[0] * x.shape[2] * x.shape[3] <= 256:
             x = x.contiguous()  # so few pixels cost less than the weights' reordering for channels last
         return super().forward(x)
 
@@ -55,12 +60,12 @@ CONV: dict[int, Any] = {1: nn.Conv1d, 2: Conv2d, 3: nn.Conv3d}
 # ---- Winograd's filtering where it pays ------------------------------------------------------------------------------
 
 
-def winograd_pays(conv: nn.Conv2d, x: Tensor) -> bool:
+def winograd_pays(conv: nn.Conv2d, x: Tensor, training: bool) -> bool:
     """Whether the filtering is faster than torch's convolution, by what `benchmarks/winograd.py` measured.
 
-    Not with few channels (the transforms cost more than is saved), few tiles (the transformed weights, four times as
-    many, are read for too little work) or half of the last tiles empty; not in other precisions, where its rounding
-    shows, nor on other devices, whose libraries have it.
+    Not with few channels (the transforms cost more than is saved), few pixels (transforming the weights costs as much
+    as the convolution of 400 pixels does, unless they are kept) or half of the last tiles empty; not in other
+    precisions, where its rounding shows, nor on other devices, whose libraries have it.
     """
     if not (conv.kernel_size == (3, 3) and conv.stride == (1, 1) and conv.padding == (1, 1) and conv.groups == 1):
         return False
@@ -69,7 +74,9 @@ def winograd_pays(conv: nn.Conv2d, x: Tensor) -> bool:
     if torch.is_autocast_enabled("cpu") or min(conv.in_channels, conv.out_channels) < 64:
         return False
     rows, columns = -(-x.shape[2] // 4), -(-x.shape[3] // 4)
-    return bool(x.shape[0] * rows * columns >= 8 and 16 * rows * columns <= 1.3 * x.shape[2] * x.shape[3])
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    enough = pixels >= (128 if not training and _may_keep(conv.weight) else 1024)
+    return bool(enough and 16 * rows * columns <= 1.3 * x.shape[2] * x.shape[3])
 
 
 class _Transformed(NamedTuple):
@@ -83,9 +90,18 @@ class _Transformed(NamedTuple):
 _transformed: Any = WeakTensorKeyDictionary()
 
 
+def _may_keep(weight: Tensor) -> bool:
+    """Whether the transformed weights, four times as large, still fit into what is kept: 1 GiB in all."""
+    if weight.is_inference():
+        return False
+    return (
+        weight in _transformed or sum(kept.weight.nbytes for kept in _transformed.values()) + 4 * weight.nbytes <= _KEPT
+    )
+
+
 def _transform(weight: Tensor, pixels: int) -> Tensor:
     """Transformed weights, kept for the next call where making them takes a share of it: few pixels, many weights."""
-    if pixels > 4096 or weight.numel() > 2**21 or weight.is_inference():
+    if pixels > 4096 or not _may_keep(weight):
         return transform_weight(weight)
     kept = _transformed.get(weight)
     # a change through .data leaves the version as it is; but it seldom spares all of 64 values
@@ -198,7 +214,9 @@ class _Recomputed(torch.autograd.Function):
         ctx.cheap, ctx.conv, ctx.count = cheap, conv, count
         ctx.autocast = torch.is_autocast_enabled(conv.weight.device.type)
         ctx.save_for_backward(*tensors)
-        return conv(cheap(*tensors[:count]))
+        h = cheap(*tensors[:count])
+        # autograd is off in here, but this is training
+        return conv.run(h, training=True) if isinstance(conv, Conv2d) else conv(h)
 
     @staticmethod
     @once_differentiable
@@ -209,7 +227,7 @@ class _Recomputed(torch.autograd.Function):
         with torch.enable_grad(), torch.autocast(device, enabled=ctx.autocast):
             h = ctx.cheap(*inputs)
         needs = (True, weight.requires_grad, bias is not None and bias.requires_grad)
-        if winograd_pays(ctx.conv, h) and grad.dtype == torch.float32:
+        if winograd_pays(ctx.conv, h, training=True) and grad.dtype == torch.float32:
             dh, dw, db = _convolve_backward(grad, h.detach(), weight, needs)
         else:
             dh, dw, db = _plain_backward(ctx.conv, grad, h.detach(), weight, needs)

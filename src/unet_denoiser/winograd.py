@@ -101,14 +101,14 @@ def weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
     images, height, width, in_ch = x.shape
     rows, columns, out_ch = -(-height // 4), -(-width // 4), grad.shape[3]
     grad = F.pad(grad, (0, 0, 0, -width % 4, 0, -height % 4)).contiguous()
-    total = x.new_zeros(36, out_ch, in_ch)
+    total = x.new_empty(36, out_ch, in_ch)
     a_, bt, buffers = torch.tensor(_A, dtype=x.dtype), torch.tensor(_BT, dtype=x.dtype), _Buffers(x.dtype)
     for block in _blocks(images, rows, columns):
         i, m, a, r, _ = block
         v = _input_places(x, block, bt, buffers).view(36, block.tiles, in_ch)
         bands = grad[i : i + m, 4 * a : 4 * (a + r)].view(m * r, 4, -1)
         z = _places(a_, bands, block, (m, r, 6, 4 * columns, out_ch), buffers, "z").view(36, block.tiles, out_ch)
-        total.baddbmm_(z.transpose(1, 2), v)
+        total.baddbmm_(z.transpose(1, 2), v, beta=0 if i == a == 0 else 1)
     g = torch.tensor(_G, dtype=x.dtype)
     # (9, KC), then turned: as (KC, 36) @ (36, 9), the library takes ten times as long
     return (torch.kron(g, g).t() @ total.view(36, -1)).t().reshape(out_ch, in_ch, 3, 3)

@@ -4,74 +4,101 @@ import diffusers
 import peft
 import pytest
 import torch
+from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 from torch.testing import assert_close
 
 from helpers import randomise, relative_error, small
 from unet_denoiser import UNet
+from unet_denoiser.convert import write
 from unet_denoiser.convert.lora import merge_lora
 
-pytestmark = pytest.mark.filterwarnings("ignore:norm_groups:UserWarning")
-SHAPE = {
+SD1 = {
     "sample_size": 8,
     "layers_per_block": 1,
     "block_out_channels": (32, 64),
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
     "cross_attention_dim": 24,
+    "norm_num_groups": 4,
 }
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "ff.net.0.proj", "conv1"]
+SDXL = SD1 | {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": [1, 2],
+    "transformer_layers_per_block": [1, 2],
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 1280 + 6 * 256,
+}
 
 
-@pytest.fixture
-def peer_and_ours(tmp_path):
-    torch.manual_seed(0)
-    peer = randomise(diffusers.UNet2DConditionModel(**SHAPE)).eval()
+def pair(options, tmp_path):
+    """diffusers' network and ours, with the same random weights."""
+    peer = randomise(diffusers.UNet2DConditionModel(**options)).eval()
     peer.save_pretrained(tmp_path / "unet")
     return peer, UNet.from_pretrained(tmp_path / "unet")
 
 
-def adapted(peer):
-    """Give diffusers' network a LoRA of random values by peft, and its file's tensors."""
-    peer.add_adapter(peft.LoraConfig(r=4, lora_alpha=4, target_modules=TARGETS))
-    for name, p in peer.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(p, std=0.1)
-    return {f"unet.{name}": p.detach() for name, p in peft.get_peft_model_state_dict(peer).items()}
+@pytest.fixture
+def ours(tmp_path):
+    return pair(SD1, tmp_path)[1]
+
+
+def lora_for(weights, naming, alpha):
+    """Random updates of other ranks for matrices and convolutions, for every weight by its name in a layout."""
+    tensors = {}
+    for name, weight in weights.items():
+        if weight.ndim < 2 or name.startswith(("time_embed", "add_embedding")):
+            continue
+        rank, module = weight.ndim, name.removesuffix(".weight")
+        down = torch.randn(rank, *weight.shape[1:]) / weight[0].numel() ** 0.5
+        up = 0.3 * torch.randn(len(weight), rank, *[1] * (weight.ndim - 2))
+        if naming == "diffusers":
+            tensors |= {f"unet.{module}.lora_A.weight": down, f"unet.{module}.lora_B.weight": up}
+            continue
+        stem = "lora_unet_" + module.replace(".", "_")
+        tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
+        if alpha is not None:
+            tensors[f"{stem}.alpha"] = torch.tensor(alpha)
+    return tensors
 
 
 def outputs(peer, ours):
-    x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 5, 24)
+    x, t, context = torch.randn(2, 4, 6, 6), torch.tensor([3, 700]), torch.randn(2, 5, 24)
+    added, vector = None, None
+    if ours.config.vector_dim:
+        text, ids = torch.randn(2, 1280), torch.randint(0, 999, (2, 6)).float()
+        added = {"text_embeds": text, "time_ids": ids}
+        vector = torch.cat([text, peer.add_time_proj(ids.flatten()).reshape(2, -1)], dim=1)
     with torch.no_grad():
-        return ours(x, t, context), peer(x, t, context).sample
+        return ours(x, t, context, vector=vector), peer(x, t, context, added_cond_kwargs=added).sample
 
 
-@pytest.mark.parametrize("layout", ["diffusers", "kohya"])
-def test_merged_equals_diffusers(peer_and_ours, layout):
-    peer, ours = peer_and_ours
+@pytest.mark.parametrize("options", [SD1, SDXL], ids=["sd-1", "sdxl"])
+@pytest.mark.parametrize(
+    ("naming", "alpha"), [("diffusers", None), ("kohya", None), ("kohya", 1.0), ("kohya-ldm", None), ("kohya-ldm", 1.0)]
+)
+def test_merged_equals_diffusers(options, naming, alpha, tmp_path):
+    """diffusers reads the same names with its own code and fuses the updates."""
+    peer, ours = pair(options, tmp_path)
     before = {name: p.clone() for name, p in ours.state_dict().items()}
-    tensors = adapted(peer)
-    if layout == "kohya":
-        renamed = {}
-        for name, p in tensors.items():
-            module, kind = name.removeprefix("unet.").split(".lora_")
-            stem = "lora_unet_" + module.replace(".", "_")
-            renamed[f"{stem}.lora_{'down' if kind.startswith('A') else 'up'}.weight"] = p
-            renamed[f"{stem}.alpha"] = torch.tensor(2.0)  # half of the rank: twice the up matrix makes up for it
-        tensors = {name: 2 * p if "lora_up" in name else p for name, p in renamed.items()}
-    plain = outputs(peer, ours)
-    assert relative_error(*plain) > 1e-2
-    assert merge_lora(ours, {**tensors, "text_encoder.x": torch.zeros(1)}) == len(
-        [n for n in tensors if "lora_A" in n or "lora_down" in n]
-    )
-    assert relative_error(*outputs(peer, ours)) < 5e-6
+    layout = "compvis" if naming == "kohya-ldm" else "diffusers"
+    tensors = lora_for(write(before, ours.config, layout), naming, alpha)
+    state, alphas = StableDiffusionXLLoraLoaderMixin.lora_state_dict(dict(tensors), unet_config=peer.config)
+    peer.load_lora_adapter(state, network_alphas=alphas, prefix="unet")
+    peer.fuse_lora()
+    count = merge_lora(ours, {**tensors, "text_encoder.x": torch.zeros(1)})
+    assert count == sum("lora_A" in name or "lora_down" in name for name in tensors)
+    out, expected = outputs(peer, ours)
+    assert relative_error(out, expected) < 2e-6
     merge_lora(ours, tensors, scale=-1.0)
     for name, p in ours.state_dict().items():
-        assert_close(p, before[name], rtol=1e-4, atol=1e-5)
+        assert_close(p, before[name], rtol=0, atol=1e-6)
 
 
-def test_the_ldm_layouts_names_mean_the_same_weights(peer_and_ours):
+def test_the_ldm_layouts_names_mean_the_same_weights(ours):
     """kohya's SDXL files name modules as the LDM layout does: the same update, by either name, is the same weight."""
-    _, ours = peer_and_ours
     down, up = torch.randn(2, 32), torch.randn(32, 2)
     block = "transformer_blocks_0_attn1_to_q"
     changed = []
@@ -86,8 +113,7 @@ def test_the_ldm_layouts_names_mean_the_same_weights(peer_and_ours):
     assert_close(changed[0][name] - ours.state_dict()[name], up @ down, rtol=1e-4, atol=1e-5)
 
 
-def test_refuses_what_does_not_fit(peer_and_ours):
-    _, ours = peer_and_ours
+def test_refuses_what_does_not_fit(ours):
     a, b = torch.zeros(2, 32), torch.zeros(32, 2)
     key = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1"
     with pytest.raises(ValueError, match=r"to_nowhere.*fits no weight"):

@@ -1,0 +1,136 @@
+"""`convert --verify` and `--lora`: the checkpoint's own code beside ours, before anything is written."""
+
+import pytest
+import torch
+from guided_diffusion.unet import UNetModel
+from safetensors.torch import save_file
+from test_adm_files import CASES, SMALL
+from test_checkpoints import DIFFUSERS
+
+from helpers import randomise
+from unet_denoiser import UNet
+from unet_denoiser.cli import main
+from unet_denoiser.convert import save, write
+from unet_denoiser.convert.lora import merge_lora
+
+
+def verify(source, target, *options):
+    main(["convert", str(source), str(target), "--verify", *options])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    torch.manual_seed(0)
+    kind, options = DIFFUSERS["sd-1"]
+    randomise(kind(**options)).save_pretrained(tmp_path / "sd")
+    return tmp_path / "sd"
+
+
+@pytest.mark.parametrize("name", DIFFUSERS)
+def test_diffusers_folders(name, tmp_path, capsys):
+    kind, options = DIFFUSERS[name]
+    randomise(kind(**options)).save_pretrained(tmp_path / "theirs")
+    verify(tmp_path / "theirs", tmp_path / "ours")
+    assert f"; {kind.__name__} gives the same output, to " in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:norm_groups:UserWarning")
+@pytest.mark.parametrize("name", ["iddpm-64-cond", "adm-64-cond", "adm-256", "adm-512-cond", "ldm-vq4"])
+def test_adm_files(name, tmp_path, capsys):
+    options = SMALL | CASES[name]
+    torch.save(randomise(UNetModel(**options)).state_dict(), tmp_path / "adm.pt")
+    heads = ["--num-heads", "4"] if "num_heads" in options else ["--head-dim", str(options["num_head_channels"])]
+    order = "new" if "use_new_attention_order" in options else "legacy"
+    verify(tmp_path / "adm.pt", tmp_path / "ours", *heads, "--qkv-order", order)
+    assert "; UNetModel gives the same output, to " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["sd-1", "sdxl"])
+def test_ldm_files(name, tmp_path, capsys):
+    kind, options = DIFFUSERS[name]
+    randomise(kind(**options)).save_pretrained(tmp_path / "theirs")
+    model = UNet.from_pretrained(tmp_path / "theirs")
+    save(model.state_dict(), model.config, tmp_path / "ldm.safetensors", "ldm")
+    verify(
+        tmp_path / "ldm.safetensors",
+        tmp_path / "ours",
+        *(["--num-heads", "8"] if name == "sd-1" else ["--head-dim", "32"]),
+    )
+    assert "; UNet2DConditionModel gives the same output, to " in capsys.readouterr().out
+
+
+def test_other_numbers_are_an_error_and_nothing_is_written(folder, tmp_path, monkeypatch, capsys):
+    read = UNet.from_pretrained
+
+    def wrong(*args, **options):
+        model = read(*args, **options)
+        with torch.no_grad():
+            model.get_parameter("decoder.3.0.conv1.bias")[5] += 0.5
+        return model
+
+    monkeypatch.setattr(UNet, "from_pretrained", wrong)
+    with pytest.raises(SystemExit, match="2"):
+        verify(folder, tmp_path / "ours")
+    assert "UNet2DConditionModel gives other numbers" in capsys.readouterr().err
+    assert not (tmp_path / "ours").exists()
+
+
+def ddpm_file(folder, tmp_path):
+    kind, options = DIFFUSERS["ddpm"]
+    randomise(kind(**options)).save_pretrained(tmp_path / "ddpm")
+    model = UNet.from_pretrained(tmp_path / "ddpm")
+    save_file(write(model.state_dict(), model.config, "ddpm"), tmp_path / "ddpm.safetensors")
+    return tmp_path / "ddpm.safetensors"
+
+
+def our_own(folder, tmp_path):
+    UNet.from_pretrained(folder).save_pretrained(tmp_path / "own")
+    return tmp_path / "own"
+
+
+def untrained(folder, tmp_path):
+    kind, options = DIFFUSERS["sd-1"]
+    peer = randomise(kind(**options))
+    torch.nn.init.zeros_(peer.conv_out.weight)
+    torch.nn.init.zeros_(peer.conv_out.bias)
+    peer.save_pretrained(tmp_path / "zero")
+    return tmp_path / "zero"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (ddpm_file, "no installed package runs files of the ddpm layout"),
+        (our_own, "this library's own; there is no other code"),
+        (untrained, "an untrained network, whose output is zero"),
+    ],
+)
+def test_says_what_cannot_be_verified(make, message, folder, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        verify(make(folder, tmp_path), tmp_path / "out", *(["--num-heads", "1"] if make is ddpm_file else []))
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_lora_is_merged_on_the_way(folder, tmp_path):
+    name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    width = 32
+    save_file(
+        {f"{name}.lora_A.weight": torch.randn(4, width), f"{name}.lora_B.weight": torch.randn(width, 4)},
+        tmp_path / "lora.safetensors",
+    )
+    main(
+        [
+            "convert",
+            str(folder),
+            str(tmp_path / "out"),
+            "--lora",
+            str(tmp_path / "lora.safetensors"),
+            "--lora-scale",
+            "0.5",
+        ]
+    )
+    expected = UNet.from_pretrained(folder)
+    assert merge_lora(expected, tmp_path / "lora.safetensors", 0.5) == 1
+    merged = UNet.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(tensor, merged[key]) for key, tensor in expected.state_dict().items())

@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 
 demo: .venv/installed  ## train on handwritten digits, generate new ones, measure them
 	rm -rf runs/digits
@@ -18,11 +18,20 @@ lint: .venv/installed  ## format, lint, types, layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+bench: .venv/bench  ## time and memory beside other libraries; `make bench ARGS=--quick` to try it
+	mkdir -p runs
+	$(BIN)/python -W ignore::FutureWarning benchmarks/speed.py --json runs/speed.json $(ARGS)
+	$(BIN)/python benchmarks/scaling.py --json runs/scaling.json $(ARGS)
+
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(INSTALL) torch==2.13.0
 	$(INSTALL) --editable '.[dev]'
 	$(INSTALL) --no-deps sd-mecha  # only for its lists of checkpoints' keys; it would pull in much more
+	touch $@
+
+.venv/bench: .venv/installed benchmarks/requirements.txt
+	$(INSTALL) --no-deps --requirement benchmarks/requirements.txt
 	touch $@
 
 clean:

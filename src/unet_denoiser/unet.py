@@ -99,20 +99,21 @@ class UNet(Pretrained, nn.Module):
     @classmethod
     def _read(
         cls, source: str | Path, config_path: Path | None, hub: dict[str, Any], options: dict[str, Any]
-    ) -> tuple[Any, dict[str, Tensor]]:
+    ) -> tuple[Self, dict[str, Tensor]]:
         """Our own format, or any that `unet_denoiser.convert` reads; `options` then say what a file does not tell."""
         if config_path is not None and "_class_name" not in read_json(config_path):
             return super()._read(source, config_path, hub, options)
         path = Path(source)
         if config_path is not None:
             path = weight_files(lambda name: fetch(source, name, hub), options.get("variant"))[0].parent
-        return read(path, cls._shapes, **options)
+        empty: list[Self] = []
 
-    @classmethod
-    def _shapes(cls, config: UNetConfig) -> dict[str, torch.Size]:
-        """Names and shapes of the parameters of an architecture."""
-        with torch.device("meta"):
-            return {name: p.shape for name, p in cls.from_config(config).state_dict().items()}
+        def shapes_of(config: UNetConfig) -> dict[str, torch.Size]:
+            empty.append(cls._empty(config))
+            return {name: p.shape for name, p in empty[0].state_dict().items()}
+
+        _, state = read(path, shapes_of, **options)
+        return empty[0], state
 
     def forward(
         self,

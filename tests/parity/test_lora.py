@@ -65,7 +65,7 @@ def lora_for(weights, naming, alpha):
 
 
 def outputs(peer, ours):
-    x, t, context = torch.randn(2, 4, 6, 6), torch.tensor([3, 700]), torch.randn(2, 5, 24)
+    x, t, context = torch.randn(2, 4, 10, 10), torch.tensor([3, 700]), torch.randn(2, 5, 24)
     added, vector = None, None
     if ours.config.vector_dim:
         text, ids = torch.randn(2, 1280), torch.randint(0, 999, (2, 6)).float()

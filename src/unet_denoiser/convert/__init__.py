@@ -71,7 +71,10 @@ def read(
         raise ValueError(f"qkv_order={qkv_order!r}: this file does not leave the order open; leave it out")
     packing: Packing = "edm" if layout == "edm" else qkv_order or published_order(config)
     dialect = Dialect(LAYOUTS[layout], bones, config.heads, packing, cosines_first)
-    return config, to_ours(state, shapes_of(config), dialect, f"{described(config)}, but the checkpoint does not fit")
+    try:
+        return config, to_ours(state, shapes_of(config), dialect)
+    except ValueError as error:
+        raise ValueError(f"{described(config)}, but {error}") from None
 
 
 def write(

@@ -37,16 +37,11 @@ class Dialect(NamedTuple):
         return found._replace(ones=0) if self.linear and ".proj_" in name else found
 
 
-def to_ours(
-    state: Mapping[str, Tensor],
-    shapes: Mapping[str, Sequence[int]],
-    dialect: Dialect,
-    subject: str = "the checkpoint does not fit",
-) -> dict[str, Tensor]:
+def to_ours(state: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], dialect: Dialect) -> dict[str, Tensor]:
     """Our parameters, of these shapes, from a foreign state dict.
 
     Raises:
-        ValueError: `subject`, and the tensors that are missing, left over or of another shape, the first few by name.
+        ValueError: tensors that are missing, left over or of another shape, the first few by name.
     """
     sources = {name: dialect.source(name) for name in shapes}
     used = {source.name for source in sources.values()}
@@ -73,7 +68,7 @@ def to_ours(
     problems += [f"has {name}, which the network lacks" for name in state if name not in used]
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(f"{subject}: it {'; it '.join(problems[:3])}{more}")
+        raise ValueError(f"the checkpoint does not fit: it {'; it '.join(problems[:3])}{more}")
     return ours
 
 

@@ -1,0 +1,119 @@
+"""The networks that are compared, and how each side reads and calls them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+from guided_diffusion.unet import UNetModel
+from lucidrains import Unet
+from torch import Tensor, nn
+
+from parity import CIFAR, DDPM, DDPM_BLOCKS, randomise
+from unet_denoiser import UNet
+
+TEXT_BLOCKS = {
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+}
+ADM = {
+    "image_size": 32,
+    "in_channels": 3,
+    "out_channels": 6,
+    "num_res_blocks": 2,
+    "attention_resolutions": (2, 4),
+    "channel_mult": (1, 2, 3),
+    "use_scale_shift_norm": True,
+    "resblock_updown": True,
+    "use_new_attention_order": True,
+}
+
+
+class Network(NamedTuple):
+    """A network as its own library has it, and what ours must be told besides the file (None: ours is another one)."""
+
+    peer: str
+    kind: Callable[..., Any]
+    options: dict[str, Any]
+    ours: dict[str, Any] | None
+    channels: int = 3
+    context_dim: int | None = None
+
+
+def networks(quick: bool) -> dict[str, Network]:
+    """The networks by name, at half the width or less when quick; 32x32 inputs, 77 tokens."""
+    width = 64 if quick else 128
+    head = width // 2
+    cifar = CIFAR | {"block_out_channels": (width, 2 * width, 2 * width, 2 * width), "dropout": 0.1}
+    text = {"block_out_channels": (width, 2 * width, 4 * width), "cross_attention_dim": 256, "attention_head_dim": 4}
+    adm = ADM | {"model_channels": width, "num_head_channels": head}
+    unseen = {"head_dim": head, "qkv_order": "new", "dropout": 0.0}
+    return {
+        "ddpm-cifar10": Network("diffusers", UNet2DModel, cifar | DDPM_BLOCKS | DDPM, ours={}),
+        "sd-small": Network(
+            "diffusers",
+            UNet2DConditionModel,
+            text | TEXT_BLOCKS | {"sample_size": 32},
+            ours={},
+            channels=4,
+            context_dim=256,
+        ),
+        "adm-small": Network("guided-diffusion", UNetModel, adm, ours=unseen),
+        "lucidrains": Network(
+            "denoising-diffusion-pytorch",
+            Unet,
+            {"dim": width, "dim_mults": (1, 2, 2, 2), "dropout": 0.1},
+            ours=None,
+        ),
+    }
+
+
+def sides(network: Network, compiled: bool) -> list[str]:
+    """Ours first, then the peer as it comes and in the memory format that convolutions prefer."""
+    peers = [network.peer, f"{network.peer} channels-last"]
+    if network.ours is None:
+        return peers
+    if not compiled:
+        return ["ours", *peers]
+    return ["ours", "ours compiled", *peers, f"{network.peer} compiled", f"{network.peer} compiled channels-last"]
+
+
+def save(network: Network, folder: Path) -> Path:
+    """Write the network with random non-zero weights, as a folder of diffusers or a state dict."""
+    torch.manual_seed(0)
+    model = network.kind(**network.options)
+    randomise(model)
+    if network.peer == "diffusers":
+        model.save_pretrained(folder)
+        return folder
+    torch.save(model.state_dict(), folder / "model.pt")
+    return folder / "model.pt"
+
+
+def read(network: Network, side: str, source: Path) -> nn.Module:
+    """One side's network in evaluation mode, not compiled."""
+    if side.startswith("ours"):
+        return UNet.from_pretrained(source, **network.ours or {})
+    if source.is_dir():
+        model = network.kind.from_pretrained(source)
+    else:
+        model = network.kind(**network.options)
+        model.load_state_dict(torch.load(source, weights_only=True))
+    return model.eval().to(memory_format=torch.channels_last) if "channels-last" in side else model.eval()
+
+
+def caller(network: Network, side: str, model: nn.Module, batch: int) -> Callable[[], Tensor]:
+    """The forward call of one side on inputs that are the same for all."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(batch, network.channels, 32, 32, generator=generator)
+    inputs = [x, torch.randint(0, 1000, (batch,), generator=generator)]
+    if network.context_dim:
+        inputs.append(torch.randn(batch, 77, network.context_dim, generator=generator))
+    if "channels-last" in side:
+        inputs[0] = x.to(memory_format=torch.channels_last)
+    if "compiled" in side:
+        model = torch.compile(model, dynamic=False)
+    if side.startswith("diffusers"):
+        return lambda: model(*inputs).sample
+    return lambda: model(*inputs)

@@ -306,3 +306,27 @@ def test_any_tensor_of_any_shape_is_one_clear_refusal(layout, shape, model, monk
             with pytest.raises((ValueError, TypeError)) as caught:
                 read(Path("m.pt"), shapes_of, num_heads=1)
             assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attn_norm_num_groups": 16, "norm_num_groups": 4}, "norm_num_groups=4 with attn_norm_num_groups=16"),
+        ({"norm_num_groups": None}, "norm_num_groups=None"),
+        (
+            {"_class_name": "UNet2DConditionModel", "only_cross_attention": [False, True]},
+            r"mid_block_only_cross_attention=False beside only_cross_attention=\[False, True\]",
+        ),
+    ],
+)
+def test_diffusers_options_without_a_counterpart(options, message):
+    with pytest.raises(ValueError, match=message):
+        from_diffusers(options)
+
+
+def test_cross_attention_alone_is_read_where_shapes_cannot_tell():
+    """With a context as wide as a level."""
+    config = {"_class_name": "UNet2DConditionModel", "only_cross_attention": [True, False], "cross_attention_dim": 32}
+    assert from_diffusers(config)[0]["only_cross_attention"] == (True, False)
+    assert from_diffusers(config | {"only_cross_attention": True})[0]["only_cross_attention"] is True
+    assert "only_cross_attention" not in from_diffusers(config | {"only_cross_attention": False})[0]

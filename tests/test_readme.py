@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
+from helpers import randomise
 from unet_denoiser import UNet, preset
 from unet_denoiser.cli import main
 from unet_denoiser.convert import save, write
@@ -32,20 +34,29 @@ def test_checkpoint_examples(tmp_path, monkeypatch):
     """The second Python block and the conversions, on a small file in the layout of Stable Diffusion 1."""
     monkeypatch.chdir(tmp_path)
     config = replace(preset("sd-1.5"), model_channels=32, context_dim=8)
-    state = UNet.from_config(config).state_dict()
+    state = randomise(UNet.from_config(config)).state_dict()
     save(state, config, Path("stable-diffusion-v1-5/unet"), "diffusers")
     theirs = {f"model.diffusion_model.{name}": p for name, p in write(state, config, "compvis").items()}
     torch.save({"state_dict": theirs}, "v1-5-pruned.ckpt")
+    name = "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q"
+    save_file(
+        {f"{name}.lora_{k}.weight": torch.ones(s) for k, s in (("down", (2, 128)), ("up", (128, 2)))},
+        "style.safetensors",
+    )
     for line in blocks("python")[1].splitlines():
         heads = "" if "unet" in line else ", num_heads=8"  # a published file would need no help
         exec(line.split("#")[0].rstrip()[:-1] + heads + ")", {"UNet": UNet})
     lines = [line for line in blocks("bash")[2].splitlines() if line.startswith("unet-denoiser convert")]
-    assert len(lines) == 3
+    assert len(lines) == 4
     for line in lines:
         args = shlex.split(line, comments=True)[1:]
         main(args + (["--num-heads", "8"] if args[1].endswith("ckpt") else []))
     assert Path("sd15/config.json").exists()
     assert Path("sd15-diffusers/config.json").exists()
+    plain, styled = UNet.from_pretrained("sd15"), UNet.from_pretrained("sd15-style")
+    assert [name for name, p in plain.named_parameters() if not torch.equal(p, styled.get_parameter(name))] == [
+        "bottleneck.1.transformer_blocks.0.attn1.to_q.weight"
+    ]
 
 
 def test_python_example(tmp_path, monkeypatch, capsys):

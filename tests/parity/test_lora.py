@@ -143,3 +143,57 @@ def test_peft_trains_our_network():
     changed = wrapped(x, t, context).detach()
     assert relative_error(changed, plain) > 1e-2
     assert relative_error(wrapped.merge_and_unload()(x, t, context), changed) < 1e-5
+
+
+def test_the_alpha_of_diffusers_own_files_is_in_their_header(tmp_path):
+    torch.manual_seed(0)
+    kind = diffusers.UNet2DConditionModel
+    peer = randomise(kind(**SD1)).eval()
+    peer.save_pretrained(tmp_path / "unet")
+    peer.add_adapter(peft.LoraConfig(r=4, lora_alpha=16, target_modules=["to_q", "conv1"], alpha_pattern={"conv1": 6}))
+    for name, parameter in peer.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    peer.save_lora_adapter(tmp_path)
+    ours = UNet.from_pretrained(tmp_path / "unet")
+    merge_lora(ours, tmp_path / "pytorch_lora_weights.safetensors")
+    assert relative_error(*outputs(peer, ours)) < 2e-6
+
+
+TO_Q = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+FEED = "unet.down_blocks.0.attentions.0.transformer_blocks.0.ff.net.2"
+LORAS = {
+    "one weight is unknown": {f"{TO_Q}.to_q": (32, 32), "unet.nonsense": (2, 2)},
+    "as many numbers, another shape": {f"{TO_Q}.to_q": (32, 32), FEED: (128, 32)},
+}
+
+
+@pytest.mark.parametrize("name", LORAS)
+def test_a_refused_lora_changes_nothing(name, tmp_path):
+    randomise(diffusers.UNet2DConditionModel(**SD1)).save_pretrained(tmp_path)
+    ours = UNet.from_pretrained(tmp_path)
+    before = {key: tensor.clone() for key, tensor in ours.state_dict().items()}
+    lora = {f"{key}.lora_A.weight": torch.ones(2, shape[1]) for key, shape in LORAS[name].items()}
+    lora |= {f"{key}.lora_B.weight": torch.ones(shape[0], 2) for key, shape in LORAS[name].items()}
+    with pytest.raises(ValueError, match="the LoRA"):
+        merge_lora(ours, lora)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in ours.state_dict().items())
+
+
+def test_loras_of_the_time_embedding_and_of_old_names(tmp_path):
+    torch.manual_seed(0)
+    peer = randomise(diffusers.UNet2DConditionModel(**SD1)).eval()
+    peer.save_pretrained(tmp_path)
+    ours = UNet.from_pretrained(tmp_path)
+    lora = {}
+    for module in ("time_embedding.linear_1", "time_embedding.linear_2"):
+        out, inputs = peer.get_submodule(module).weight.shape
+        name = f"lora_unet_{module.replace('.', '_')}"
+        lora[f"{name}.lora_down.weight"], lora[f"{name}.lora_up.weight"] = torch.randn(2, inputs), torch.randn(out, 2)
+        peer.get_submodule(module).weight.data += lora[f"{name}.lora_up.weight"] @ lora[f"{name}.lora_down.weight"]
+    old = f"{TO_Q}.processor.to_out_lora"
+    lora[f"{old}.down.weight"], lora[f"{old}.up.weight"] = torch.randn(2, 32), torch.randn(32, 2)
+    weight = peer.get_submodule(f"{TO_Q.removeprefix('unet.')}.to_out.0").weight
+    weight.data += lora[f"{old}.up.weight"] @ lora[f"{old}.down.weight"]
+    assert merge_lora(ours, lora) == 3
+    assert relative_error(*outputs(peer, ours)) < 2e-6

@@ -29,7 +29,6 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "resnet_skip_time_act": (None, False),
     "resnet_out_scale_factor": (None, 1, 1.0),
     "reverse_transformer_layers_per_block": (None,),
-    "mid_block_only_cross_attention": (None, False),
     "mid_block_type": ("UNetMidBlock2D", "UNetMidBlock2DCrossAttn"),
     "add_attention": (None, True),
 }
@@ -60,19 +59,40 @@ def from_diffusers(config: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
             raise ValueError(
                 f"down_block_types has {block!r}, which has no counterpart here; {', '.join(_BLOCKS)} have"
             )
+    groups, attention_groups = config.get("norm_num_groups", 32), config.get("attn_norm_num_groups")
+    if groups is None or attention_groups not in (None, groups):
+        raise ValueError(
+            f"norm_num_groups={groups} with attn_norm_num_groups={attention_groups} has no counterpart here: all norms "
+            "have the same number of groups"
+        )
     shift = config.get("freq_shift", 0)
     if shift not in (0, 1):
         raise ValueError(f"freq_shift={shift!r} has no counterpart here; 0 and 1 have")
     options: dict[str, Any] = {
         "time_frequencies": "endpoint" if shift else "half",
         "norm_eps": config.get("norm_eps", 1e-5),
-        "norm_groups": config.get("norm_num_groups", 32),
+        "norm_groups": groups,
         "dropout": config.get("dropout", 0.0),
         **_heads(config, conditional),
     }
+    if conditional and (only := _only_cross_attention(config)):
+        options["only_cross_attention"] = only
     if config.get("downsample_type", "conv") == "conv" and config.get("downsample_padding", 1) == 0:
         options["downsample"] = "conv_asymmetric"
     return options, bool(config.get("flip_sin_to_cos", True))
+
+
+def _only_cross_attention(config: Mapping[str, Any]) -> Any:
+    """Where shapes cannot tell, the file does: a context may be as wide as a level."""
+    only, middle = config.get("only_cross_attention", False), config.get("mid_block_only_cross_attention")
+    levels = list(only) if isinstance(only, list | tuple) else [bool(only)]
+    middle = (only if isinstance(only, bool) else False) if middle is None else middle
+    if levels[-1] != middle:
+        raise ValueError(
+            f"mid_block_only_cross_attention={middle} beside only_cross_attention={only} has no counterpart here: the "
+            "bottleneck is as the last level"
+        )
+    return tuple(levels) if len(levels) > 1 and any(levels) else levels[0]
 
 
 def _heads(config: Mapping[str, Any], conditional: bool) -> dict[str, Any]:

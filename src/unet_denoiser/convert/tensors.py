@@ -63,7 +63,7 @@ def to_ours(state: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], di
         if tuple(tensor.shape) != tuple(shape):
             problems.append(f"has {source.name} {tuple(tensor.shape)}, not {tuple(shape)}")
         elif dialect.cosines_first and name in _SINUSOIDS:
-            tensor = _swap_halves(tensor, _SINUSOIDS[name])
+            tensor = swap_halves(tensor, _SINUSOIDS[name])
         ours[name] = tensor
     problems += [f"has {name}, which the network lacks" for name in state if name not in used]
     if problems:
@@ -94,7 +94,7 @@ def to_theirs(ours: Mapping[str, Tensor], dialect: Dialect) -> dict[str, Tensor]
     for name, tensor in ours.items():
         source = dialect.source(name)
         if dialect.cosines_first and name in _SINUSOIDS:
-            tensor = _swap_halves(tensor, _SINUSOIDS[name])
+            tensor = swap_halves(tensor, _SINUSOIDS[name])
         tensor = tensor.reshape(*tensor.shape, *[1] * source.ones)
         if source.part is None:
             theirs[source.name] = tensor.mT if source.transposed else tensor
@@ -106,7 +106,7 @@ def to_theirs(ours: Mapping[str, Tensor], dialect: Dialect) -> dict[str, Tensor]
     return theirs
 
 
-def _swap_halves(weight: Tensor, axis: int) -> Tensor:
+def swap_halves(weight: Tensor, axis: int) -> Tensor:
     """Exchange the halves of sines and cosines; an odd width has one of padding that stays."""
     half = weight.shape[axis] // 2
     first, second, padding = weight.split([half, half, weight.shape[axis] - 2 * half], axis)

@@ -6,6 +6,7 @@ keep a convolution's input for the backward pass but computes it again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -13,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from unet_denoiser.winograd import convolve, transform_weight, weight_gradient
@@ -41,17 +43,28 @@ class Conv2d(nn.Conv2d):
 
     def run(self, x: Tensor, training: bool) -> Tensor:
         """The convolution; `training` says that the weights change after each call, so that nothing is kept of them."""
-        if torch.compiler.is_exporting() or not _enabled or x.device.type != "cpu":
+        if _only_plain() or x.device.type != "cpu" or x.ndim != 4:
             return super().forward(x)
         if winograd_pays(self, x, training):
             if torch.compiler.is_compiling() or torch.is_grad_enabled():
                 return conv3x3(x, self.weight, self.bias, not training)
             return _convolve(x, self.weight, self.bias, cache=not training)
-        if self.kernel_size == (1, 1) and is_channels_last(x):
+        if _is_pointwise(self) and is_channels_last(x):
             return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
         if x.shape[0] * x.shape[2] * x.shape[3] <= 256:
             x = x.contiguous()  # so few pixels cost less than the weights' reordering for channels last
         return super().forward(x)
+
+
+def _only_plain() -> bool:
+    """Whether torch's own convolutions are asked for, or needed: by torch.export and by function transforms."""
+    if not _enabled or torch.compiler.is_exporting():
+        return True
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _is_pointwise(conv: nn.Conv2d) -> bool:
+    return conv.kernel_size == conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
 
 
 CONV: dict[int, Any] = {1: nn.Conv1d, 2: Conv2d, 3: nn.Conv3d}
@@ -67,7 +80,9 @@ def winograd_pays(conv: nn.Conv2d, x: Tensor, training: bool) -> bool:
     as the convolution of 400 pixels does, unless they are kept) or half of the last tiles empty; not in other
     precisions, where its rounding shows, nor on other devices, whose libraries have it.
     """
-    if not (conv.kernel_size == (3, 3) and conv.stride == (1, 1) and conv.padding == (1, 1) and conv.groups == 1):
+    if conv.kernel_size != (3, 3) or not conv.stride == conv.padding == conv.dilation == (1, 1):
+        return False
+    if conv.groups != 1 or conv.padding_mode != "zeros":
         return False
     if x.device.type != "cpu" or x.dtype != torch.float32 or conv.weight.dtype != torch.float32:
         return False
@@ -92,6 +107,8 @@ _transformed: Any = WeakTensorKeyDictionary()
 
 def _may_keep(weight: Tensor) -> bool:
     """Whether the transformed weights, four times as large, still fit into what is kept: 1 GiB in all."""
+    if torch.compiler.is_compiling():
+        return weight.numel() <= 2**22  # a graph cannot ask what is kept; the operator does, and may transform again
     if weight.is_inference():
         return False
     return (
@@ -104,8 +121,11 @@ def _transform(weight: Tensor, pixels: int) -> Tensor:
     if pixels > 4096 or not _may_keep(weight):
         return transform_weight(weight)
     kept = _transformed.get(weight)
-    # a change through .data leaves the version as it is; but it seldom spares all of 64 values
-    sample = weight.detach().flatten()[:: max(1, weight.numel() // 64)].clone()
+    # a change through .data leaves the version as it is; but it seldom spares all of 1024 values, of all channels
+    step = max(1, weight.numel() // 1024)
+    while math.gcd(step, 9 * weight.shape[1]) > 1:
+        step += 1
+    sample = weight.detach().flatten()[::step].clone()
     if kept is None or kept.version != weight._version or not torch.equal(kept.sample, sample):
         whole = transform_weight(weight.detach()).contiguous()  # worth its time if used again
         kept = _transformed[weight] = _Transformed(whole, weight._version, sample)
@@ -147,7 +167,7 @@ def conv3x3_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, T
 @conv3x3_backward.register_fake
 def _(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dx = x.new_empty(x.shape[0], x.shape[2], x.shape[3], x.shape[1]).permute(0, 3, 1, 2)
-    return dx, torch.empty_like(weight), weight.new_empty(weight.shape[0])
+    return dx, weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -157,7 +177,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    dx, dw, db = conv3x3_backward(grad, *ctx.saved_tensors)
+    if torch.is_grad_enabled():  # of gradients, too
+        sizes = [[1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, True]]
+        dx, dw, db = torch.ops.aten.convolution_backward(grad, *ctx.saved_tensors, [grad.shape[1]], *sizes)
+    else:
+        dx, dw, db = conv3x3_backward(grad, *ctx.saved_tensors)
     return dx, dw, db if ctx.has_bias else None, None
 
 
@@ -166,7 +190,7 @@ conv3x3.register_autograd(_backward, setup_context=_save)
 
 def channels_last(x: Tensor) -> Tensor:
     """An image on a CPU in the layout that convolutions and norms there are fastest in, and which they hand on."""
-    use = x.ndim == 4 and x.device.type == "cpu" and _enabled
+    use = x.ndim == 4 and x.device.type == "cpu" and not _only_plain()
     return x.contiguous(memory_format=torch.channels_last) if use else x
 
 
@@ -188,30 +212,39 @@ def recomputed(
         conv: a convolution.
         norm: the module that `cheap` calls, if any.
 
-    Higher derivatives, function transforms and modules that something else has wrapped, hooked or replaced take the
+    Function transforms and modules that something else has wrapped, hooked or replaced take the
     plain way: torch's own autograd.
     """
     modules = [conv] if norm is None else [conv, norm]
     plain = (
-        not _enabled
-        or not torch.is_grad_enabled()
+        not torch.is_grad_enabled()
         or torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+        or _only_plain()
+        or any(map(watched, modules))
         or type(conv) not in CONV.values()
+        or conv.padding_mode != "zeros"
+        or isinstance(conv.padding, str)
     )
     if plain:
         return conv(cheap(*inputs))
-    parameters = [] if norm is None else list(norm.parameters())
-    return _Recomputed.apply(cheap, conv, len(inputs), *inputs, *parameters, conv.weight, conv.bias)
+    norm = nn.Module() if norm is None else norm
+    parameters = list(norm.parameters())
+    return _Recomputed.apply(cheap, conv, norm, len(inputs), *inputs, *parameters, conv.weight, conv.bias)
+
+
+def watched(module: nn.Module) -> bool:
+    """Whether something hooks the module's calls, or has put its own `forward` into it."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module) or _has_any_global_hook()
 
 
 class _Recomputed(torch.autograd.Function):
     """The autograd step of `recomputed`: inputs of `cheap`, parameters of its norm, weight and bias."""
 
     @staticmethod
-    def forward(ctx: Any, cheap: Callable[..., Tensor], conv: Any, count: int, *tensors: Tensor | None) -> Tensor:
-        ctx.cheap, ctx.conv, ctx.count = cheap, conv, count
+    def forward(ctx: Any, cheap: Any, conv: Any, norm: nn.Module, count: int, *tensors: Tensor | None) -> Tensor:
+        ctx.cheap, ctx.conv, ctx.norm, ctx.count = cheap, conv, norm, count
+        ctx.names = [name for name, _ in norm.named_parameters()]
         ctx.autocast = torch.is_autocast_enabled(conv.weight.device.type)
         ctx.save_for_backward(*tensors)
         h = cheap(*tensors[:count])
@@ -219,22 +252,31 @@ class _Recomputed(torch.autograd.Function):
         return conv.run(h, training=True) if isinstance(conv, Conv2d) else conv(h)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *others, weight, bias = ctx.saved_tensors
         device, count = weight.device.type, ctx.count
+        # the norm's parameters now may not be those of the forward call (torch.func.functional_call)
+        lent = dict(zip(ctx.names, others[count:], strict=True))
+        if torch.is_grad_enabled():  # gradients of gradients: plainly, so that autograd sees all of it
+            with _reparametrize_module(ctx.norm, lent), torch.autocast(device, enabled=ctx.autocast):
+                out = ctx.conv._conv_forward(ctx.cheap(*others[:count]), weight, bias)
+            return None, None, None, None, *_gradients(out, [*others, weight, bias], grad, create_graph=True)
         inputs = [None if t is None else t.detach().requires_grad_(t.is_floating_point()) for t in others[:count]]
-        with torch.enable_grad(), torch.autocast(device, enabled=ctx.autocast):
+        with torch.enable_grad(), torch.autocast(device, enabled=ctx.autocast), _reparametrize_module(ctx.norm, lent):
             h = ctx.cheap(*inputs)
         needs = (True, weight.requires_grad, bias is not None and bias.requires_grad)
         if winograd_pays(ctx.conv, h, training=True) and grad.dtype == torch.float32:
             dh, dw, db = _convolve_backward(grad, h.detach(), weight, needs)
         else:
             dh, dw, db = _plain_backward(ctx.conv, grad, h.detach(), weight, needs)
-        wanted = [t for t in [*inputs, *others[count:]] if t is not None and t.requires_grad]
-        found = iter(torch.autograd.grad(h, wanted, dh))
-        rest = [next(found) if t is not None and t.requires_grad else None for t in [*inputs, *others[count:]]]
-        return None, None, None, *rest, dw, db
+        return None, None, None, None, *_gradients(h, [*inputs, *others[count:]], dh), dw, db
+
+
+def _gradients(out: Tensor, inputs: list[Tensor | None], grad: Any, create_graph: bool = False) -> list[Tensor | None]:
+    """One for each input, None for those that want none."""
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=create_graph))
+    return [next(found) if t is not None and t.requires_grad else None for t in inputs]
 
 
 def _plain_backward(conv: Any, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]) -> Any:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unet_denoiser.conv import CONV, is_channels_last, recomputed
+from unet_denoiser.conv import CONV, is_channels_last, recomputed, watched
 
 CONV_TRANSPOSE = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 AVG_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
@@ -61,12 +61,13 @@ def silu(x: Tensor, source: nn.Module) -> Tensor:
 
 def add(x: Tensor, y: Tensor, source: nn.Module) -> Tensor:
     """The sum of y and what `source` returned and nothing else needs: in its place, where that is safe."""
-    return x.add_(y) if _may_overwrite(source) else x + y
+    return x.add_(y) if _may_overwrite(source) and x.dtype == y.dtype else x + y
 
 
 def _may_overwrite(source: nn.Module) -> bool:
-    """Whether neither autograd nor a hook keeps what the module has returned."""
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or source._forward_hooks)
+    """Whether the module has made what it returned, and neither autograd nor a hook keeps it."""
+    made = isinstance(source, (nn.GroupNorm, *CONV.values()))
+    return made and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or watched(source))
 
 
 def zero(module: nn.Module) -> nn.Module:

@@ -111,7 +111,7 @@ def weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
         total.baddbmm_(z.transpose(1, 2), v, beta=0 if i == a == 0 else 1)
     g = torch.tensor(_G, dtype=x.dtype)
     # (9, KC), then turned: as (KC, 36) @ (36, 9), the library takes ten times as long
-    return (torch.kron(g, g).t() @ total.view(36, -1)).t().reshape(out_ch, in_ch, 3, 3)
+    return (torch.kron(g, g).t() @ total.view(36, -1)).t().contiguous().view(out_ch, in_ch, 3, 3)
 
 
 def _blocks(images: int, rows: int, columns: int) -> Iterator[_Block]:

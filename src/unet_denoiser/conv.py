@@ -212,8 +212,8 @@ def recomputed(
         conv: a convolution.
         norm: the module that `cheap` calls, if any.
 
-    Function transforms and modules that something else has wrapped, hooked or replaced take the
-    plain way: torch's own autograd.
+    Function transforms, and modules that something else has wrapped, hooked or replaced, take the plain way, torch's
+    own autograd.
     """
     modules = [conv] if norm is None else [conv, norm]
     plain = (

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from unet_denoiser.conv import CONV, is_channels_last, recomputed, watched
 
 CONV_TRANSPOSE = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
-AVG_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+AVG_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d}
 
 
 Size = Sequence[int] | None
@@ -130,7 +130,10 @@ def keep(x: Tensor, size: Size = None) -> Tensor:
 
 def average_pool(x: Tensor, size: Size = None) -> Tensor:
     """Halve by averaging; the last row or column of an odd size counts twice."""
-    return AVG_POOL[x.ndim - 2](x, 2, ceil_mode=True, count_include_pad=False)
+    if x.ndim < 5:
+        return AVG_POOL[x.ndim - 2](x, 2, ceil_mode=True, count_include_pad=False)
+    # the pooling of volumes refuses a length of 1; one column more leaves an even size as it is, since it stays unread
+    return F.avg_pool3d(F.pad(x, (0, 1) * 3, mode="replicate"), 2)
 
 
 def nearest(x: Tensor, size: Size = None) -> Tensor:
@@ -141,8 +144,9 @@ def nearest(x: Tensor, size: Size = None) -> Tensor:
 def crop(x: Tensor, size: Size) -> Tensor:
     """The first `size` entries of each spatial axis; all of them for None."""
     for axis, length in enumerate(size or (), start=2):
-        if torch.compiler.is_compiling():
-            # slicing asks torch.export to prove length <= 2 * ceil(length / 2), which is true but beyond it
+        if torch.compiler.is_exporting():
+            # slicing asks torch.export to prove length <= 2 * ceil(length / 2), which is true but beyond it; training
+            # must not do this: compiled by torch 2.13, its backward pass writes beyond its memory
             x = x.index_select(axis, torch.arange(length, device=x.device))
         else:
             x = x.narrow(axis, 0, length)

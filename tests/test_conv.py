@@ -324,7 +324,7 @@ def test_gradcheck_of_nearest_upsampling(size):
     ],
     ids=str,
 )  # fmt: skip
-def test_frozen_parameters_get_no_gradient(frozen, precision):
+def test_frozen_parameters_get_no_gradient(calls, frozen, precision):
     wide = {"in_ch": 64, "out_ch": 72, "size": (32, 32), "norm_groups": 8} if precision == torch.float32 else {}
     block, *args = block_and_args(dtype=precision, **wide, batch=1)
     for name in frozen:
@@ -334,6 +334,8 @@ def test_frozen_parameters_get_no_gradient(frozen, precision):
     assert {name for name, g in found.items() if g is None} == {
         name for name, p in block.named_parameters() if not p.requires_grad
     }
+    trained = [m for m in (block.conv1, block.conv2) if m.weight.requires_grad]
+    assert calls["weight_gradient"] == (len(trained) if wide else 0)
     assert_same(found, plain(gradients, block, *args), 1e-5 if wide else 1e-12)
 
 
@@ -520,17 +522,25 @@ def test_parametrizations_get_their_gradients(part):
     assert_same(gradients(block, *args), plain(gradients, block, *args), 1e-12)
 
 
+@pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("wrap", [nn.Parameter, lambda x: x.requires_grad_()], ids=["parameters", "tensors"])
-def test_lent_parameters_get_the_gradients(wrap):
+def test_lent_parameters_get_the_gradients(wrap, order):
     """torch.func.functional_call gives a module other parameters for a call, which is over when gradients are taken."""
     block, *args = block_and_args()
     lent = {name: wrap(1.5 * p.detach()) for name, p in block.named_parameters()}
-    functional_call(block, lent, tuple(args)).square().sum().backward()
+
+    def derived(out, parameters):
+        wanted = [*parameters.values(), args[0]]
+        if order == 2:
+            out = torch.autograd.grad(out.square().sum(), args[0], create_graph=True)[0]
+        found = torch.autograd.grad(out.square().sum(), wanted, materialize_grads=True)
+        return dict(zip([*parameters, "input"], found, strict=True))
+
+    found = derived(functional_call(block, lent, tuple(args)), lent)
     with torch.no_grad():
         for name, p in block.named_parameters():
             p.copy_(lent[name])
-    plain(lambda: block(*args).square().sum().backward())
-    assert_same({name: p.grad for name, p in lent.items()}, {n: p.grad for n, p in block.named_parameters()}, 1e-12)
+    assert_same(found, plain(lambda: derived(block(*args), dict(block.named_parameters()))), 1e-12)
 
 
 # ---- torch.func, derivatives of derivatives ------------------------------------------------------------------------
@@ -650,18 +660,35 @@ def test_autocast_to_bfloat16(kind):
     assert_same(found, expected, 0.05)
 
 
+class Autocast(Twice):
+    """A block under autocast, which is over when gradients are taken, as torch recommends."""
+
+    def forward(self, *args):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.block(*args)
+
+
 def test_autocast_in_the_forward_pass_alone():
-    """As torch recommends; what is computed again in the backward pass has the precision that it had."""
-    block, *args = block_and_args(16, 16, (8, 8), torch.float32)
-
-    class Autocast(Twice):
-        def forward(self, *args):
-            with torch.autocast("cpu", torch.bfloat16):
-                return self.block(*args)
-
+    block, *args = block_and_args(64, 64, (32, 32), torch.float32, 1)
     found = gradients(Autocast(block), *args)
     assert_same(found, plain(gradients, Autocast(block), *args), 1e-5)
-    assert (found["output"] - gradients(block, *args)["output"]).abs().max() > 1e-3  # it had an effect
+    assert (found["output"] - block(*args)).abs().max() > 1e-3  # it had an effect
+
+
+def test_what_is_computed_again_has_the_precision_that_it_had():
+    matrix, seen = torch.randn(8, 8), []
+
+    def cheap(x):
+        h = x @ matrix
+        seen.append(h.dtype)
+        return h
+
+    class Module(AfterSiLU):
+        def forward(self, x):
+            return recomputed(cheap, self.conv, x)
+
+    gradients(Autocast(Module(Conv2d(4, 4, 3, padding=1))), torch.randn(1, 4, 8, 8, requires_grad=True))
+    assert seen == [torch.bfloat16, torch.bfloat16]
 
 
 @pytest.mark.parametrize("modulation", ["add", "scale_shift"])
@@ -707,9 +734,12 @@ def test_networks_predict_as_with_plain_convolutions(calls, kind, mode):
 @pytest.mark.parametrize("mode", [nullcontext, torch.no_grad])
 def test_the_layout_of_the_output_is_that_of_the_input(mode):
     model, args = wide()
+    within = []
+    model.input_conv.register_forward_hook(lambda module, args, out: within.append(out))
     with mode():
         out = model(**args)
         assert out.is_contiguous()
+        assert within[0].is_contiguous(memory_format=torch.channels_last)
         args["x"] = args["x"].contiguous(memory_format=torch.channels_last)
         last = model(**args)
         assert last.is_contiguous(memory_format=torch.channels_last)
@@ -823,12 +853,33 @@ def test_changed_weights_are_transformed_again(calls, change, mode):
     assert relative_error(after, before) > 1e-4
 
 
+def test_weights_that_are_inference_tensors_are_not_kept(calls, cache):
+    """Their changes cannot be noticed."""
+    with torch.inference_mode():
+        layer, x = Conv2d(64, 64, 3, padding=1), torch.randn(1, 64, 32, 32)
+        for _ in range(2):
+            assert relative_error(layer(x), F.conv2d(x, layer.weight, layer.bias, padding=1)) < 1e-5
+            layer.weight[5, 6, 1, 1] += 3
+    assert calls["transform_weight"] == 2
+    assert len(cache) == 0
+
+
+def test_weights_of_large_images_are_not_kept(calls, cache):
+    """Transforming them again takes little beside the convolution."""
+    layer, x = Conv2d(64, 64, 3, padding=1), torch.randn(1, 64, 80, 80)
+    with torch.no_grad():
+        layer(x)
+    assert calls["transform_weight"] == 1
+    assert len(cache) == 0
+
+
 def test_training_keeps_no_transformed_weights(calls, cache):
     model, args = wide(**SHALLOW)
     gradients(model.train(), **args)
     model.enable_gradient_checkpointing()
     gradients(model, **args)
-    gradients(Conv2d(64, 64, 3, padding=1), torch.randn(1, 64, 32, 32))
+    layer = Conv2d(64, 64, 3, padding=1)
+    gradients(layer, torch.randn(1, 64, 32, 32))
     assert calls["transform_weight"] > 0
     assert len(cache) == 0
 
@@ -883,11 +934,12 @@ def test_a_network_compiles_whole_for_training(calls):
 
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_a_network_compiles_whole_for_inference(calls):
-    model, args = wide(**SHALLOW)
+    model, args = wide(size=(16, 16), **SHALLOW)
     compiled = torch.compile(model.eval(), backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         expected = model(**args)
         eager = calls["convolve"]
+        assert eager > 0
         assert relative_error(compiled(**args), expected) < 1e-5
     assert calls["convolve"] == 2 * eager
 

@@ -27,6 +27,7 @@ from unet_denoiser.layers import (
     ResBlock,
     TimeMLP,
     TransposedUpsample,
+    full_precision,
     group_norm,
     zero,
 )
@@ -153,7 +154,8 @@ class UNet(Pretrained, nn.Module):
         conditions = {"class_labels": class_labels, "vector": vector, "context": context}
         residuals = (skip_residuals, bottleneck_residual)
         check_inputs(self.config, self.dtype, x, t, conditions, context_mask, time_cond, drop, *residuals)
-        emb, attended = self._embed(t, conditions, context_mask, time_cond, drop or {})
+        with full_precision(x.device.type):
+            emb, attended = self._embed(t, conditions, context_mask, time_cond, drop or {})
 
         h = self.input_conv(channels_last(x))
         skips = [h]

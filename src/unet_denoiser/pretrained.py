@@ -77,11 +77,8 @@ class Pretrained:
         if model_card_kwargs is not None:
             raise ValueError("model_card_kwargs is not supported: write a README.md into the directory instead")
         directory = Path(save_directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}  # type: ignore[attr-defined]
         config = config if isinstance(config, Mapping) else (config or self.config).to_dict()
-        write_safetensors(directory / WEIGHTS_NAME, state)
-        write_atomically(directory / CONFIG_NAME, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+        write_pretrained(directory, config, self.state_dict())  # type: ignore[attr-defined]
         if not push_to_hub:
             return None
         from huggingface_hub import HfApi
@@ -188,6 +185,13 @@ def load_strictly(model: Any, state: Mapping[str, Tensor], source: object) -> No
     for name, tensor in state.items():
         parent, _, leaf = name.rpartition(".")
         setattr(modules[parent], leaf, nn.Parameter(tensor))
+
+
+def write_pretrained(directory: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+    """Write an architecture and its weights; the weights last, so that what has weights is complete."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_atomically(directory / CONFIG_NAME, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+    write_safetensors(directory / WEIGHTS_NAME, {name: tensor.contiguous() for name, tensor in state.items()})
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

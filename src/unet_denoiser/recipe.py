@@ -147,3 +147,10 @@ class TrainingConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
         if self.num_workers is not None and self.num_workers < 0:
             raise ValueError(f"num_workers={self.num_workers} must be at least 0")
+
+
+# what a resumed training may be told anew, as it does not change what is learned, but for steps and precision
+TRAINING_CHANGEABLE = frozenset(
+    """steps gradient_accumulation_steps gradient_checkpointing mixed_precision max_bad_steps checkpoint_every keep_last
+    keep_every keep_best preview_every num_workers device track""".split()
+)

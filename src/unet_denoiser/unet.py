@@ -85,6 +85,10 @@ class UNet(Pretrained, nn.Module):
                     block.append(build.upsample(ch))
                 self.decoder.append(block)
 
+        # what FSDP gathers and frees as one
+        parts = [*self.encoder, *self.bottleneck, *self.decoder]
+        self._no_split_modules = sorted({type(part).__name__ for part in parts})
+
         conv_out = zero(CONV[c.dims](ch, c.out_channels, 3, padding=1))
         self.output = nn.Sequential(group_norm(ch, c.norm_groups, c.norm_eps), nn.SiLU(), conv_out)
 

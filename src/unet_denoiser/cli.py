@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 
 from unet_denoiser.config import UNetConfig
 from unet_denoiser.options import (
+    DataOptions,
     ModelOptions,
     OptionalName,
     OptionalNumber,
@@ -24,7 +25,14 @@ from unet_denoiser.options import (
     TrainingOptions,
     show,
 )
-from unet_denoiser.recipe import TRAINING_CHANGEABLE, DeviceName, SamplerName, TrainingConfig
+from unet_denoiser.recipe import (
+    DATA_CHANGEABLE,
+    TRAINING_CHANGEABLE,
+    DataConfig,
+    DeviceName,
+    SamplerName,
+    TrainingConfig,
+)
 
 
 def train(
@@ -33,9 +41,9 @@ def train(
     out: OptionalPath = None,
     resume: OptionalPath = None,
     init: OptionalPath = None,
-    image_size: OptionalSize = None,
     preset: OptionalName = None,
-    training: TrainingOptions = {},  # noqa: B006  # tyro's way to say: nothing given
+    dataset: DataOptions = {},  # noqa: B006  # tyro's way to say: nothing given
+    training: TrainingOptions = {},  # noqa: B006
     process: ProcessOptions = {},  # noqa: B006
     model: ModelOptions = {},  # noqa: B006
 ) -> None:
@@ -52,7 +60,6 @@ def train(
             changed: --steps, --device, --num-workers, how often to save, and so on.
         init: start from this checkpoint's weights and architecture: a run, a model directory, a diffusers folder or a
             file of another library; what does not fit the data is said and trained anew.
-        image_size: resize to this, one number or height and width (default: that of most images up to 64, else 64).
         preset: start from a published architecture (see `info`) instead of one chosen by size.
     """
     with one_line_errors():
@@ -62,7 +69,7 @@ def train(
         total = sum(p.numel() for p in trainer.model.parameters())
         say = print if trainer.accelerator.is_main_process else lambda text: None
         say(f"{run.path}: {len(trainer.data):,} images, {total:,} parameters, on {trainer.accelerator.device}")
-    with one_line_errors((OSError, ImportError)), _progress(run, trainer) as bar:
+    with _one_line_ends(run.path), _progress(run, trainer) as bar:
         for step in run.train(trainer):
             skipped = f", {trainer.skipped_steps} steps skipped" if trainer.skipped_steps else ""
             text = f"step {step.step}/{run.training.steps}, loss {float(step.loss):.4f}{skipped}"
@@ -82,11 +89,14 @@ def _progress(run: Any, trainer: Any) -> Any:
 
 
 def _started(source: str, given: dict[str, Any]) -> tuple[Any, Any]:
-    from unet_denoiser.data import load_data
+    from unet_denoiser.data import as_found, load_data
     from unet_denoiser.diffusion import Diffusion
+    from unet_denoiser.finetuning import at_size, load_fitting, read_start
     from unet_denoiser.presets import architecture_for
     from unet_denoiser.presets import preset as preset_config
+    from unet_denoiser.pretrained import write_pretrained
     from unet_denoiser.run import Run
+    from unet_denoiser.unet import UNet
 
     preset, init, options = given["preset"], given["init"], dict(given["model"])
     if preset and init:
@@ -98,25 +108,28 @@ def _started(source: str, given: dict[str, Any]) -> tuple[Any, Any]:
     if init:
         start, saved = read_start(init)
         base, process = start.config, Diffusion.from_dict((saved or process.to_dict()) | given["process"])
-    size = given["image_size"] or (base and base.image_size) or None
-    size = size[0] if isinstance(size, tuple) and len(size) == 1 else size
-    data = load_data(source, size, options.get("in_channels"))
+    chosen = {"channels": options.get("in_channels"), "image_size": base and base.image_size}
+    source = source if source == "digits" else str(Path(source).absolute())
+    data_config = DataConfig(source, **chosen | given["dataset"])
+    data = load_data(data_config)
     classes = None if data.class_names is None else len(data.class_names)
-    base = base and at_size(base, data.image_size)
+    if start:
+        base = at_size(start.config, data.image_size)
     config = architecture_for(data.channels, data.image_size, classes, options, base)
-    chosen: dict[str, Any] = {"source": source if source == "digits" else str(Path(source).absolute())}
-    chosen |= {"image_size": list(data.image_size), "channels": data.channels, "class_names": data.class_names}
     place = Path(source).absolute()
     out = given["out"] or Path("runs") / (place.name if place.is_dir() else place.stem)
-    run = Run(out, chosen, config, process, training)
+    run = Run(out, as_found(data_config, data), config, process, training)
     run.check_new()
-    model, report = (UNet.from_config(config), None) if start else (None, None)
-    if start and model:
+    model, report, weights = None, "", {}
+    if start:
+        model = UNet.from_config(config)
         report = load_fitting(model, start)
+        weights = {name: t.clone() for name, t in model.state_dict().items()}
     trainer = run.trainer(data, model)
     if trainer.accelerator.is_main_process:
-        if model:
+        if start:
             print(f"{init}: {report}")
+            write_pretrained(out / "init", config.to_dict(), weights)
         run.write()
     return run, trainer
 
@@ -124,12 +137,12 @@ def _started(source: str, given: dict[str, Any]) -> tuple[Any, Any]:
 def _resumed(path: Path, given: dict[str, Any]) -> tuple[Any, Any]:
     from unet_denoiser.run import Run
 
-    fixed = [name for name in ("out", "init", "image_size", "preset", "process", "model") if given[name]]
-    fixed += sorted(set(given["training"]) - TRAINING_CHANGEABLE)
+    fixed = [name for name in ("out", "init", "preset", "process", "model") if given[name]]
+    fixed += sorted(set(given["training"]) - TRAINING_CHANGEABLE) + sorted(set(given["dataset"]) - DATA_CHANGEABLE)
     if fixed:
-        valid = ", ".join(sorted(TRAINING_CHANGEABLE))
+        valid = ", ".join(sorted(TRAINING_CHANGEABLE | DATA_CHANGEABLE))
         raise ValueError(f"{fixed[0]} cannot change with --resume; what can: {valid}")
-    run = Run.load(path).with_training(**given["training"])
+    run = Run.load(path).with_training(**given["training"]).with_data(**given["dataset"])
     trainer = run.trainer()
     if trainer.step > run.training.steps:
         raise ValueError(f"steps={run.training.steps}: {path} is already at step {trainer.step}")
@@ -181,7 +194,7 @@ def sample(
         from unet_denoiser.images import save_image, to_uint8
         from unet_denoiser.run import Run
         from unet_denoiser.sampling import sample as generate
-        from unet_denoiser.training import resolve_device
+        from unet_denoiser.distribution import resolve_device
 
         loaded = Run.load(run)
         model = loaded.load_model(checkpoint).to(resolve_device(device))
@@ -299,11 +312,30 @@ def one_line_errors(
     try:
         yield
     except kinds as error:
-        print(f"unet-denoiser: error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _exit(f"error: {error}", 2)
     except KeyboardInterrupt:
-        print("\nunet-denoiser: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        print(file=sys.stderr)
+        _exit("interrupted", 130)
+
+
+@contextmanager
+def _one_line_ends(path: Path) -> Iterator[None]:
+    """The ways in which training may end before its last step: asked to, in trouble, or without a disk."""
+    from unet_denoiser.interrupts import Interrupted
+    from unet_denoiser.safety import NotFinite
+
+    with one_line_errors((OSError, ImportError)):
+        try:
+            yield
+        except Interrupted as stop:
+            _exit(f"{path}: {stop}; to go on: unet-denoiser train --resume {path}", 128 + stop.number)
+        except NotFinite as error:
+            _exit(f"error: {error}; {path} has the last good checkpoint", 1)
+
+
+def _exit(message: str, code: int) -> NoReturn:
+    print(f"unet-denoiser: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(code) from None
 
 
 COMMANDS: dict[str, Callable[..., None]] = {"train": train, "sample": sample, "info": info, "convert": convert}

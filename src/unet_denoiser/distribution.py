@@ -76,9 +76,9 @@ def whole(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     """Copies of the whole tensors in memory. Every process must call it; without `keep` it gets an empty dict."""
     found = {}
     for name, t in tensors.items():
-        full = t.detach().full_tensor() if isinstance(t, DTensor) else t.detach()
+        full = t.full_tensor() if isinstance(t, DTensor) else t
         if keep:
-            found[name] = full.to("cpu", copy=True).contiguous()
+            found[name] = full.detach().to("cpu", copy=True).contiguous()
     return found
 
 

@@ -33,10 +33,10 @@ def read_start(source: Path) -> tuple[UNet, dict[str, Any] | None]:
     return UNet.from_pretrained(places[0]), process
 
 
-def at_size(config: UNetConfig, image_size: int | tuple[int, ...]) -> UNetConfig:
+def at_size(config: UNetConfig, image_size: tuple[int, ...]) -> UNetConfig:
     """The same network for samples of another size: attention stays at the levels that have it."""
     levels = range(len(config.widths))
-    moved = replace(config, image_size=image_size, attention_resolutions=())
+    moved = replace(config, image_size=image_size[0] if len(set(image_size)) == 1 else image_size)
     attended = tuple(moved.resolutions[level] for level in levels if config.has_attention(level))
     moved = replace(moved, attention_resolutions=attended)
     same = [moved.has_attention(level) == config.has_attention(level) for level in levels]

@@ -32,7 +32,7 @@ from unet_denoiser.finetuning import merged, save_lora
 from unet_denoiser.images import save_grid
 from unet_denoiser.interrupts import Interrupted, watch_signals
 from unet_denoiser.pretrained import write_pretrained
-from unet_denoiser.recipe import TrainingConfig
+from unet_denoiser.recipe import DataConfig, TrainingConfig
 from unet_denoiser.sampling import sample
 from unet_denoiser.tracking import LOG_EVERY, Metrics, log_to_trackers, plot, start_trackers
 from unet_denoiser.training import Trainer, TrainingStep
@@ -45,14 +45,14 @@ class Run:
 
     Args:
         path: the directory.
-        data: what `load_data` takes ("source", "image_size", "channels"), and the "class_names" found there.
+        data: what it is trained on, with size, channels and class names as they were found.
         model: the architecture.
         process: schedule, prediction type, data range.
         training: how it is trained.
     """
 
     path: Path
-    data: dict[str, Any]
+    data: DataConfig
     model: UNetConfig
     process: Diffusion
     training: TrainingConfig
@@ -76,7 +76,7 @@ class Run:
         """What `config.json` holds."""
         return {
             "unet_denoiser": version("unet-denoiser"),
-            "data": self.data,
+            "data": asdict(self.data),
             "model": self.model.to_dict(),
             "process": self.process.to_dict(),
             "training": asdict(self.training),
@@ -92,11 +92,11 @@ class Run:
         if missing := {"data", "model", "process", "training"} - set(config):
             raise ValueError(f"{path / 'config.json'} is not a run's: it lacks {', '.join(sorted(missing))}")
         try:
-            training = TrainingConfig(**config["training"])
+            data, training = DataConfig.from_dict(config["data"]), TrainingConfig(**config["training"])
         except TypeError as error:
-            raise ValueError(f"{path / 'config.json'} has a training option of another version: {error}") from None
+            raise ValueError(f"{path / 'config.json'} has an option of another version: {error}") from None
         model, process = UNetConfig.from_dict(config["model"]), Diffusion.from_dict(config["process"])
-        return cls(path, config["data"], model, process, training)
+        return cls(path, data, model, process, training)
 
     # ---- training --------------------------------------------------------------------------------------------------
 
@@ -113,7 +113,7 @@ class Run:
             model: the network to start from, likewise (default: that of init/, or random weights).
         """
         if data is None:
-            data = load_data(self.data["source"], self.data["image_size"], self.data["channels"])
+            data = load_data(self.data)
         torch.manual_seed(self.training.seed)
         if model is None:
             has_start = (self.path / "init").is_dir()
@@ -236,8 +236,7 @@ class Run:
     @property
     def class_names(self) -> list[str] | None:
         """Names of the classes in label order, or None for a run without classes."""
-        names: list[str] | None = self.data["class_names"] if self.model.num_classes else None
-        return names
+        return list(self.data.class_names) if self.model.num_classes and self.data.class_names else None
 
     def labels(self, count: int, names: Sequence[str] = ()) -> Tensor:
         """(count,) labels that go round the classes `names` (default: all), so that label i does not depend on count.
@@ -263,3 +262,7 @@ class Run:
     def with_training(self, **changes: Any) -> Run:
         """The same run with other training options."""
         return replace(self, training=replace(self.training, **changes))
+
+    def with_data(self, **changes: Any) -> Run:
+        """The same run with other options of the data."""
+        return replace(self, data=replace(self.data, **changes))

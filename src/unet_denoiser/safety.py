@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 
-class NotFinite(ArithmeticError):
+class NotFinite(ArithmeticError):  # noqa: N818  # as in isfinite
     """Training cannot go on: losses, gradients or weights are NaN or infinite."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -127,7 +128,11 @@ class Trainer:
         named |= {f"ema.{name}": average for name, average in self.ema.averages().items()}
         for name, p in self._trained():
             named |= {f"optimizer.{key}.{name}": value for key, value in self.optimizer.state[p].items()}
-        facts = {"step": self.step, "skipped_steps": self.skipped_steps, "bad_in_a_row": self.bad_in_a_row}
+        facts: dict[str, Any] = {
+            "step": self.step,
+            "skipped_steps": self.skipped_steps,
+            "bad_in_a_row": self.bad_in_a_row,
+        }
         facts |= {"ema_updates": self.ema.updates, "scaler": self._scaler.state_dict() if self._scaler else None}
         return whole(named, keep=self.accelerator.is_main_process), facts
 
@@ -223,8 +228,8 @@ class Trainer:
     def _drop(self, inputs: Mapping[str, Tensor], chances: Tensor) -> dict[str, Tensor]:
         """The samples that lose conditions in this step.
 
-        A share `condition_dropout` loses all (Ho and Salimans 2022). Where there are several, each of them is lost alone
-        as well, as often (Brooks et al. 2023), so that samples can be guided by any of them, or go without.
+        A share `condition_dropout` loses all (Ho and Salimans 2022). Where there are several, each is lost alone as
+        well, as often (Brooks et al. 2023), so that samples can be guided by any of them, or go without.
         """
         names = [name for name in DROPPABLE if name in inputs and (name == "concat" or self.model.config.learned_null)]
         dropped = chances < self.config.condition_dropout
@@ -268,7 +273,7 @@ class Trainer:
             return
         found = first_bad_gradient(self.model) if bool(torch.isfinite(losses.loss).all()) else None
         for part in parts:
-            place = first_bad_module(self.model, lambda part=part: self._losses(part, self.prepared))
+            place = first_bad_module(self.model, partial(self._losses, part, self.prepared))
             found = found or (place and f"{place}, samples {self._indices(part)} of the data")
         where = next((place for place in gather_object([found]) if place), "the loss")
         raise NotFinite(

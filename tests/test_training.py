@@ -11,6 +11,8 @@ from torch.testing import assert_close
 
 from helpers import SMALL
 from unet_denoiser import ArrayData, DataConfig, Diffusion, Run, Trainer, TrainingConfig, UNet, sample
+from unet_denoiser.checkpoints import step_of
+from unet_denoiser.tracking import Metrics
 
 NET = SMALL | {"in_channels": 1, "out_channels": 1, "image_size": 4, "attention_resolutions": (), "dropout": 0.1}
 

@@ -191,10 +191,10 @@ def sample(
     with one_line_errors():
         if num_images < 1:
             raise ValueError(f"num_images={num_images} must be at least 1")
+        from unet_denoiser.distribution import resolve_device
         from unet_denoiser.images import save_image, to_uint8
         from unet_denoiser.run import Run
         from unet_denoiser.sampling import sample as generate
-        from unet_denoiser.distribution import resolve_device
 
         loaded = Run.load(run)
         model = loaded.load_model(checkpoint).to(resolve_device(device))

@@ -152,11 +152,8 @@ class TrainingConfig:
 
 # what a resumed training may be told anew, as it does not change what is learned, but for steps and precision
 TRAINING_CHANGEABLE = frozenset(
-    {
-        *("steps", "gradient_accumulation_steps", "gradient_checkpointing", "mixed_precision", "max_bad_steps"),
-        *("checkpoint_every", "keep_last", "keep_every", "keep_best", "preview_every", "num_workers", "device", "track"),
-    }
-)
+    ("steps", "gradient_accumulation_steps", "gradient_checkpointing", "mixed_precision", "max_bad_steps", "keep_last")
+    + ("keep_every", "keep_best", "checkpoint_every", "preview_every", "num_workers", "device", "track")
 )
 
 

@@ -73,7 +73,8 @@ def _may_overwrite(source: nn.Module) -> bool:
 
 def full_precision(device: str) -> AbstractContextManager[Any]:
     """Out of autocast, which would compute the embeddings' matrix products in half precision."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    used = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if used else nullcontext()
 
 
 def zero(module: nn.Module) -> nn.Module:

@@ -94,7 +94,7 @@ def _local(t: Tensor) -> Tensor:
 
 
 def _forget_gathered(model: nn.Module) -> None:
-    """Have FSDP gather all weights anew: after a call without a backward pass it keeps those of the outermost module."""
+    """Have FSDP gather all weights anew: without a backward pass it keeps those of the outermost module."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():

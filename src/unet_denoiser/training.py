@@ -271,7 +271,12 @@ class Trainer:
             self._scaler.update()  # to a lower scale
         if self.bad_in_a_row < self.config.max_bad_steps:
             return
-        found = first_bad_gradient(self.model) if bool(torch.isfinite(losses.loss).all()) else None
+        found = None
+        if bool(torch.isfinite(losses.loss).all()):
+            self.optimizer.zero_grad()  # clipping has spread it to all gradients
+            for index, part in enumerate(parts):
+                self._backward(part, index)
+            found = first_bad_gradient(self.model)
         for part in parts:
             place = first_bad_module(self.model, partial(self._losses, part, self.prepared))
             found = found or (place and f"{place}, samples {self._indices(part)} of the data")

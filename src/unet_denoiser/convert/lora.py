@@ -123,7 +123,10 @@ def _modules(model: nn.Module) -> dict[str, str]:
             continue
         found[ours.removesuffix(".weight").replace(".", "_")] = ours
         for layout in ("diffusers", "compvis"):
-            source = LAYOUTS[layout](ours, bones)
+            try:
+                source = LAYOUTS[layout](ours, bones)
+            except ValueError:  # a layer that the layout has not
+                continue
             if source.part is None:
                 found[source.name.removesuffix(".weight").replace(".", "_")] = ours
     return found

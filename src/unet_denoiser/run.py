@@ -1,7 +1,7 @@
 """A run directory: everything about one training, enough to go on with it or to sample from it.
 
 RUN/config.json       all that was chosen: data, model, process, training
-RUN/model/            the latest averaged weights, for UNet.from_pretrained, with the process beside them
+RUN/model/            the latest averaged weights, for UNet.from_pretrained, with process and class names beside them
 RUN/checkpoints/      the latest training states, to go on from
 RUN/samples/          pictures of samples with fixed seeds
 RUN/metrics.jsonl     loss, gradient norm and learning rate over the steps
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from unet_denoiser.config import UNetConfig
 from unet_denoiser.convert import save
-from unet_denoiser.data import ImageData, load_data
+from unet_denoiser.data import load_data
 from unet_denoiser.diffusion import Diffusion
 from unet_denoiser.files import read_json, write_atomically
 from unet_denoiser.images import save_grid
@@ -94,7 +94,7 @@ class Run:
 
     # ---- training --------------------------------------------------------------------------------------------------
 
-    def trainer(self, data: ImageData | None = None) -> Trainer:
+    def trainer(self, data: Any = None) -> Trainer:
         """A trainer at the run's latest checkpoint, or at the start where there is none.
 
         Args:
@@ -139,6 +139,9 @@ class Run:
             with trainer.ema.swapped():
                 trainer.model.save_pretrained(self.path / "model")
             self.process.save_pretrained(self.path / "model")
+            if self.class_names is not None:
+                text = json.dumps(self.class_names, ensure_ascii=False) + "\n"
+                write_atomically(self.path / "model" / "class_names.json", lambda p: p.write_text(text, "utf-8"))
             for old in self.checkpoints()[:-KEPT_CHECKPOINTS]:
                 shutil.rmtree(old)
 

@@ -1,6 +1,10 @@
 """Data sets: arrays, the digits, one's own; the endless order and its loader; and every refusal."""
 
+import pickle
+import random
+import time
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,8 +14,8 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 from torch.testing import assert_close
 
-from unet_denoiser import ArrayData, load_data
-from unet_denoiser.data import EndlessBatches, digits
+from unet_denoiser import ArrayData, DataConfig, load_data
+from unet_denoiser.data import DataTimer, EndlessBatches, Place, as_data, digits, make_loader
 
 
 @pytest.fixture(autouse=True)
@@ -148,11 +152,11 @@ def test_buckets_share_the_stream(sizes, batch_size, seed, start):
 
 def test_an_epoch_of_buckets_has_each_item_once():
     buckets = [np.arange(6), np.arange(6, 18)]
-    epochs = np.array(order(buckets, 3, seed=1, start=0, stop=12)).reshape(2, 18)
-    assert [sorted(epoch) for epoch in epochs] == [list(range(18))] * 2
-    first = [place < 6 for place in epochs[0][::3]]
-    assert sum(first) == 2
-    assert first != sorted(first, reverse=True)  # mixed, not one bucket after the other
+    epochs = np.array(order(buckets, 3, seed=1, start=0, stop=60)).reshape(10, 18)
+    assert [sorted(epoch) for epoch in epochs] == [list(range(18))] * 10
+    small = epochs[:, ::3] < 6  # which batches are of the first bucket
+    assert (small.sum(1) == 2).all()
+    assert len(np.unique(small, axis=0)) > 3  # mixed, not one bucket after the other
 
 
 # ---- loader ----------------------------------------------------------------------------------------------------------
@@ -256,8 +260,10 @@ def test_own_data_sets_are_read_as_they_are():
     assert (data.channels, data.image_size, data.class_names) == (2, (4, 6), ["a", "b"])
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    straight = batches_of(data)
+    assert torch.equal(data[Place(3, 8, 0)]["image"], data[Place(3, 8, 0)]["image"])
+    assert not torch.equal(data[Place(3, 8, 0)]["image"], data[Place(3, 9, 0)]["image"])
     assert torch.equal(torch.get_rng_state(), before)
+    straight = batches_of(data)
     assert_same(batches_of(data, start=3, num_workers=2), straight[3:])
     assert straight[0]["image"].dtype == torch.float32
 

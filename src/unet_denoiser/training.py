@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -14,7 +13,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from unet_denoiser.config import UNetConfig
-from unet_denoiser.data import ImageData, make_loader
+from unet_denoiser.data import DataTimer, EndlessBatches, ImageData, StreamData, as_data, first_item, make_loader
 from unet_denoiser.diffusion import Diffusion
 from unet_denoiser.distribution import is_sharded, make_accelerator, shard_like, whole
 from unet_denoiser.draws import DROPPABLE, draw, dropped, seed_layers
@@ -62,10 +61,12 @@ class Trainer:
 
     Args:
         model: trained in place, on the device of `config`; its weights are the start.
-        data: items {"image": (C, *spatial) in the process's range, and conditions by the names that `UNet` takes}.
+        data: items {"image": (C, *spatial) in the process's range, and conditions by the names that `UNet` takes}; what
+            `load_data` returns, or any map-style or iterable data set of such dicts.
     """
 
-    def __init__(self, model: UNet, process: Diffusion, data: ImageData, config: TrainingConfig) -> None:
+    def __init__(self, model: UNet, process: Diffusion, data: Any, config: TrainingConfig) -> None:
+        data = as_data(data)
         _check_fit(model.config, data)
         self.process, self.data, self.config = process, data, config
         self.step, self.skipped_steps, self.bad_in_a_row = 0, 0, 0
@@ -89,19 +90,16 @@ class Trainer:
         Raises:
             NotFinite: `max_bad_steps` in a row had a loss or gradients that are not finite; where it began.
         """
-        batches = iter(self._batches())
+        timer = self._batches()
+        batches = iter(timer)
         while self.step < self.config.steps:
-            started = time.perf_counter()
             self.prepared.train()
             learning_rate = self.config.learning_rate * self._learning_rate_factor(self.step)
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
-            parts, losses, waited = [], [], 0.0
+            parts, losses = [], []
             for index in range(self.config.gradient_accumulation_steps):
-                asked = time.perf_counter()
-                batch = next(batches)
-                waited += time.perf_counter() - asked
-                parts.append(self._part(batch, index))
+                parts.append(self._part(next(batches), index))
                 losses.append(self._backward(parts[-1], index))
             grad_norm = self._clip()
             everyone, stop = self._gather(losses)
@@ -114,7 +112,7 @@ class Trainer:
                 self.bad_in_a_row = 0
             self.optimizer.zero_grad()
             self.step += 1
-            share = waited / (time.perf_counter() - started)
+            share = timer.wait_share()
             loss = everyone.loss.mean()
             yield TrainingStep(self.step, loss, grad_norm, learning_rate, everyone, bad, stop, share)
 
@@ -178,10 +176,10 @@ class Trainer:
 
     # ---- one step --------------------------------------------------------------------------------------------------
 
-    def _batches(self) -> Any:
+    def _batches(self) -> DataTimer:
         c, accelerator = self.config, self.accelerator
         parts = c.gradient_accumulation_steps
-        return make_loader(
+        loader = make_loader(
             self.data,
             c.batch_size // parts,
             seed=c.seed,
@@ -192,6 +190,7 @@ class Trainer:
             num_workers=c.num_workers,
             pin_memory=accelerator.device.type == "cuda",
         )
+        return DataTimer(loader, warm_up=20 * parts)
 
     def _part(self, batch: dict[str, Tensor], index: int) -> Part:
         """A loaded batch as what the loss takes, its timesteps, noise and dropped conditions drawn."""
@@ -253,18 +252,22 @@ class Trainer:
             found = first_bad_gradient(self.model)
         for part in parts:
             place = first_bad_module(self.model, partial(self._losses, part, self.prepared))
-            found = found or (place and f"{place}, samples {self._indices(part)} of the data")
+            found = found or (place and f"{place}, samples {self._indices(part)}")
         where = next((place for place in gather_object([found]) if place), "the loss")
         raise NotFinite(
             f"{self.bad_in_a_row} steps in a row were not finite, the last of them step {self.step + 1}; first: {where}"
         )
 
     def _indices(self, part: Part) -> str:
-        """The items of a part, by the place in the data that the endless stream took them from."""
-        size = len(self.data)
-        places = [divmod(part.first + i, size) for i in range(len(part.x0))]
-        orders = {e: np.random.default_rng([self.config.seed, e]).permutation(size) for e in {e for e, _ in places}}
-        return ", ".join(str(orders[epoch][offset]) for epoch, offset in places)
+        """The items of a part, by their places in the data, or their positions in a stream."""
+        if not isinstance(self.data, ImageData):
+            return f"{part.first} to {part.first + len(part.x0) - 1} of the stream"
+        c, accelerator = self.config, self.accelerator
+        size = c.batch_size // c.gradient_accumulation_steps
+        number, buckets = part.first // size, self.data.buckets or len(self.data)
+        share = accelerator.num_processes, accelerator.process_index
+        places = next(iter(EndlessBatches(buckets, size, c.seed, number, number + 1, *share)))
+        return f"{', '.join(str(int(place)) for place in places)} of the data"
 
     def _learning_rate_factor(self, step: int) -> float:
         """Linear warm-up, then half a cosine down to zero at the last step."""
@@ -276,7 +279,7 @@ class Trainer:
         return float(0.5 + 0.5 * np.cos(np.pi * min(1.0, progress)))
 
 
-def _check_fit(config: UNetConfig, data: ImageData) -> None:
+def _check_fit(config: UNetConfig, data: ImageData | StreamData) -> None:
     """ValueError for a network that cannot be trained on the data."""
     for name in ("in_channels", "out_channels"):
         if getattr(config, name) != data.channels:
@@ -285,6 +288,7 @@ def _check_fit(config: UNetConfig, data: ImageData) -> None:
         raise ValueError(f"dims={config.dims}, but the data have {len(data.image_size)} axes")
     if config.num_classes is not None and config.num_classes < (classes := len(data.class_names or [])):
         raise ValueError(f"num_classes={config.num_classes}, but the data have {classes} classes; give that, or None")
+    found = first_item(data)
     for name, option in CONDITIONS.items():
-        if getattr(config, option) is not None and name not in data[0]:
+        if getattr(config, option) is not None and name not in found:
             raise ValueError(f"{option}={getattr(config, option)}, but the data have no {name}; give None")

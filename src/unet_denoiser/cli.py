@@ -89,7 +89,8 @@ def _started(source: str, given: dict[str, Any]) -> tuple[Any, Any]:
     size = size[0] if isinstance(size, tuple) and len(size) == 1 else size
     data = load_data(source, size, options.get("in_channels"))
     classes = None if data.class_names is None else len(data.class_names)
-    config = architecture_for(data.channels, data.image_size, classes, options, preset)
+    network_channels = process.channels(data.channels)
+    config = architecture_for(data.channels, data.image_size, classes, options, preset, network_channels)
     chosen: dict[str, Any] = {"source": source if source == "digits" else str(Path(source).absolute())}
     chosen |= {"image_size": list(data.image_size), "channels": data.channels, "class_names": data.class_names}
     place = Path(source).absolute()

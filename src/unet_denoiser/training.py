@@ -18,6 +18,7 @@ from unet_denoiser.data import ArrayData, EndlessSampler, ImageData
 from unet_denoiser.diffusion import Diffusion
 from unet_denoiser.ema import EMA
 from unet_denoiser.inputs import CONDITIONS
+from unet_denoiser.objectives import LossWeighting
 from unet_denoiser.recipe import DeviceName, TrainingConfig
 from unet_denoiser.unet import UNet
 
@@ -43,7 +44,7 @@ class Trainer:
 
     def __init__(self, model: UNet, process: Diffusion, data: ImageData, config: TrainingConfig) -> None:
         resolve_device(config.device)
-        _check_fit(model.config, data)
+        _check_fit(model.config, process, data)
         self.process, self.data, self.config = process, data, config
         self.step = 0
         # batch_size is that of all processes together, so that their number does not change the training
@@ -57,7 +58,8 @@ class Trainer:
         # not prepared: Accelerate would advance it once per process
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._learning_rate_factor)
         self.ema = EMA(self.model, config.ema_decay)
-        self.accelerator.register_for_checkpointing(self.schedule, self.ema)
+        self.weighting = LossWeighting(process.prediction_type, process.snr, config, self.accelerator.device)
+        self.accelerator.register_for_checkpointing(self.schedule, self.ema, self.weighting)
 
     def steps(self) -> Iterator[TrainingStep]:
         """Train from the current step to the last, yielding after each optimizer step."""
@@ -65,10 +67,13 @@ class Trainer:
             self.prepared.train()
             self._seed_step()
             x0, conditions = self._inputs(batch)
-            loss = self.process.loss(self.prepared, x0, drop=self._drop(conditions), **conditions).mean()
+            options = {"weighting": self.weighting, "noise_offset": self.config.noise_offset}
+            drop = self._drop(conditions)
+            loss = self.process.loss(self.prepared, x0, drop=drop, **options, **conditions).mean()
             self.accelerator.backward(loss)
             grad_norm = self.accelerator.clip_grad_norm_(self.prepared.parameters(), self.config.max_grad_norm)
             self.optimizer.step()
+            self.weighting.step(lambda gradient: self.accelerator.reduce(gradient, "mean"))
             self.optimizer.zero_grad()
             learning_rate = self.schedule.get_last_lr()[0]
             self.schedule.step()
@@ -139,11 +144,9 @@ class Trainer:
         return float(0.5 + 0.5 * torch.cos(torch.tensor(torch.pi * min(1.0, progress), dtype=torch.float64)))
 
 
-def _check_fit(config: UNetConfig, data: ImageData) -> None:
+def _check_fit(config: UNetConfig, process: Diffusion, data: ImageData) -> None:
     """ValueError for a network that cannot be trained on the data."""
-    for name in ("in_channels", "out_channels"):
-        if getattr(config, name) != data.channels:
-            raise ValueError(f"{name}={getattr(config, name)}, but the data have {data.channels} channels")
+    process.check_channels(config, data.channels)
     if config.dims != len(data.image_size):
         raise ValueError(f"dims={config.dims}, but the data have {len(data.image_size)} axes")
     if config.num_classes is not None and config.num_classes < (classes := len(data.class_names or [])):

@@ -106,6 +106,8 @@ def denoise(
         if variance is not None and sampler == "ddpm":
             velocity = torch.cat([velocity, variance], dim=1)
         x = scheduler.step(velocity, t, x, return_dict=False, **draws)[0]
+        if sampler == "ddpm" and i == len(scheduler.timesteps) - 1:
+            x = x0  # diffusers adds noise to the result too, when the last of few steps does not start at t = 0
         yield Step(int(t), x, x0)
 
 

@@ -27,18 +27,19 @@ SCHEDULER_NAME = "scheduler_config.json"
 VLB_WEIGHT = 0.001
 
 
-def network_input(xt: Tensor, x0_estimate: Tensor | None = None, concat: Tensor | None = None) -> Tensor:
-    """The network's input channels: x_t, the estimate of x0 (self-conditioning), and the concatenated channels."""
-    return torch.cat([part for part in (xt, x0_estimate, concat) if part is not None], dim=1)
+def network_input(xt: Tensor, x0_estimate: Tensor | None) -> Tensor:
+    """What the network sees of the process: x_t, with self-conditioning followed by an estimate of x0."""
+    return xt if x0_estimate is None else torch.cat([xt, x0_estimate], dim=1)
 
 
-def _draw_noise(x0: Tensor, offset: float) -> Tensor:
-    """N(0, 1), and with an offset one more draw for each sample and channel, as large as the offset."""
-    noise = torch.randn_like(x0)
-    if not offset:
-        return noise
-    shape = (*x0.shape[:2], *[1] * (x0.ndim - 2))
-    return noise + offset * torch.randn(shape, dtype=x0.dtype, device=x0.device)
+def draw_noise(x0: Tensor, offset: float = 0.0, generator: torch.Generator | None = None) -> Tensor:
+    """Noise for x0 (B, C, ...): N(0, 1), and `offset` times one more draw for each sample and channel.
+
+    The offset is what makes very dark and very bright images possible (Guttenberg 2023, "Diffusion with offset noise").
+    """
+    kind: dict[str, Any] = {"dtype": x0.dtype, "device": x0.device, "generator": generator}
+    noise = torch.randn(x0.shape, **kind)
+    return noise + offset * torch.randn(*x0.shape[:2], *[1] * (x0.ndim - 2), **kind) if offset else noise
 
 
 def _rows(inputs: Any, chosen: Tensor) -> Any:
@@ -124,9 +125,8 @@ class Diffusion:
         *,
         t: Tensor | None = None,
         noise: Tensor | None = None,
-        noise_offset: float = 0.0,
         weighting: Callable[[Tensor, Tensor], Tensor] | None = None,
-        concat: Tensor | None = None,
+        self_condition: Tensor | None = None,
         **inputs: Any,
     ) -> Losses:
         """The squared error of the network's output (DDPM, equation 14), weighted, and the bound of a learned variance.
@@ -137,19 +137,21 @@ class Diffusion:
         Args:
             model: called as model(input, t, **inputs), with the input that `network_input` makes.
             x0: (B, C, ...) data.
-            t, noise: drawn uniformly and from N(0, 1) unless given.
-            noise_offset: see `TrainingConfig`; for noise that is drawn here.
+            t, noise: drawn uniformly and from N(0, 1) unless given; `draw_noise` makes other noise.
             weighting: (error (B,), t (B,)) -> (B,) what is minimised; see `LossWeighting`.
-            concat: (B, C2, ...) channels beside x_t that the network sees as they are.
+            self_condition: (B,) bool, with self-conditioning: the samples whose network sees an estimate of x0, drawn
+                with probability 1/2 unless given.
 
         Raises:
             ValueError: a network whose output does not have the channels that the process needs.
         """
         t = torch.randint(self.num_train_timesteps, (len(x0),), device=x0.device) if t is None else t
-        noise = _draw_noise(x0, noise_offset) if noise is None else noise
-        xt = self.add_noise(x0, noise, t)
-        estimate = self._first_estimate(model, xt, t, concat, inputs) if self.self_conditioning else None
-        prediction, variance = self.split(model(network_input(xt, estimate, concat), t, **inputs).float(), x0)
+        noise = draw_noise(x0) if noise is None else noise
+        xt, estimate = self.add_noise(x0, noise, t), None
+        if self.self_conditioning:
+            seeing = torch.rand(len(x0), device=x0.device) < 0.5 if self_condition is None else self_condition
+            estimate = self._first_estimate(model, xt, t, seeing, inputs)
+        prediction, variance = self.split(model(network_input(xt, estimate), t, **inputs).float(), x0)
         error = (prediction - self.target(x0, noise, t).float()).square().flatten(1).mean(1)
         loss = error if weighting is None else weighting(error, t)
         if variance is not None:
@@ -159,24 +161,18 @@ class Diffusion:
         return Losses(loss, error, t)
 
     def _first_estimate(
-        self, model: Callable[..., Tensor], xt: Tensor, t: Tensor, concat: Tensor | None, inputs: dict[str, Any]
+        self, model: Callable[..., Tensor], xt: Tensor, t: Tensor, seeing: Tensor, inputs: dict[str, Any]
     ) -> Tensor:
-        """The x0 that the network predicts without an estimate, for half of the samples; zero for the others.
-
-        Always half of the batch, so that every process of a sharded training runs the same; with an odd number, one
-        of them is kept every other time.
-        """
-        chosen = torch.randperm(len(xt), device=xt.device)[: (len(xt) + 1) // 2]
+        """The x0 that the network predicts without an estimate, for the samples that shall see one; zero for others."""
+        chosen = seeing.nonzero()[:, 0]
+        if not len(chosen):  # the processes of a sharded training must all run the network equally often
+            chosen = torch.zeros(1, dtype=torch.long, device=xt.device)
         some_xt, some_t = xt[chosen], t[chosen]
-        some_concat = None if concat is None else concat[chosen]
         with torch.no_grad():
-            output = model(
-                network_input(some_xt, torch.zeros_like(some_xt), some_concat), some_t, **_rows(inputs, chosen)
-            )
-            x0 = self.predict_x0(self.split(output, some_xt)[0], some_xt, *self._at(some_t, some_xt)).to(xt)
-        if len(xt) % 2:
-            x0[-1] *= torch.rand((), device=xt.device) < 0.5
-        return torch.zeros_like(xt).index_copy(0, chosen, x0)
+            output = model(network_input(some_xt, torch.zeros_like(some_xt)), some_t, **_rows(inputs, chosen))
+            x0 = self.predict_x0(self.split(output.float(), some_xt)[0], some_xt, *self._at(some_t, some_xt))
+        estimate = torch.zeros_like(xt).index_copy(0, chosen, x0.to(xt))
+        return torch.where(seeing.view(-1, *[1] * (xt.ndim - 1)), estimate, 0)
 
     def _at(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t, shaped to multiply with `like`."""

@@ -90,7 +90,8 @@ class TrainingConfig:
         loss_weighting: of the noise levels: "constant" (that of the squared error of the network's output), "min_snr"
             (Hang et al. 2023), "p2" (Choi et al. 2022), "truncated_snr" (Salimans and Ho 2022; not with "epsilon") or
             "learned" (each level's loss divided by its own size; Karras et al. 2024).
-        min_snr_gamma: gamma of "min_snr": the signal-to-noise ratio from which on all levels count the same.
+        min_snr_gamma: gamma of "min_snr": up to this signal-to-noise ratio the error of the noise counts alike at all
+            levels, above it that of x0.
         p2_gamma: gamma of "p2": how much less the almost clean levels count.
         noise_offset: size of a draw that all pixels of a channel share, added to the noise, so that very dark and very
             bright images are learned; 0.05 to 0.1 is usual, 0 is off (Guttenberg 2023).

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from unet_denoiser.config import UNetConfig
 from unet_denoiser.data import ArrayData, EndlessSampler, ImageData
-from unet_denoiser.diffusion import Diffusion
+from unet_denoiser.diffusion import Diffusion, draw_noise
 from unet_denoiser.ema import EMA
 from unet_denoiser.inputs import CONDITIONS
 from unet_denoiser.objectives import LossWeighting
@@ -67,9 +67,9 @@ class Trainer:
             self.prepared.train()
             self._seed_step()
             x0, conditions = self._inputs(batch)
-            options = {"weighting": self.weighting, "noise_offset": self.config.noise_offset}
-            drop = self._drop(conditions)
-            loss = self.process.loss(self.prepared, x0, drop=drop, **options, **conditions).mean()
+            drop, noise = self._drop(conditions), draw_noise(x0, self.config.noise_offset)
+            options = {"drop": drop, "noise": noise, "weighting": self.weighting}
+            loss = self.process.loss(self.prepared, x0, **options, **conditions).mean()
             self.accelerator.backward(loss)
             grad_norm = self.accelerator.clip_grad_norm_(self.prepared.parameters(), self.config.max_grad_norm)
             self.optimizer.step()

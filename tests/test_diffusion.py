@@ -10,7 +10,7 @@ import torch
 from torch.testing import assert_close
 
 from unet_denoiser import Diffusion, TrainingConfig, UNetConfig, denoise, preset
-from unet_denoiser.diffusion import draw_noise
+from unet_denoiser.draws import draw_noise
 from unet_denoiser.objectives import LossWeighting
 from unet_denoiser.recipe import LossWeightingName
 from unet_denoiser.sampling import SAMPLERS

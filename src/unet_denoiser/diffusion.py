@@ -17,6 +17,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from unet_denoiser.config import UNetConfig
+from unet_denoiser.draws import draw_noise
 from unet_denoiser.files import read_json, write_atomically
 from unet_denoiser.objectives import Losses
 from unet_denoiser.pretrained import signature_of
@@ -30,16 +31,6 @@ VLB_WEIGHT = 0.001
 def network_input(xt: Tensor, x0_estimate: Tensor | None) -> Tensor:
     """What the network sees of the process: x_t, with self-conditioning followed by an estimate of x0."""
     return xt if x0_estimate is None else torch.cat([xt, x0_estimate], dim=1)
-
-
-def draw_noise(x0: Tensor, offset: float = 0.0, generator: torch.Generator | None = None) -> Tensor:
-    """Noise for x0 (B, C, ...): N(0, 1), and `offset` times one more draw for each sample and channel.
-
-    The offset is what makes very dark and very bright images possible (Guttenberg 2023, "Diffusion with offset noise").
-    """
-    kind: dict[str, Any] = {"dtype": x0.dtype, "device": x0.device, "generator": generator}
-    noise = torch.randn(x0.shape, **kind)
-    return noise + offset * torch.randn(*x0.shape[:2], *[1] * (x0.ndim - 2), **kind) if offset else noise
 
 
 def _rows(inputs: Any, chosen: Tensor) -> Any:

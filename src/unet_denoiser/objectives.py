@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -139,19 +139,33 @@ class LossWeighting:
             for p in self.uncertainty.parameters():
                 p.grad = None if p.grad is None else mean(p.grad)
             self.optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Forget the gradients; call where the network's optimizer forgets its own."""
+        if self.uncertainty is not None:
             self.optimizer.zero_grad()
 
-    def state_dict(self) -> dict[str, Any]:
-        """What is learned; nothing where nothing is."""
+    def tensors(self) -> dict[str, Tensor]:
+        """What is learned, by name, for a checkpoint; none where nothing is."""
         if self.uncertainty is None:
             return {}
-        return {"uncertainty": self.uncertainty.state_dict(), "optimizer": self.optimizer.state_dict()}
+        weight = self.uncertainty.weight
+        return {"weight": weight.detach()} | self._moments()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
-        if self.uncertainty is not None:
-            self.uncertainty.load_state_dict(state["uncertainty"])
-            self.optimizer.load_state_dict(state["optimizer"])
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what `tensors` gave."""
+        for name, tensor in self.tensors().items():
+            tensor.copy_(tensors[name])
+
+    def _moments(self) -> dict[str, Tensor]:
+        """Adam's, there from the start, so that their names do not depend on how far training is."""
+        assert self.uncertainty is not None
+        weight = self.uncertainty.weight
+        state = self.optimizer.state[weight]
+        if not state:
+            zeros = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+            state |= {"step": torch.tensor(0.0)} | zeros
+        return dict(state)
 
 
 class Uncertainty(nn.Module):

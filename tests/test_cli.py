@@ -109,6 +109,20 @@ def test_unlabelled_arrays_of_two_channels(tmp_path, capsys):
     assert "trained without classes" in error(capsys, "sample", "runs/d", "--class", "a")
 
 
+def test_learned_variance_and_self_conditioning_need_no_other_option(tmp_path, capsys):
+    options = "--process.variance-type learned_range --process.self-conditioning --loss-weighting learned"
+    main(["train", "digits", "--out", "run", *TINY, *options.split(), "--noise-offset", "0.1"])
+    run = Run.load("run")
+    assert (run.model.in_channels, run.model.out_channels) == (2, 2)
+    assert (run.process.variance_type, run.process.self_conditioning) == ("learned_range", True)
+    main(["train", "--resume", "run", "--steps", "4"])
+    for sampler in ("ddpm", "dpm++"):
+        options = f"--num-images 10 --num-inference-steps 2 --guidance-scale 2 --sampler {sampler} --out {sampler}.png"
+        main(["sample", "run", *options.split()])
+        assert Path(f"{sampler}.png").exists()
+    assert "self_conditioning=True" in error(capsys, "convert", "run", "pipeline", "--to", "pipeline")
+
+
 def test_info(run, capsys):
     main(["info", "ddpm-cifar10", "--diagram", "net.svg"])
     table = capsys.readouterr().out
@@ -135,6 +149,14 @@ def test_info(run, capsys):
         ("train digits --model.norm-groups 0", "norm_groups=0 must be at least 1"),
         ("train digits --model.context-dim 8", "context_dim=8, but the data have no context"),
         ("train digits --process.clip-sample-range -1", "clip_sample_range=-1.0"),
+        (
+            "train digits --loss-weighting truncated_snr",
+            "loss_weighting='truncated_snr' with prediction_type='epsilon'",
+        ),
+        (
+            "train digits --model.out-channels 2",
+            "a network with a learned variance needs variance_type='learned_range'",
+        ),
         ("train digits --preset sd-9", "preset='sd-9' is not one of specification"),
         ("train digits --image-size 4 4 4", "image_size"),
         ("train digits --shuffle-buffer 0", "shuffle_buffer=0 must be at least 1"),

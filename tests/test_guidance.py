@@ -44,6 +44,19 @@ def test_computes_only_what_it_needs_in_one_call(setting, scale, rows):
     assert network.rows == [rows]
 
 
+def test_channels_that_are_no_prediction_are_not_guided():
+    """Those of a learned variance stay the conditional network's."""
+    network = small(num_classes=5, out_channels=6)
+    x, t, labels = torch.randn(2, 3, 8, 8), torch.tensor([5, 700]), torch.tensor([1, 4])
+    with torch.no_grad():
+        conditional, unconditional = network(x, t, class_labels=labels), network(x, t)
+        guided = classifier_free_guidance(network, 3.0, guided_channels=3, class_labels=labels)(x, t)
+    everything = unconditional + 3.0 * (conditional - unconditional)
+    assert_close(guided[:, :3], everything[:, :3], rtol=1e-4, atol=1e-4)
+    assert_close(guided[:, 3:], conditional[:, 3:], rtol=1e-4, atol=1e-4)
+    assert (everything - conditional)[:, 3:].abs().max() > 0.1
+
+
 def test_one_is_exactly_off(setting):
     network, x, t, conditions = setting
     with torch.no_grad():

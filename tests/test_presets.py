@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from unet_denoiser import UNet, UNetConfig, list_presets, preset
+from unet_denoiser import Diffusion, UNet, UNetConfig, list_presets, preset
 from unet_denoiser.presets import architecture_for
 
 # of the networks as they were published, counted from their own code
@@ -113,3 +113,10 @@ def test_the_family_page_is_in_step():
     assert (docs / "family.md").read_text() == page
     assert all(page.count(f"| {name} |") == 1 for name in PARAMETERS)
     assert all(f"{count:,}" in page for count in PARAMETERS.values())
+
+
+@pytest.mark.parametrize("base", [None, "adm-256", "ddpm-cifar10"])
+def test_channels_of_the_process(base):
+    process = Diffusion(variance_type="learned_range", self_conditioning=True)
+    config = architecture_for(1, (16, 16), None, {}, base, process.channels(1))
+    assert (config.in_channels, config.out_channels) == (2, 2)

@@ -102,6 +102,66 @@ def test_unclipped_equals_diffusers_own_loop(sampler, prediction):
     assert_close(x, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_every_variance_of_ddpm_is_diffusers(variance, prediction):
+    """Also with fewer steps than trained, where the range of a learned variance is that of the longer steps."""
+    options = {"prediction_type": prediction, "variance_type": variance}
+    process = Diffusion(**options)
+    model, z = small(in_channels=1, **{"out_channels": process.channels(1)["out_channels"]}), torch.randn(2, 1, 8, 8)
+    model.output[2].weight.data.mul_(0.1)
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    sampling = {"sampler": "ddpm", "num_inference_steps": 6, "clip_sample": False, "generators": generators}
+    steps = [step.x for step in denoise(model, process, z, **sampling)]
+    peer = diffusers.DDPMScheduler(**options, timestep_spacing="trailing", clip_sample=False)
+    peer.set_timesteps(6)
+    expected, draws = z, [torch.Generator().manual_seed(i) for i in range(2)]
+    for t, x in zip(peer.timesteps, steps, strict=True):
+        with torch.no_grad():
+            output = model(expected, t.expand(2))
+        step = peer.step(output, t, expected, generator=draws)
+        expected = step.prev_sample if t != peer.timesteps[-1] else step.pred_original_sample
+        assert_close(x, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("sampler", [s for s in SAMPLERS if s != "ddpm"])
+def test_the_other_samplers_do_without_the_variance(sampler):
+    process, plain = Diffusion(variance_type="learned_range"), Diffusion()
+    z = torch.randn(3, 2, 4, 4)
+    x = run(lambda x, t: torch.cat([0.5 * x, x], 1), process, z, sampler=sampler, num_inference_steps=5)
+    assert_close(x, run(lambda x, t: 0.5 * x, plain, z, sampler=sampler, num_inference_steps=5), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_self_conditioning_sees_the_x0_of_the_step_before(sampler):
+    process, seen = Diffusion(self_conditioning=True, beta_schedule="squaredcos_cap_v2"), []
+
+    def predict(x, t):
+        seen.append(x)
+        return 0.7 * x[:, :2] - 0.1 * x[:, 2:]
+
+    z = torch.randn(3, 2, 4, 4)
+    options = {"sampler": sampler, "num_inference_steps": 5, "clip_sample": False}
+    steps = list(denoise(predict, process, z, **options))
+    assert len(steps) == len(seen)
+    assert not seen[0][:, 2:].any()
+    for step, x in zip(steps, seen[1:], strict=False):
+        assert_close(x[:, 2:], step.x0.clamp(-1, 1), rtol=0, atol=0)  # clipped as in training
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_samples_with_variance_and_self_conditioning(sampler, guidance_scale):
+    process = Diffusion(self_conditioning=True, variance_type="learned_range")
+    model, labels = small(num_classes=5, **process.channels(2)), torch.tensor([1, 2, 3])
+    options = {"sampler": sampler, "num_inference_steps": 3, "guidance_scale": guidance_scale}
+    x = sample(model, process, seeds=range(3), class_labels=labels, **options)
+    assert x.shape == (3, 2, 8, 8)
+    assert x.isfinite().all()
+    alone = sample(model, process, seeds=[1], class_labels=labels[1:2], **options)
+    assert_close(alone, x[1:2], rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_clipping_bounds_every_sampler(sampler):
     """A network that knows nothing sends unclipped samples far out of the data; clipped ones stay in it."""
@@ -182,6 +242,13 @@ def test_sizes_steps_and_dtype():
     assert x.dtype == torch.float32
     assert [step.t for step in steps] == [999, 749, 499, 249]
     assert generate(small(dims=1, in_channels=2, out_channels=2), [0], image_size=9).shape == (1, 2, 9)
+
+
+def test_refuses_a_network_for_another_process():
+    with pytest.raises(ValueError, match="a learned variance needs variance_type='learned_range'"):
+        generate(small(out_channels=6), [0])
+    with pytest.raises(ValueError, match=r"in_channels=6, but the samples have 3 channels; .*self_conditioning=False"):
+        generate(small(in_channels=6), [0])
 
 
 def test_conditions_reach_the_network():

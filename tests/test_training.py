@@ -147,6 +147,42 @@ def test_goes_on_bit_for_bit(cut, parts):
     assert_equal(second.ema.state_dict()["averages"], straight.ema.state_dict()["averages"])
 
 
+def all_of_an_objective(**options):
+    """A trainer with learned weighting, learned variance, self-conditioning and offset noise: all states and draws."""
+    process = Diffusion(variance_type="learned_range", self_conditioning=True, prediction_type="v_prediction")
+    options = {"loss_weighting": "learned", "noise_offset": 0.1} | options
+    return make_trainer(options, process, process.channels(1) | {"dropout": 0.0})
+
+
+def test_all_of_an_objective_goes_on_bit_for_bit():
+    straight, first, second = (all_of_an_objective(batch_size=5) for _ in range(3))
+    losses = [float(step.loss) for step in straight.steps()]
+    for step in first.steps():
+        if step.step == 3:
+            break
+    tensors, facts = first.state()
+    second.restore(tensors, json.loads(json.dumps(facts)))
+    assert [float(step.loss) for step in second.steps()] == losses[3:]
+    assert_equal(weights(second.model), weights(straight.model))
+    learned = straight.weighting.uncertainty.weight
+    assert torch.equal(second.weighting.uncertainty.weight, learned)
+    assert learned.abs().max() > 0
+
+
+def test_a_batch_in_parts_is_the_same_objective():
+    """Which samples see an estimate, and what is drawn, depends on the sample alone."""
+    whole, parts = all_of_an_objective(), all_of_an_objective(gradient_accumulation_steps=4)
+    losses = [float(step.loss) for step in whole.steps()]
+    assert [float(step.loss) for step in parts.steps()] == pytest.approx(losses, rel=1e-4)
+    assert_close(parts.weighting.uncertainty.weight, whole.weighting.uncertainty.weight, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("option", [{"loss_weighting": "p2"}, {"noise_offset": 0.5}])
+def test_an_objectives_options_reach_the_loss(option):
+    plain, other = make_trainer(), make_trainer(option)
+    assert float(next(plain.steps()).loss) != float(next(other.steps()).loss)
+
+
 def test_gradient_checkpointing_is_the_same_training():
     plain, saving = make_trainer(), make_trainer({"gradient_checkpointing": True})
     losses = [float(step.loss) for step in plain.steps()]
@@ -182,7 +218,7 @@ def test_a_data_set_of_ones_own_brings_any_conditions():
     ("net", "message"),
     [
         ({"in_channels": 3}, "in_channels=3, but the data have 1 channels"),
-        ({"out_channels": 2}, "out_channels=2, but the data have 1 channels"),
+        ({"out_channels": 2}, "out_channels=2, but the data have 1 channels.*needs variance_type='learned_range'"),
         ({"dims": 1}, "dims=1, but the data have 2 axes"),
         ({"num_classes": 1}, "num_classes=1, but the data have 2 classes"),
         ({"context_dim": 4}, "context_dim=4, but the data have no context"),
@@ -209,6 +245,10 @@ def test_refuses_data_outside_the_range():
         ({"ema_decay": 1.0}, "ema_decay=1.0"),
         ({"condition_dropout": 1.5}, "condition_dropout=1.5"),
         ({"num_workers": -2}, "num_workers=-2"),
+        ({"loss_weighting": "snr"}, "loss_weighting='snr' is not one of 'constant', 'min_snr'"),
+        ({"min_snr_gamma": 0.0}, "min_snr_gamma=0.0 must be positive"),
+        ({"p2_gamma": -1.0}, "p2_gamma=-1.0"),
+        ({"noise_offset": float("nan")}, "noise_offset=nan"),
         ({"device": "tpu"}, "device='tpu' is not one of 'auto', 'cpu'"),
     ],
 )

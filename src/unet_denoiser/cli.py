@@ -118,7 +118,8 @@ def _started(source: str, given: dict[str, Any]) -> tuple[Any, Any]:
     if start:
         base = at_size(start.config, data.image_size)
     conditions = {"vector_dim": data.vector_dim}
-    config = architecture_for(data.channels, data.image_size, classes, conditions | options, base)
+    own = process.channels(data.channels)
+    config = architecture_for(data.channels, data.image_size, classes, conditions | options, base, own)
     if source != "digits" and not source.startswith("hf:"):
         data_config = replace(data_config, source=str(Path(source).absolute()))  # to be found from any directory
     place = Path(data_config.source.replace(":", "/"))

@@ -16,12 +16,28 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
+from unet_denoiser.config import UNetConfig
+from unet_denoiser.draws import draw_noise
 from unet_denoiser.files import read_json, write_atomically
 from unet_denoiser.objectives import Losses
 from unet_denoiser.pretrained import signature_of
-from unet_denoiser.recipe import DiffusionConfig, PredictionType
+from unet_denoiser.recipe import DiffusionConfig, PredictionType, VarianceType
+from unet_denoiser.variational import VariationalBound
 
 SCHEDULER_NAME = "scheduler_config.json"
+VLB_WEIGHT = 0.001
+
+
+def network_input(xt: Tensor, x0_estimate: Tensor | None) -> Tensor:
+    """What the network sees of the process: x_t, with self-conditioning followed by an estimate of x0."""
+    return xt if x0_estimate is None else torch.cat([xt, x0_estimate], dim=1)
+
+
+def _rows(inputs: Any, chosen: Tensor) -> Any:
+    """Some samples' share of a network's inputs, which may be tensors, None, and dicts of them."""
+    if isinstance(inputs, Mapping):
+        return {name: _rows(value, chosen) for name, value in inputs.items()}
+    return None if inputs is None else inputs[chosen]
 
 
 class Diffusion:
@@ -41,15 +57,31 @@ class Diffusion:
         self._set(config)
 
     def _set(self, config: Mapping[str, Any]) -> None:
-        self.scheduler = DDPMScheduler.from_config(dict(config))
+        config = dict(config)
+        self.self_conditioning: bool = config.pop("self_conditioning", False)
+        self.scheduler = DDPMScheduler.from_config(config)
+        if self.self_conditioning:  # diffusers knows of none, and keeps it
+            self.scheduler.register_to_config(self_conditioning=True)
         self.prediction_type: PredictionType = self.scheduler.config.prediction_type
+        self.variance_type: VarianceType = self.scheduler.config.variance_type
         self.alphas: Tensor = self.scheduler.alphas_cumprod.sqrt()
         self.sigmas: Tensor = (1 - self.scheduler.alphas_cumprod).sqrt()
+        self.bound = VariationalBound(self.scheduler.betas)
 
     @property
     def num_train_timesteps(self) -> int:
         """T; timesteps are 0 to T - 1."""
         return len(self.alphas)
+
+    @property
+    def snr(self) -> Tensor:
+        """(T,) signal-to-noise ratio alpha^2 / sigma^2 of every timestep."""
+        return (self.alphas / self.sigmas).square()
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the network's output has a second half, its variance."""
+        return self.variance_type == "learned_range"
 
     @property
     def data_range(self) -> tuple[float, float] | None:
@@ -84,27 +116,110 @@ class Diffusion:
         *,
         t: Tensor | None = None,
         noise: Tensor | None = None,
+        weighting: Callable[[Tensor, Tensor], Tensor] | None = None,
+        self_condition: Tensor | None = None,
         **inputs: Any,
     ) -> Losses:
-        """Mean squared error of the network's output, per sample, in float32 (DDPM, equation 14).
+        """The squared error of the network's output (DDPM, equation 14), weighted, and the bound of a learned variance.
+
+        The bound trains the variance alone (Nichol and Dhariwal 2021, equation 16: L_simple + 0.001 L_vlb, in the
+        authors' units, T times the bits per dimension of the timestep).
 
         Args:
-            model: called as model(x_t, t, **inputs).
-            x0: (B, ...) data.
-            t, noise: drawn uniformly and from N(0, 1) unless given.
+            model: called as model(input, t, **inputs), with the input that `network_input` makes.
+            x0: (B, C, ...) data.
+            t, noise: drawn uniformly and from N(0, 1) unless given; `draw_noise` makes other noise.
+            weighting: (error (B,), t (B,)) -> (B,) what is minimised; see `LossWeighting`.
+            self_condition: (B,) bool, with self-conditioning: the samples whose network sees an estimate of x0, drawn
+                with probability 1/2 unless given.
+
+        Raises:
+            ValueError: a network whose output does not have the channels that the process needs.
         """
         t = torch.randint(self.num_train_timesteps, (len(x0),), device=x0.device) if t is None else t
-        noise = torch.randn_like(x0) if noise is None else noise
-        output = model(self.add_noise(x0, noise, t), t, **inputs)
-        error = (output.float() - self.target(x0, noise, t).float()).square().flatten(1).mean(1)
-        return Losses(error, error, t)
+        noise = draw_noise(x0) if noise is None else noise
+        xt, estimate = self.add_noise(x0, noise, t), None
+        if self.self_conditioning:
+            seeing = torch.rand(len(x0), device=x0.device) < 0.5 if self_condition is None else self_condition
+            estimate = self._first_estimate(model, xt, t, seeing, inputs)
+        prediction, variance = self.split(model(network_input(xt, estimate), t, **inputs).float(), x0)
+        error = (prediction - self.target(x0, noise, t).float()).square().flatten(1).mean(1)
+        loss = error if weighting is None else weighting(error, t)
+        if variance is not None:
+            predicted_x0 = self.predict_x0(prediction.detach(), xt, *self._at(t, xt), clip=False)
+            bound = self.bound(x0.float(), xt.float(), t, predicted_x0, variance, self.data_range)
+            loss = loss + VLB_WEIGHT * self.num_train_timesteps * bound
+        return Losses(loss, error, t)
+
+    def _first_estimate(
+        self, model: Callable[..., Tensor], xt: Tensor, t: Tensor, seeing: Tensor, inputs: dict[str, Any]
+    ) -> Tensor:
+        """The x0 that the network predicts without an estimate, for the samples that shall see one; zero for others."""
+        chosen = seeing.nonzero()[:, 0]
+        if not len(chosen):  # the processes of a sharded training must all run the network equally often
+            chosen = torch.zeros(1, dtype=torch.long, device=xt.device)
+        some_xt, some_t = xt[chosen], t[chosen]
+        with torch.no_grad():
+            output = model(network_input(some_xt, torch.zeros_like(some_xt)), some_t, **_rows(inputs, chosen))
+            x0 = self.predict_x0(self.split(output.float(), some_xt)[0], some_xt, *self._at(some_t, some_xt))
+        estimate = torch.zeros_like(xt).index_copy(0, chosen, x0.to(xt))
+        return torch.where(seeing.view(-1, *[1] * (xt.ndim - 1)), estimate, 0)
 
     def _at(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t, shaped to multiply with `like`."""
         shape = (-1, *[1] * (like.ndim - 1))
         return self.alphas.to(t.device)[t].view(shape).to(like), self.sigmas.to(t.device)[t].view(shape).to(like)
 
-    # ---- sampling --------------------------------------------------------------------------------------------------
+    # ---- what goes into the network and comes out ------------------------------------------------------------------
+
+    def channels(self, data_channels: int, concat_channels: int = 0) -> dict[str, int]:
+        """`in_channels` and `out_channels` of a network for this process, data and concatenated channels."""
+        own_input = data_channels * (2 if self.self_conditioning else 1)
+        own_output = data_channels * (2 if self.learns_variance else 1)
+        return {"in_channels": own_input + concat_channels, "out_channels": own_output}
+
+    def check_channels(self, config: UNetConfig, data_channels: int | None = None, concat_channels: int = 0) -> int:
+        """The channels of the data of a network for this process.
+
+        Args:
+            data_channels: what they must be; from `out_channels` unless given.
+
+        Raises:
+            ValueError: a network with other channels, such as one with a learned variance for a process without.
+        """
+        count = data_channels or config.out_channels // (2 if self.learns_variance else 1)
+        for name, wanted in self.channels(count, concat_channels).items():
+            if (found := getattr(config, name)) != wanted:
+                data = f"the data have {count} channels" if data_channels else f"the samples have {count} channels"
+                raise ValueError(f"{name}={found}, but {data}{self._reason(config, wanted, concat_channels)}")
+        return count
+
+    def _reason(self, config: UNetConfig, wanted: int, concat_channels: int) -> str:
+        """What asks for other channels than the data's, or which options would suit the network."""
+        options = f"variance_type={self.variance_type!r} and self_conditioning={self.self_conditioning}"
+        options += f" and {concat_channels} channels of concat" if concat_channels else ""
+        reason = f"; with {options} it must be {wanted}"
+        twice = config.out_channels == 2 * (config.in_channels - concat_channels)
+        if twice and not self.learns_variance:
+            reason += "; a network with a learned variance needs variance_type='learned_range'"
+        return reason
+
+    def split(self, output: Tensor, like: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A network's output as prediction and variance, each with the channels of `like`; None for a fixed variance.
+
+        Raises:
+            ValueError: an output with other channels.
+        """
+        wanted = self.channels(like.shape[1])["out_channels"]
+        if output.shape[1] != wanted:
+            raise ValueError(
+                f"the network's output has {output.shape[1]} channels; variance_type={self.variance_type!r} needs "
+                f"{wanted} for data of {like.shape[1]}"
+            )
+        if not self.learns_variance:
+            return output, None
+        prediction, variance = output.chunk(2, dim=1)
+        return prediction, variance
 
     def predict_x0(self, output: Tensor, xt: Tensor, alpha: Tensor, sigma: Tensor, clip: bool = True) -> Tensor:
         """The clean data that an output of the network at x_t stands for, clipped to the data's range."""
@@ -114,7 +229,11 @@ class Diffusion:
             x0 = output
         else:
             x0 = alpha * xt - sigma * output
-        return x0.clamp(*self.data_range) if clip and self.data_range else x0
+        return self.clip(x0) if clip else x0
+
+    def clip(self, x0: Tensor) -> Tensor:
+        """x0 within the data's range, where it has one."""
+        return x0.clamp(*self.data_range) if self.data_range else x0
 
     # ---- the file --------------------------------------------------------------------------------------------------
 
@@ -129,6 +248,10 @@ class Diffusion:
         Raises:
             ValueError: a schedule or prediction type outside that family.
         """
+        config = dict(config)
+        # the same variance by another computation; other samplers' files have none
+        names = {"fixed_small_log": "fixed_small", None: "fixed_small"}
+        config["variance_type"] = names.get(config.get("variance_type"), config.get("variance_type"))
         DiffusionConfig(**{field.name: config[field.name] for field in fields(DiffusionConfig) if field.name in config})
         self = cls.__new__(cls)
         self._set(config)

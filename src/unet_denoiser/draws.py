@@ -6,7 +6,7 @@ So neither the number of processes or of a batch's parts changes it, nor that tr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,23 +16,40 @@ DROPPABLE = ("class_labels", "vector", "context", "concat")
 
 
 class Draws(NamedTuple):
-    """Timesteps (B,), noise (B, ...), and numbers in [0, 1) (B, 1 + conditions) that decide what is dropped."""
+    """What the loss of a batch takes that is random.
+
+    t: timesteps, (B,). noise: (B, ...). chances: in [0, 1), (B, 1 + conditions), they decide what is dropped.
+    self_condition: (B,) bool, which samples see an estimate of x0, with self-conditioning.
+    """
 
     t: Tensor
     noise: Tensor
     chances: Tensor
+    self_condition: Tensor
 
 
-def draw(seed: int, first: int, x0: Tensor, num_train_timesteps: int) -> Draws:
-    """Draws for a batch whose samples have the positions from `first` on; noise on the device of `x0` (B, ...)."""
+def draw_noise(x0: Tensor, offset: float = 0.0, generator: torch.Generator | None = None) -> Tensor:
+    """Noise for x0 (B, C, ...): N(0, 1), and `offset` times one more draw for each sample and channel.
+
+    The offset is what makes very dark and very bright images possible (Guttenberg 2023, "Diffusion with offset noise").
+    """
+    kind: dict[str, Any] = {"dtype": x0.dtype, "device": x0.device, "generator": generator}
+    noise = torch.randn(x0.shape, **kind)
+    return noise + offset * torch.randn(*x0.shape[:2], *[1] * (x0.ndim - 2), **kind) if offset else noise
+
+
+def draw(seed: int, first: int, x0: Tensor, num_train_timesteps: int, noise_offset: float = 0.0) -> Draws:
+    """Draws for a batch whose samples have the positions from `first` on, on the device of `x0` (B, ...)."""
     generator, noise = torch.Generator(x0.device), torch.empty_like(x0)
-    t, chances = [], []
+    t, chances, self_condition = [], [], []
     for i in range(len(x0)):
         random = np.random.default_rng([seed, first + i, 1])
         t.append(int(random.integers(num_train_timesteps)))
         chances.append(random.random(1 + len(DROPPABLE)))
-        noise[i].normal_(generator=generator.manual_seed(int(random.integers(2**63))))
-    return Draws(torch.tensor(t, device=x0.device), noise, torch.tensor(np.array(chances), device=x0.device))
+        noise[i : i + 1] = draw_noise(x0[i : i + 1], noise_offset, generator.manual_seed(int(random.integers(2**63))))
+        self_condition.append(random.random() < 0.5)
+    numbers = [torch.tensor(np.array(values), device=x0.device) for values in (t, chances, self_condition)]
+    return Draws(numbers[0], noise, numbers[1], numbers[2])
 
 
 def dropped(names: Sequence[str], chances: Tensor, share: float) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from unet_denoiser.inputs import CONDITIONS
 
 
 def classifier_free_guidance(
-    model: Callable[..., Tensor], guidance_scale: float, **inputs: Tensor | None
+    model: Callable[..., Tensor], guidance_scale: float, *, guided_channels: int | None = None, **inputs: Tensor | None
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """A function (x_t, t) -> output that bends the network's prediction towards its conditions.
 
@@ -24,6 +24,8 @@ def classifier_free_guidance(
 
     Args:
         model: called as model(x, t, **inputs), with the conditions that are to count dropped by its `drop` argument.
+        guided_channels: how many of the output's first channels are guided, where the others are no prediction (a
+            learned variance); those are the conditional network's. All by default.
         inputs: conditions, each (B, ...); None for those that are absent. Others than those of `CONDITIONS`
             (`context_mask`) go along with them.
 
@@ -47,13 +49,20 @@ def classifier_free_guidance(
             model, drop=dict.fromkeys(conditions, torch.ones(rows, dtype=torch.bool, device=device)), **given
         )
     doubled = {name: torch.cat([value, value]) for name, value in given.items()}
-    return partial(_guided, model, guidance_scale, conditions, doubled)
+    return partial(_guided, model, guidance_scale, guided_channels, conditions, doubled)
 
 
 def _guided(
-    model: Callable[..., Tensor], scale: float, conditions: list[str], doubled: dict[str, Any], x: Tensor, t: Tensor
+    model: Callable[..., Tensor],
+    scale: float,
+    channels: int | None,
+    conditions: list[str],
+    doubled: dict[str, Any],
+    x: Tensor,
+    t: Tensor,
 ) -> Tensor:
     drop = torch.arange(2 * len(x), device=x.device) >= len(x)
     output = model(torch.cat([x, x]), torch.cat([t, t]), drop=dict.fromkeys(conditions, drop), **doubled)
     conditional, unconditional = output.chunk(2)
-    return unconditional + scale * (conditional - unconditional)
+    guided = unconditional + scale * (conditional - unconditional)
+    return guided if channels is None else torch.cat([guided[:, :channels], conditional[:, channels:]], dim=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from unet_denoiser.config import UNetConfig
@@ -223,6 +223,7 @@ def architecture_for(
     num_classes: int | None,
     options: dict[str, Any],
     base: UNetConfig | None = None,
+    network_channels: Mapping[str, int] | None = None,
 ) -> UNetConfig:
     """The network to train on a data set: what was asked for, and a choice by size for the rest.
 
@@ -230,10 +231,10 @@ def architecture_for(
         channels, image_size, num_classes: the data's.
         options: fields of `UNetConfig` that were chosen; they win.
         base: what the rest comes from, instead of the choice by size: a preset, or a checkpoint's.
+        network_channels: `in_channels` and `out_channels`, where they are not the data's (see `Diffusion.channels`).
     """
     data = {
-        "in_channels": channels,
-        "out_channels": channels,
+        **(network_channels or {"in_channels": channels, "out_channels": channels}),
         "image_size": image_size[0] if len(set(image_size)) == 1 else tuple(image_size),
         "dims": len(image_size),
         "num_classes": num_classes,

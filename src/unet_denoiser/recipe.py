@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"]
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
+VarianceType = Literal["fixed_small", "fixed_large", "learned_range"]
+LossWeightingName = Literal["constant", "min_snr", "p2", "truncated_snr", "learned"]
 SamplerName = Literal["ddpm", "ddim", "dpm++", "unipc", "euler", "heun"]
 ResizeMode = Literal["center_crop", "random_crop", "pad", "stretch"]
 OnBad = Literal["raise", "skip"]
@@ -37,6 +40,11 @@ class DiffusionConfig:
             (latents).
         rescale_betas_zero_snr: make the last timestep pure noise (Lin et al. 2023); not with "epsilon", which tells
             nothing of x0 there.
+        variance_type: the variance of a step of the ddpm sampler: "fixed_small" (the posterior's), "fixed_large" (beta)
+            or "learned_range": the network predicts it in a second half of its output channels (Nichol and Dhariwal
+            2021).
+        self_conditioning: the network sees its previous estimate of x0 too, in further input channels (Chen et al.
+            2022).
 
     Raises:
         ValueError: an option that cannot work, with its name, its value and a valid one.
@@ -49,10 +57,13 @@ class DiffusionConfig:
     prediction_type: PredictionType = "epsilon"
     clip_sample_range: float | None = 1.0
     rescale_betas_zero_snr: bool = False
+    variance_type: VarianceType = "fixed_small"
+    self_conditioning: bool = False
 
     def __post_init__(self) -> None:
         check_choice("beta_schedule", self.beta_schedule, BetaSchedule)
         check_choice("prediction_type", self.prediction_type, PredictionType)
+        check_choice("variance_type", self.variance_type, VarianceType)
         if self.num_train_timesteps < 1:
             raise ValueError(f"num_train_timesteps={self.num_train_timesteps} must be at least 1, for example 1000")
         if not 0 < self.beta_start <= self.beta_end < 1:
@@ -63,6 +74,10 @@ class DiffusionConfig:
             raise ValueError(
                 "prediction_type='epsilon' with rescale_betas_zero_snr=True: predicted noise tells nothing of x0 at "
                 "the last timestep; use 'v_prediction' or 'sample'"
+            )
+        if self.variance_type == "learned_range" and self.num_train_timesteps < 2:
+            raise ValueError(
+                "variance_type='learned_range' with num_train_timesteps=1: there is no range; use 'fixed_small'"
             )
 
 
@@ -79,6 +94,14 @@ class TrainingConfig:
         warmup_steps: steps over which the learning rate rises from zero; it falls to zero along a cosine after them.
         weight_decay: of AdamW.
         max_grad_norm: gradients are scaled down to this norm.
+        loss_weighting: of the noise levels: "constant" (that of the squared error of the network's output), "min_snr"
+            (Hang et al. 2023), "p2" (Choi et al. 2022), "truncated_snr" (Salimans and Ho 2022; not with "epsilon") or
+            "learned" (each level's loss divided by its own size; Karras et al. 2024).
+        min_snr_gamma: gamma of "min_snr": up to this signal-to-noise ratio the error of the noise counts alike at all
+            levels, above it that of x0.
+        p2_gamma: gamma of "p2": how much less the almost clean levels count.
+        noise_offset: size of a draw that all pixels of a channel share, added to the noise, so that very dark and very
+            bright images are learned; 0.05 to 0.1 is usual, 0 is off (Guttenberg 2023).
         ema_decay: decay of the averaged weights, which are the ones that are saved and sampled from.
         condition_dropout: share of samples whose conditions are dropped, so that guidance works.
         seed: of weights, data order, noise and previews.
@@ -108,6 +131,10 @@ class TrainingConfig:
     warmup_steps: int = 200
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
+    loss_weighting: LossWeightingName = "constant"
+    min_snr_gamma: float = 5.0
+    p2_gamma: float = 1.0
+    noise_offset: float = 0.0
     ema_decay: float = 0.999
     condition_dropout: float = 0.1
     seed: int = 0
@@ -126,6 +153,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         check_choice("device", self.device, DeviceName)
+        check_choice("loss_weighting", self.loss_weighting, LossWeightingName)
         check_choice("mixed_precision", self.mixed_precision, MixedPrecision)
         if self.track is not None:
             check_choice("track", self.track, TrackerName)
@@ -139,10 +167,10 @@ class TrainingConfig:
         if self.batch_size % self.gradient_accumulation_steps:
             parts = self.gradient_accumulation_steps
             raise ValueError(f"batch_size={self.batch_size} cannot be divided into {parts} equal parts")
-        for name in ("warmup_steps", "weight_decay", "seed"):
-            if getattr(self, name) < 0:
+        for name in ("warmup_steps", "weight_decay", "seed", "p2_gamma", "noise_offset"):
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
-        for name in ("learning_rate", "max_grad_norm"):
+        for name in ("learning_rate", "max_grad_norm", "min_snr_gamma"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
         for name in ("ema_decay", "condition_dropout"):

@@ -226,9 +226,13 @@ class Run:
         """Write a `DDPMPipeline` folder, which diffusers' `DiffusionPipeline.from_pretrained` opens.
 
         Raises:
-            ValueError: a network that diffusers has no counterpart for (a learned null, for one).
+            ValueError: a network that diffusers has no counterpart for (a learned null, for one), or
+                self-conditioning, which its pipelines do not have.
         """
         import diffusers
+
+        if self.process.self_conditioning:
+            raise ValueError(f"self_conditioning=True: {self.path} has no counterpart among diffusers' pipelines")
 
         model = self.load_model()
         with TemporaryDirectory() as folder:

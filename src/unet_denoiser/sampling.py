@@ -14,7 +14,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from unet_denoiser.diffusion import Diffusion
+from unet_denoiser.diffusion import Diffusion, network_input
 from unet_denoiser.guidance import classifier_free_guidance
 from unet_denoiser.recipe import SamplerName, check_choice
 from unet_denoiser.unet import UNet
@@ -57,6 +57,7 @@ def make_sampler(name: SamplerName, process: Diffusion, num_inference_steps: int
         trained_betas=process.scheduler.betas.numpy(),
         prediction_type="v_prediction",
         timestep_spacing="trailing",
+        **({"variance_type": process.variance_type} if name == "ddpm" else {}),
         **({"clip_sample": False} if name in ("ddpm", "ddim", "heun") else {}),
         **({"rescale_betas_zero_snr": True} if zero_snr else {}),
         **options,
@@ -78,8 +79,9 @@ def denoise(
     """Run the reverse process from pure noise, one step at a time.
 
     Args:
-        predict: (x_t (B, ...), t (B,)) -> the network's output; `classifier_free_guidance` makes one.
-        noise: (B, ...) draw from N(0, 1), in float32.
+        predict: (input, t (B,)) -> the network's output; `classifier_free_guidance` makes one. The input is x_t (B, C,
+            ...), with self-conditioning followed by the x0 of the step before (zero in the first).
+        noise: (B, C, ...) draw from N(0, 1), in float32.
         clip_sample: clip each predicted x0 to the data's range. Without it the first steps, which divide by an alpha
             near zero, can leave the data far behind when the network predicts noise.
         generators: one per sample, for the samplers that draw noise on the way (ddpm).
@@ -90,14 +92,22 @@ def denoise(
     scheduler = make_sampler(sampler, process, num_inference_steps)
     x = noise * scheduler.init_noise_sigma
     draws = {"generator": generators} if sampler == "ddpm" else {}
+    estimate = torch.zeros_like(x) if process.self_conditioning else None
     for i, t in enumerate(scheduler.timesteps):
         alpha, sigma = _noise_level(scheduler, i)
         xt = scheduler.scale_model_input(x, t)
         with torch.no_grad():
-            output = predict(xt, t.to(xt.device).expand(len(xt)))
-        x0 = process.predict_x0(output, xt, alpha, sigma, clip_sample)
+            output = predict(network_input(xt, estimate), t.to(xt.device).expand(len(xt)))
+        prediction, variance = process.split(output, xt)
+        x0 = process.predict_x0(prediction, xt, alpha, sigma, clip_sample)
         velocity = alpha * (xt - alpha * x0) / sigma - sigma * x0
+        if estimate is not None:
+            estimate = process.clip(x0)  # as in training, whatever clip_sample
+        if variance is not None and sampler == "ddpm":
+            velocity = torch.cat([velocity, variance], dim=1)
         x = scheduler.step(velocity, t, x, return_dict=False, **draws)[0]
+        if sampler == "ddpm" and i == len(scheduler.timesteps) - 1:
+            x = x0  # diffusers adds noise to the result too, when the last of few steps does not start at t = 0
         yield Step(int(t), x, x0)
 
 
@@ -143,6 +153,7 @@ def sample(
     """
     given = {name: value for name, value in conditions.items() if value is not None}
     sizes = _check_request(model, seeds, image_size, batch_size, given)
+    channels = process.check_channels(model.config)
     make_sampler(sampler, process, num_inference_steps)
     device, samples = model.input_conv.weight.device, []
 
@@ -153,13 +164,13 @@ def sample(
         for start in range(0, len(seeds), batch_size):
             rows = slice(start, start + batch_size)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[rows]]
-            noise = torch.stack([torch.randn(model.config.in_channels, *sizes, generator=g) for g in generators])
+            noise = torch.stack([torch.randn(channels, *sizes, generator=g) for g in generators])
             inputs = {
                 name: value[rows].to(device, model.dtype if value.is_floating_point() else None)
                 for name, value in given.items()
             }
             steps = denoise(
-                classifier_free_guidance(network, guidance_scale, **inputs),
+                classifier_free_guidance(network, guidance_scale, guided_channels=channels, **inputs),
                 process,
                 noise.to(device),
                 sampler=sampler,

@@ -20,7 +20,7 @@ from unet_denoiser.draws import DROPPABLE, draw, dropped, seed_layers
 from unet_denoiser.ema import EMA
 from unet_denoiser.finetuning import add_lora, merged
 from unet_denoiser.inputs import CONDITIONS
-from unet_denoiser.objectives import Losses
+from unet_denoiser.objectives import Losses, LossWeighting
 from unet_denoiser.recipe import TrainingConfig
 from unet_denoiser.safety import NotFinite, first_bad_gradient, first_bad_module
 from unet_denoiser.unet import UNet
@@ -67,7 +67,7 @@ class Trainer:
 
     def __init__(self, model: UNet, process: Diffusion, data: Any, config: TrainingConfig) -> None:
         data = as_data(data)
-        _check_fit(model.config, data)
+        _check_fit(model.config, process, data)
         self.process, self.data, self.config = process, data, config
         self.step, self.skipped_steps, self.bad_in_a_row = 0, 0, 0
         self.stop = False  # set it from a signal handler, for example: all processes then see `stop` after this step
@@ -83,6 +83,7 @@ class Trainer:
         self.prepared, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.model: UNet = self.accelerator.unwrap_model(self.prepared)
         self.ema = EMA(self.model, config.ema_decay)
+        self.weighting = LossWeighting(process.prediction_type, process.snr, config, self.accelerator.device)
 
     def steps(self) -> Iterator[TrainingStep]:
         """Train from the current step to the last, yielding after each optimizer step.
@@ -108,9 +109,11 @@ class Trainer:
                 self._skip(parts, everyone)
             else:
                 self.optimizer.step()
+                self.weighting.step(partial(self.accelerator.reduce, reduction="mean"))
                 self.ema.update()
                 self.bad_in_a_row = 0
             self.optimizer.zero_grad()
+            self.weighting.zero_grad()
             self.step += 1
             share = timer.wait_share()
             loss = everyone.loss.mean()
@@ -125,6 +128,7 @@ class Trainer:
         named |= {f"ema.{name}": average for name, average in self.ema.averages().items()}
         for name, p in self._trained():
             named |= {f"optimizer.{key}.{name}": value for key, value in self.optimizer.state[p].items()}
+        named |= {f"weighting.{name}": value for name, value in self.weighting.tensors().items()}
         facts: dict[str, Any] = {
             "step": self.step,
             "skipped_steps": self.skipped_steps,
@@ -157,6 +161,7 @@ class Trainer:
             self.ema.averages()[name].copy_(shard_like(tensors[f"ema.{name}"], p))
             for key, value in groups[name].items():
                 self.optimizer.state[p][key] = shard_like(value, p) if value.ndim else value.to(p.device)
+        self.weighting.load({name: tensors[f"weighting.{name}"] for name in self.weighting.tensors()})
         self.step, self.skipped_steps = facts["step"], facts["skipped_steps"]
         self.bad_in_a_row, self.ema.updates = facts["bad_in_a_row"], facts["ema_updates"]
         if self._scaler and facts["scaler"]:
@@ -206,15 +211,17 @@ class Trainer:
         inputs |= {name: batch[name] for name in optional if name in batch}
         size = self.config.batch_size // self.config.gradient_accumulation_steps
         first = self.step * self.config.batch_size + index * size + self.accelerator.process_index * len(x0)
-        t, noise, chances = draw(self.config.seed, first, x0, self.process.num_train_timesteps)
+        draws = draw(self.config.seed, first, x0, self.process.num_train_timesteps, self.config.noise_offset)
         names = [n for n in DROPPABLE if n in inputs and (n == "concat" or self.model.config.learned_null)]
         if names:
-            inputs["drop"] = dropped(names, chances, self.config.condition_dropout)
-        return Part(x0, inputs | {"t": t, "noise": noise}, first)
+            inputs["drop"] = dropped(names, draws.chances, self.config.condition_dropout)
+        if self.process.self_conditioning:
+            inputs["self_condition"] = draws.self_condition
+        return Part(x0, inputs | {"t": draws.t, "noise": draws.noise}, first)
 
     def _losses(self, part: Part, network: Any) -> Losses:
         seed_layers(self.config.seed, part.first)
-        return self.process.losses(network, part.x0, **part.inputs)
+        return self.process.losses(network, part.x0, weighting=self.weighting, **part.inputs)
 
     def _backward(self, part: Part, index: int) -> Losses:
         """Add the part's gradients; processes exchange them with the last part alone."""
@@ -279,11 +286,9 @@ class Trainer:
         return float(0.5 + 0.5 * np.cos(np.pi * min(1.0, progress)))
 
 
-def _check_fit(config: UNetConfig, data: ImageData | StreamData) -> None:
+def _check_fit(config: UNetConfig, process: Diffusion, data: ImageData | StreamData) -> None:
     """ValueError for a network that cannot be trained on the data."""
-    for name in ("in_channels", "out_channels"):
-        if getattr(config, name) != data.channels:
-            raise ValueError(f"{name}={getattr(config, name)}, but the data have {data.channels} channels")
+    process.check_channels(config, data.channels)
     if config.dims != len(data.image_size):
         raise ValueError(f"dims={config.dims}, but the data have {len(data.image_size)} axes")
     if config.num_classes is not None and config.num_classes < (classes := len(data.class_names or [])):

@@ -57,7 +57,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path):
     assert errors.splitlines()[-1].startswith("unet-denoiser: error: ")
     assert "cannot be written" in errors.splitlines()[-1]
     assert "Traceback" not in errors
-    assert [p.name for p in (tmp_path / "run").rglob("*") if p.is_file()] == ["config.json", "metrics.jsonl"]
+    assert {p.name for p in (tmp_path / "run").rglob("*") if p.is_file()} == {"config.json", "metrics.jsonl"}
 
 
 # ---- not finite ------------------------------------------------------------------------------------------------------

@@ -68,8 +68,8 @@ def train(
             raise ValueError("give either DATA or --resume RUN")
         run, trainer = _resumed(resume, locals()) if resume else _started(str(data), locals())
         total = sum(p.numel() for p in trainer.model.parameters())
-        say = print if trainer.accelerator.is_main_process else lambda text: None
         images = f"{len(trainer.data):,} images" if hasattr(trainer.data, "__len__") else "a stream of images"
+        say = print if trainer.accelerator.is_main_process else lambda text: None
         say(f"{run.path}: {images}, {total:,} parameters, on {trainer.accelerator.device}")
     with _one_line_ends(run.path), _progress(run, trainer) as bar:
         for step in run.train(trainer):

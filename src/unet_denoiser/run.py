@@ -151,7 +151,9 @@ class Run:
                 last = step.step == training.steps
                 metrics.add(step)
                 if main and (last or step.step % LOG_EVERY == 0):
-                    log_to_trackers(trainer, metrics.write(step, trainer.skipped_steps))
+                    log_to_trackers(
+                        trainer, metrics.write(step, trainer.skipped_steps, trainer.data_timer.wait_share())
+                    )
                 if last or step.stop or step.step == 1 or step.step % training.checkpoint_every == 0:
                     self.save(trainer, metrics)
                 if last or step.step % training.preview_every == 0:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from unet_denoiser.data.base import ImageData, Place, UnreadableItemError
 from unet_denoiser.data.stream import StreamBatches, StreamData
+from unet_denoiser.interrupts import outlive_signals
 
 PREFETCHED = 4  # batches per worker
 REPLACEMENTS = 100  # unreadable items in a row after which the data are taken to be gone
@@ -158,6 +159,7 @@ def make_loader(
     options: dict[str, Any] = {"collate_fn": collate, "pin_memory": pin_memory}
     if workers:
         options |= {"prefetch_factor": PREFETCHED, "multiprocessing_context": multiprocessing_context}
+        options |= {"worker_init_fn": outlive_signals}
     if isinstance(data, StreamData):
         part = part_of(batch_size, num_processes, process_index)
         batches = StreamBatches(data, batch_size, seed, start, stop, part, max(1, workers))

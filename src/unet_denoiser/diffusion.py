@@ -17,6 +17,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from unet_denoiser.files import read_json, write_atomically
+from unet_denoiser.inputs import with_concat
 from unet_denoiser.pretrained import signature_of
 from unet_denoiser.recipe import DiffusionConfig, PredictionType
 
@@ -84,13 +85,13 @@ class Diffusion:
         """Mean squared error of the network's output, one value per sample: (B,), in float32 (DDPM, equation 14).
 
         Args:
-            model: called as model(x_t, t, **inputs).
+            model: called as model(x_t, t, **inputs), through `with_concat`.
             x0: (B, ...) data.
             t, noise: drawn uniformly and from N(0, 1) unless given.
         """
         t = torch.randint(self.num_train_timesteps, (len(x0),), device=x0.device) if t is None else t
         noise = torch.randn_like(x0) if noise is None else noise
-        output = model(self.add_noise(x0, noise, t), t, **inputs)
+        output = with_concat(model)(self.add_noise(x0, noise, t), t, **inputs)
         return (output.float() - self.target(x0, noise, t).float()).square().flatten(1).mean(1)
 
     def _at(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

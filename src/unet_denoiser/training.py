@@ -118,16 +118,23 @@ class Trainer:
             raise ValueError(f"the images lie in {found}; the process has {list(bounds)}, set by clip_sample_range")
         given = [name for name, option in CONDITIONS.items() if getattr(self.model.config, option) is not None]
         given += ["context_mask"] * ("context" in given and "context_mask" in batch)
+        given += ["concat"] * ("concat" in batch)
         return x0, {name: batch[name] for name in given}
 
     def _drop(self, conditions: dict[str, Tensor]) -> dict[str, Tensor] | None:
-        """The samples that lose all their conditions in this step."""
-        names = [name for name in CONDITIONS if name in conditions]
-        if not names or not self.model.config.learned_null:
+        """The samples that lose conditions in this step.
+
+        A share `condition_dropout` loses all (Ho and Salimans 2022). Where there are several, each of them is lost alone
+        as well, as often (Brooks et al. 2023), so that samples can be guided by any of them, or go without.
+        """
+        names = [name for name in CONDITIONS if name in conditions and self.model.config.learned_null]
+        names += ["concat"] * ("concat" in conditions)
+        if not names:
             return None
         values = conditions[names[0]]
-        dropped = torch.rand(len(values), device=values.device) < self.config.condition_dropout
-        return dict.fromkeys(names, dropped)
+        draws = torch.rand(1 + len(names) * (len(names) > 1), len(values), device=values.device)
+        dropped = draws < self.config.condition_dropout
+        return {name: dropped[0] | dropped[-1 - i] for i, name in enumerate(names)}
 
     def _learning_rate_factor(self, step: int) -> float:
         """Linear warm-up, then half a cosine down to zero at the last step."""
@@ -141,9 +148,11 @@ class Trainer:
 
 def _check_fit(config: UNetConfig, data: ImageData) -> None:
     """ValueError for a network that cannot be trained on the data."""
-    for name in ("in_channels", "out_channels"):
-        if getattr(config, name) != data.channels:
-            raise ValueError(f"{name}={getattr(config, name)}, but the data have {data.channels} channels")
+    concat = getattr(data, "concat_channels", 0)
+    for name, wanted in (("in_channels", data.channels + concat), ("out_channels", data.channels)):
+        if getattr(config, name) != wanted:
+            more = f" and {concat} to concatenate" if concat and name == "in_channels" else ""
+            raise ValueError(f"{name}={getattr(config, name)}, but the data have {data.channels} channels{more}")
     if config.dims != len(data.image_size):
         raise ValueError(f"dims={config.dims}, but the data have {len(data.image_size)} axes")
     if config.num_classes is not None and config.num_classes < (classes := len(data.class_names or [])):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,8 @@ class Autoencoder:
         mean, std = getattr(c, "latents_mean", None), getattr(c, "latents_std", None)
         shift = getattr(c, "shift_factor", None) or 0.0
         self.shift = torch.tensor(shift if mean is None else mean, dtype=torch.float32).view(-1, 1, 1)
-        self.scale = (c.scaling_factor if std is None else 1 / torch.tensor(std)) * torch.ones(self.channels, 1, 1)
+        self.scale = torch.ones(self.channels, 1, 1)
+        self.scale *= (c.scaling_factor or 1.0) if std is None else 1 / torch.tensor(std).view(-1, 1, 1)
         self.key = digest([self.name, fingerprint([place]) if place.exists() else ""])
 
     @torch.inference_mode()
@@ -73,6 +74,10 @@ class Autoencoder:
         decoded = [self.model.decode(part.to(self.device)).sample.cpu() for part in z.split(batch_size)]
         return torch.cat(decoded).clamp(-1, 1).clone()
 
+    def set_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Shift and scale each channel by these, instead of by what the configuration states."""
+        self.shift, self.scale = torch.tensor(mean).view(-1, 1, 1), 1 / torch.tensor(std).view(-1, 1, 1)
+
     @torch.inference_mode()
     def raw(self, pictures: Tensor) -> Tensor:
         """Latents before shift and scale."""
@@ -83,14 +88,16 @@ class Autoencoder:
 class LatentData(Dataset[dict[str, Any]]):
     """A data set whose pictures have become latents: "image" (channels, H / factor, W / factor), of no fixed range.
 
-    Every picture is encoded once and kept on disk in float16; "concat", where the data have it, is encoded likewise.
-    A mirrored picture has latents of its own (an autoencoder does not mirror its latents), so with `flip` both are kept.
+    Every picture is encoded once and kept on disk in float16, and so are pictures in "concat".
+    An autoencoder does not mirror its latents with the picture, so with `flip` those of both are kept.
 
     Args:
-        data: pictures in [-1, 1], the same at every call for an index.
+        data: pictures in [-1, 1], the same whenever an index is asked for.
         autoencoder: what encodes them.
-        flip: mirror half of the samples left to right.
-        key: what the data's contents depend on.
+        key: what the pictures depend on, as `digest` makes it.
+        flip: keep latents of the mirrored pictures too, for `__getitem__` to choose from.
+        standardize: shift and scale each channel of the latents by its measured mean and standard deviation, instead
+            of by what the autoencoder's configuration states.
         on_progress: called with the number of pictures done, and of all.
 
     Raises:
@@ -101,10 +108,90 @@ class LatentData(Dataset[dict[str, Any]]):
         self,
         data: Any,
         autoencoder: Autoencoder,
+        key: str,
+        *,
         flip: bool = False,
-        key: str | None = None,
+        standardize: bool = False,
         on_progress: Callable[[int, int], object] | None = None,
     ) -> None:
         _check_fit(data, autoencoder)
         self.data, self.flip, self.channels = data, flip, autoencoder.channels
         self.image_size = tuple(n // autoencoder.factor for n in data.image_size)
+        self.concat_channels = self.channels if getattr(data, "concat_channels", 0) else 0
+
+        def compute(folder: Path) -> None:
+            _write_latents(data, autoencoder, flip, folder, on_progress)
+
+        parts = [autoencoder.key, key, str(flip), str(bool(self.concat_channels)), str(len(data))]
+        folder = computed_once("latents", digest(parts), compute)
+        self.latents, self.about = MappedArray(folder / "latents.npy"), read_json(folder / "about.json")
+        self.others = torch.load(folder / "others.pt", weights_only=True)
+        if standardize:
+            autoencoder.set_statistics(self.about["mean"], self.about["std"])
+        self.shift, self.scale = autoencoder.shift, autoencoder.scale
+        self.latent_std = float((torch.tensor(self.about["std"]).view(-1, 1, 1) * self.scale).square().mean().sqrt())
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getattr__(self, name: str) -> Any:
+        """What the data say of themselves otherwise: class_names, captions."""
+        if name.startswith("_") or name == "data":
+            raise AttributeError(name)
+        return getattr(self.data, name)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.item(index)
+
+    def item(self, index: int, mirrored: bool = False) -> dict[str, Any]:
+        """An item, or with `mirrored` its mirror image (only with `flip`)."""
+        z = torch.from_numpy(self.latents.array[index, int(mirrored)].astype(np.float32))
+        latents = dict(zip(("image", "concat"), (z - self.shift) * self.scale, strict=False))
+        return {name: values[index] for name, values in self.others.items()} | latents
+
+
+def _check_fit(data: Any, autoencoder: Autoencoder) -> None:
+    name, factor = autoencoder.name, autoencoder.factor
+    if len(data.image_size) != 2 or any(n % factor for n in data.image_size):
+        raise ValueError(f"image_size={tuple(data.image_size)}: vae={name} takes multiples of {factor} pixels")
+    if data.channels != autoencoder.picture_channels:
+        raise ValueError(f"channels={data.channels}: vae={name} takes {autoencoder.picture_channels}")
+    if getattr(data, "concat_channels", 0) not in (0, data.channels):
+        raise ValueError(f"concat: with vae={name} it must be pictures of {data.channels} channels, without a mask")
+
+
+def _write_latents(
+    data: Any,
+    autoencoder: Autoencoder,
+    flip: bool,
+    folder: Path,
+    on_progress: Callable[[int, int], object] | None,
+) -> None:
+    """latents.npy (N, 1 or 2 mirrored, 1 or 2 with concat, C, h, w), others.pt, and about.json with the statistics."""
+    size = [n // autoencoder.factor for n in data.image_size]
+    pictures = 1 + bool(getattr(data, "concat_channels", 0))
+    shape = (len(data), 1 + flip, pictures, autoencoder.channels, *size)
+    target = np.lib.format.open_memmap(folder / "latents.npy", "w+", np.float16, shape)
+    sums, others, done = torch.zeros(2, autoencoder.channels, dtype=torch.float64), [], 0
+    for batch in DataLoader(data, batch_size=8):
+        images = torch.stack([batch.pop(name) for name in ("image", "concat")[:pictures]], 1)
+        images = torch.stack([images, images.flip(-1)][: 1 + flip], 1)
+        z = autoencoder.raw(images.flatten(0, 2)).view(*images.shape[:3], *shape[3:])
+        if not z.half().isfinite().all():
+            raise ValueError(f"vae={autoencoder.name}: its latents do not fit float16")
+        target[done : done + len(z)] = z.numpy()
+        values = z[:, :, 0].double().transpose(0, 2).flatten(1)
+        sums += torch.stack([values.sum(1), values.square().sum(1)]) / values.shape[1] * len(z) / len(data)
+        others.append(batch)
+        done += len(z)
+        if on_progress is not None:
+            on_progress(done, len(data))
+    target.flush()
+    torch.save({name: _joined([batch[name] for batch in others]) for name in others[0]}, folder / "others.pt")
+    std = (sums[1] - sums[0].square()).clamp(min=1e-12).sqrt()
+    about = {"vae": autoencoder.name, "mean": sums[0].tolist(), "std": std.tolist()}
+    (folder / "about.json").write_text(json.dumps(about))
+
+
+def _joined(parts: list[Any]) -> Any:
+    return torch.cat(parts) if isinstance(parts[0], Tensor) else [value for part in parts for value in part]

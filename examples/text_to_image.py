@@ -32,7 +32,7 @@ def split_by_caption(pictures: Path, out: Path) -> None:
 
     The caption of monsters/red_dragon2.png is "monsters red dragon".
     """
-    files = sorted(p for p in pictures.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    files = sorted(p for p in pictures.rglob("*") if p.suffix.lower() in (".png", ".jpg") and p.name[0] != ".")
     captions = {f: re.sub(r"[\W\d_]+", " ", str(f.relative_to(pictures).with_suffix(""))).strip() for f in files}
     held_out = set(sorted(set(captions.values()))[EVERY // 2 :: EVERY])
     shutil.rmtree(out, ignore_errors=True)
@@ -53,7 +53,7 @@ def features(images: torch.Tensor) -> torch.Tensor:
     resized = torch.nn.functional.interpolate(images, size=224, mode="bicubic")
     with torch.no_grad():
         pooled = torch.cat([network.extract_features(part).mean((2, 3)) for part in resized.split(32)])
-    return torch.nn.functional.normalize(pooled - pooled.mean(0), dim=1)
+    return pooled
 
 
 def first_of_ten(similarity: torch.Tensor) -> float:

@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from helpers import SMALL
-from unet_denoiser import ArrayData, Diffusion, Run, Trainer, TrainingConfig, UNet, sample
+from unet_denoiser import ArrayData, DataConfig, Diffusion, Run, Trainer, TrainingConfig, UNet, sample
 
 NET = SMALL | {"in_channels": 1, "out_channels": 1, "image_size": 4, "attention_resolutions": (), "dropout": 0.1}
 
@@ -231,7 +231,7 @@ def run(tmp_path):
     data = two_classes()
     np.savez(tmp_path / "two.npz", images=data.images[:, 0].numpy(), labels=data.labels.numpy())
     options = {"steps": 25, "batch_size": 4, "checkpoint_every": 10, "preview_every": 20, "device": "cpu"}
-    chosen = {"source": str(tmp_path / "two.npz"), "image_size": [4, 4], "channels": 1, "class_names": ["low", "high"]}
+    chosen = DataConfig(str(tmp_path / "two.npz"), (4, 4), 1, ("low", "high"))
     config = UNet(**NET | {"num_classes": 2}).config
     run = Run(tmp_path / "run", chosen, config, Diffusion(), TrainingConfig(**options))
     run.write()

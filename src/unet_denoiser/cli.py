@@ -14,6 +14,7 @@ import tyro
 
 from unet_denoiser.config import UNetConfig
 from unet_denoiser.options import (
+    DataOptions,
     ModelOptions,
     OptionalName,
     OptionalNumber,
@@ -24,7 +25,7 @@ from unet_denoiser.options import (
     TrainingOptions,
     show,
 )
-from unet_denoiser.recipe import DeviceName, SamplerName, TrainingConfig
+from unet_denoiser.recipe import DATA_CHANGEABLE, DataConfig, DeviceName, SamplerName, TrainingConfig
 
 
 def train(
@@ -32,9 +33,9 @@ def train(
     *,
     out: OptionalPath = None,
     resume: OptionalPath = None,
-    image_size: OptionalSize = None,
     preset: OptionalName = None,
-    training: TrainingOptions = {},  # noqa: B006  # tyro's way to say: nothing given
+    dataset: DataOptions = {},  # noqa: B006  # tyro's way to say: nothing given
+    training: TrainingOptions = {},  # noqa: B006
     process: ProcessOptions = {},  # noqa: B006
     model: ModelOptions = {},  # noqa: B006
 ) -> None:
@@ -49,7 +50,6 @@ def train(
         out: the run directory to make (default: runs/ and the data's name).
         resume: a run directory to go on with, instead of DATA; --steps, --checkpoint-every, --preview-every,
             --num-workers and --device may be changed.
-        image_size: resize to this, one number or height and width (default: that of most images up to 64, else 64).
         preset: start from a published architecture (see `info`) instead of one chosen by size.
     """
     with one_line_errors():
@@ -77,7 +77,7 @@ def _progress(run: Any, trainer: Any) -> Any:
 
 
 def _started(source: str, given: dict[str, Any]) -> tuple[Any, Any]:
-    from unet_denoiser.data import load_data
+    from unet_denoiser.data import as_found, load_data
     from unet_denoiser.diffusion import Diffusion
     from unet_denoiser.presets import architecture_for
     from unet_denoiser.presets import preset as preset_config
@@ -85,16 +85,15 @@ def _started(source: str, given: dict[str, Any]) -> tuple[Any, Any]:
 
     preset, options = given["preset"], dict(given["model"])
     training, process = TrainingConfig(**given["training"]), Diffusion(**given["process"])
-    size = given["image_size"] or (preset and preset_config(preset).image_size) or None
-    size = size[0] if isinstance(size, tuple) and len(size) == 1 else size
-    data = load_data(source, size, options.get("in_channels"))
+    chosen = {"channels": options.get("in_channels"), "image_size": preset and preset_config(preset).image_size}
+    source = source if source == "digits" else str(Path(source).absolute())
+    data_config = DataConfig(source, **chosen | given["dataset"])
+    data = load_data(data_config)
     classes = None if data.class_names is None else len(data.class_names)
     config = architecture_for(data.channels, data.image_size, classes, options, preset)
-    chosen: dict[str, Any] = {"source": source if source == "digits" else str(Path(source).absolute())}
-    chosen |= {"image_size": list(data.image_size), "channels": data.channels, "class_names": data.class_names}
     place = Path(source).absolute()
     out = given["out"] or Path("runs") / (place.name if place.is_dir() else place.stem)
-    run = Run(out, chosen, config, process, training)
+    run = Run(out, as_found(data_config, data), config, process, training)
     run.check_new()
     trainer = run.trainer(data)
     run.write()
@@ -105,12 +104,12 @@ def _resumed(path: Path, given: dict[str, Any]) -> tuple[Any, Any]:
     from unet_denoiser.run import Run
 
     changeable = {"steps", "checkpoint_every", "preview_every", "num_workers", "device"}
-    fixed = [name for name in ("out", "image_size", "preset", "process", "model") if given[name]]
-    fixed += sorted(set(given["training"]) - changeable)
+    fixed = [name for name in ("out", "preset", "process", "model") if given[name]]
+    fixed += sorted(set(given["training"]) - changeable) + sorted(set(given["dataset"]) - DATA_CHANGEABLE)
     if fixed:
-        valid = ", ".join(sorted(changeable))
+        valid = ", ".join(sorted(changeable | DATA_CHANGEABLE))
         raise ValueError(f"{fixed[0]} cannot change with --resume; what can: {valid}")
-    run = Run.load(path).with_training(**given["training"])
+    run = Run.load(path).with_training(**given["training"]).with_data(**given["dataset"])
     trainer = run.trainer()
     if trainer.step > run.training.steps:
         raise ValueError(f"steps={run.training.steps}: {path} is already at step {trainer.step}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
 
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"]
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
@@ -116,3 +117,44 @@ class TrainingConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
         if self.num_workers is not None and self.num_workers < 0:
             raise ValueError(f"num_workers={self.num_workers} must be at least 0")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What a network is trained on.
+
+    Args:
+        source: "digits", a folder of images, or an .npz with `images` (N, H, W[, C]), uint8 or floats in [-1, 1], and
+            optionally `labels` (N,) and `class_names`.
+        image_size: resize to this, one int or height and width (default: that of most images up to 64, else 64).
+        channels: convert to this number: 1 (grey), 3 (RGB) or 4 (RGBA) for image files (default: what they have).
+        class_names: names of the classes in label order (default: those found).
+
+    Raises:
+        ValueError: an option that cannot work, with its name, its value and a valid one.
+    """
+
+    source: str
+    image_size: int | tuple[int, ...] | None = None
+    channels: int | None = None
+    class_names: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.source:
+            raise ValueError("source='' names no data; give 'digits', a folder or a file")
+        sizes = self.image_size if isinstance(self.image_size, tuple) else (self.image_size or 1,)
+        if self.image_size == 0 or not sizes or min(sizes) < 1:
+            raise ValueError(f"image_size={self.image_size} must be positive")
+        if self.channels is not None and self.channels < 1:
+            raise ValueError(f"channels={self.channels} must be at least 1")
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> DataConfig:
+        """The inverse of `dataclasses.asdict`, from JSON too; an unknown option raises ValueError."""
+        if unknown := sorted(set(options) - {field.name for field in fields(cls)}):
+            raise ValueError(f"unknown option of the data {unknown[0]!r}")
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
+        return cls(**values)
+
+
+DATA_CHANGEABLE: frozenset[str] = frozenset()  # what a resumed run may change of its data; none of it changes the items

@@ -27,7 +27,7 @@ from unet_denoiser.data import ImageData, load_data
 from unet_denoiser.diffusion import Diffusion
 from unet_denoiser.files import read_json, write_atomically
 from unet_denoiser.images import save_grid
-from unet_denoiser.recipe import TrainingConfig
+from unet_denoiser.recipe import DataConfig, TrainingConfig
 from unet_denoiser.sampling import sample
 from unet_denoiser.training import Trainer, TrainingStep
 from unet_denoiser.unet import UNet
@@ -42,14 +42,14 @@ class Run:
 
     Args:
         path: the directory.
-        data: what `load_data` takes ("source", "image_size", "channels"), and the "class_names" found there.
+        data: what it is trained on, with size, channels and class names as they were found.
         model: the architecture.
         process: schedule, prediction type, data range.
         training: how it is trained.
     """
 
     path: Path
-    data: dict[str, Any]
+    data: DataConfig
     model: UNetConfig
     process: Diffusion
     training: TrainingConfig
@@ -68,7 +68,7 @@ class Run:
         self.path.mkdir(parents=True, exist_ok=True)
         config = {
             "unet_denoiser": version("unet-denoiser"),
-            "data": self.data,
+            "data": asdict(self.data),
             "model": self.model.to_dict(),
             "process": self.process.to_dict(),
             "training": asdict(self.training),
@@ -86,11 +86,11 @@ class Run:
         if missing := {"data", "model", "process", "training"} - set(config):
             raise ValueError(f"{path / 'config.json'} is not a run's: it lacks {', '.join(sorted(missing))}")
         try:
-            training = TrainingConfig(**config["training"])
+            data, training = DataConfig.from_dict(config["data"]), TrainingConfig(**config["training"])
         except TypeError as error:
-            raise ValueError(f"{path / 'config.json'} has a training option of another version: {error}") from None
+            raise ValueError(f"{path / 'config.json'} has an option of another version: {error}") from None
         model, process = UNetConfig.from_dict(config["model"]), Diffusion.from_dict(config["process"])
-        return cls(path, config["data"], model, process, training)
+        return cls(path, data, model, process, training)
 
     # ---- training --------------------------------------------------------------------------------------------------
 
@@ -101,7 +101,7 @@ class Run:
             data: the run's data, where they are loaded already.
         """
         if data is None:
-            data = load_data(self.data["source"], self.data["image_size"], self.data["channels"])
+            data = load_data(self.data)
         torch.manual_seed(self.training.seed)
         trainer = Trainer(UNet.from_config(self.model), self.process, data, self.training)
         if checkpoints := self.checkpoints():
@@ -192,8 +192,7 @@ class Run:
     @property
     def class_names(self) -> list[str] | None:
         """Names of the classes in label order, or None for a run without classes."""
-        names: list[str] | None = self.data["class_names"] if self.model.num_classes else None
-        return names
+        return list(self.data.class_names) if self.model.num_classes and self.data.class_names else None
 
     def labels(self, count: int, names: Sequence[str] = ()) -> Tensor:
         """(count,) labels that go round the classes `names` (default: all), so that label i does not depend on count.
@@ -219,3 +218,7 @@ class Run:
     def with_training(self, **changes: Any) -> Run:
         """The same run with other training options."""
         return replace(self, training=replace(self.training, **changes))
+
+    def with_data(self, **changes: Any) -> Run:
+        """The same run with other options of the data."""
+        return replace(self, data=replace(self.data, **changes))

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from unet_denoiser.config import UNetConfig
-from unet_denoiser.data import ArrayData, EndlessSampler, ImageData
+from unet_denoiser.data import ImageData, make_loader
 from unet_denoiser.diffusion import Diffusion
 from unet_denoiser.ema import EMA
 from unet_denoiser.inputs import CONDITIONS
@@ -46,9 +45,7 @@ class Trainer:
         _check_fit(model.config, data)
         self.process, self.data, self.config = process, data, config
         self.step = 0
-        # batch_size is that of all processes together, so that their number does not change the training
-        loading = DataLoaderConfiguration(split_batches=True)
-        self.accelerator = Accelerator(cpu=config.device == "cpu", dataloader_config=loading)
+        self.accelerator = Accelerator(cpu=config.device == "cpu")
         model.gradient_checkpointing = config.gradient_checkpointing
         options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
         optimizer = torch.optim.AdamW(model.parameters(), **options)
@@ -92,15 +89,21 @@ class Trainer:
                 f"{directory} cannot be read ({reason}); delete it to go on from the one before"
             ) from error
 
-    def _batches(self) -> Any:
-        c = self.config
-        sampler = EndlessSampler(len(self.data), c.seed, self.step * c.batch_size, c.steps * c.batch_size)
-        workers = c.num_workers
-        if workers is None:
-            workers = 0 if isinstance(self.data, ArrayData) else min(4, os.cpu_count() or 1)
-        pin = self.accelerator.device.type == "cuda"
-        loader = DataLoader(self.data, c.batch_size, sampler=sampler, num_workers=workers, pin_memory=pin)
-        return self.accelerator.prepare(loader)
+    def _batches(self) -> Iterator[Any]:
+        """This process's part of every batch from the current step on, on its device."""
+        c, device = self.config, self.accelerator.device
+        loader = make_loader(
+            self.data,
+            c.batch_size,
+            seed=c.seed,
+            start=self.step,
+            stop=c.steps,
+            num_processes=self.accelerator.num_processes,
+            process_index=self.accelerator.process_index,
+            num_workers=c.num_workers,
+            pin_memory=device.type == "cuda",
+        )
+        return (send_to_device(batch, device, non_blocking=True) for batch in loader)
 
     def _seed_step(self) -> None:
         """Seed what this step draws (timesteps, noise, dropout) by its number, so that resuming is exact.

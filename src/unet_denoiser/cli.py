@@ -84,13 +84,22 @@ def _started(source: str, given: dict[str, Any]) -> tuple[Any, Any]:
     from unet_denoiser.run import Run
 
     preset, options = given["preset"], dict(given["model"])
-    training, process = TrainingConfig(**given["training"]), Diffusion(**given["process"])
-    chosen = {"channels": options.get("in_channels"), "image_size": preset and preset_config(preset).image_size}
+    unbounded = {} if given["dataset"].get("vae") is None else {"clip_sample_range": None}  # latents have no fixed range
+    training, process = TrainingConfig(**given["training"]), Diffusion(**unbounded | given["process"])
+    chosen = {"channels": options.get("in_channels"), "image_size": preset and not unbounded and preset_config(preset).image_size or None}
     source = source if source == "digits" else str(Path(source).absolute())
     data_config = DataConfig(source, **chosen | given["dataset"])
     data = load_data(data_config)
     classes = None if data.class_names is None else len(data.class_names)
-    config = architecture_for(data.channels, data.image_size, classes, options, preset)
+    config = architecture_for(
+        data.channels,
+        data.image_size,
+        classes,
+        options,
+        preset,
+        context_dim=data.context_dim,
+        concat_channels=data.concat_channels,
+    )
     place = Path(source).absolute()
     out = given["out"] or Path("runs") / (place.name if place.is_dir() else place.stem)
     run = Run(out, as_found(data_config, data), config, process, training)
@@ -122,6 +131,7 @@ def sample(
     *,
     num_images: int = 16,
     classes: Annotated[tuple[str, ...], tyro.conf.arg(name="class")] = (),
+    captions: Annotated[tuple[str, ...], tyro.conf.arg(name="caption"), tyro.conf.UseAppendAction] = (),
     guidance_scale: float = 1.0,
     num_inference_steps: int = 25,
     sampler: SamplerName = "dpm++",
@@ -139,7 +149,8 @@ def sample(
         run: a run directory.
         num_images: how many; image i has the seed SEED + i and depends on nothing else.
         classes: names of the classes to generate, in turn (default: all of the run's).
-        guidance_scale: how strongly to follow the class; 1 is off, 2 to 5 are usual.
+        captions: a text to draw; give the option again for more, which then take turns.
+        guidance_scale: how strongly to follow class and caption; 1 is off, 2 to 5 are usual.
         num_inference_steps: steps of the reverse process: more is slower and more exact.
         sampler: the sampler; ddpm wants hundreds of steps, the others tens.
         clip_sample: clip each predicted clean image to the data's range.
@@ -164,8 +175,11 @@ def sample(
         model = loaded.load_model().to(resolve_device(device))
         all_names = loaded.class_names or []
         labels = loaded.labels(num_images, classes) if classes or all_names else None
-        if labels is None and guidance_scale != 1:
-            raise ValueError(f"guidance_scale={guidance_scale} needs classes, and {run} was trained without; give 1")
+        conditions: dict[str, Any] = {} if labels is None else {"class_labels": labels}
+        if captions:
+            conditions |= loaded.encode_captions([captions[i % len(captions)] for i in range(num_images)])
+        if not conditions and guidance_scale != 1:
+            raise ValueError(f"guidance_scale={guidance_scale} needs a class or a caption to follow; give one, or 1")
         size = image_size[0] if image_size is not None and len(image_size) == 1 else image_size
         with tqdm(total=num_images * num_inference_steps, unit="step", disable=None) as bar:
             x = generate(
@@ -179,8 +193,9 @@ def sample(
                 guidance_scale=guidance_scale,
                 clip_sample=clip_sample,
                 on_step=lambda step: bar.update(len(step.x)),
-                class_labels=labels,
+                **conditions,
             ).cpu()
+        x = loaded.decode(x)
         picture = loaded.save_grid(x, out or run / "samples.png", classes)
         print(picture)
         if separate:
@@ -189,7 +204,7 @@ def sample(
                 [""] * num_images if labels is None else ["-" + all_names[i].replace("/", "_") for i in labels.tolist()]
             )
             for i, (image, name) in enumerate(zip(x, names, strict=True), start=seed):
-                pixels = to_uint8(image, loaded.process.data_range) if loaded.process.data_range else image
+                pixels = to_uint8(image, loaded.picture_range) if loaded.picture_range else image
                 save_image(pixels, folder / f"{i:06d}{name}.png")
             print(folder)
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from unet_denoiser.cache import MappedArray, computed_once, digest, fingerprint
 from unet_denoiser.files import read_json
 
+ENCODED_AT_ONCE = 8  # pictures
 KINDS = ("AutoencoderKL", "AutoencoderTiny")
 
 
@@ -85,69 +85,32 @@ class Autoencoder:
         return (encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents).float().cpu()
 
 
-class LatentData(Dataset[dict[str, Any]]):
-    """A data set whose pictures have become latents: "image" (channels, H / factor, W / factor), of no fixed range.
-
-    Every picture is encoded once and kept on disk in float16, and so are pictures in "concat".
-    An autoencoder does not mirror its latents with the picture, so with `flip` those of both are kept.
+class LatentStore:
+    """The latents of a data set's pictures before shift and scale, kept on disk in float16.
 
     Args:
-        data: pictures in [-1, 1], the same whenever an index is asked for.
-        autoencoder: what encodes them.
+        data: items with "image", and pictures in "concat" where they have it, in [-1, 1]; the same whenever an index
+            is asked for.
         key: what the pictures depend on, as `digest` makes it.
-        flip: keep latents of the mirrored pictures too, for `__getitem__` to choose from.
-        standardize: shift and scale each channel of the latents by its measured mean and standard deviation, instead
-            of by what the autoencoder's configuration states.
-        on_progress: called with the number of pictures done, and of all.
+        flip: keep the mirrored pictures' too.
 
     Raises:
         ValueError: pictures that the autoencoder cannot take.
     """
 
-    def __init__(
-        self,
-        data: Any,
-        autoencoder: Autoencoder,
-        key: str,
-        *,
-        flip: bool = False,
-        standardize: bool = False,
-        on_progress: Callable[[int, int], object] | None = None,
-    ) -> None:
+    def __init__(self, data: Any, autoencoder: Autoencoder, key: str, flip: bool = False) -> None:
         _check_fit(data, autoencoder)
-        self.data, self.flip, self.channels = data, flip, autoencoder.channels
-        self.image_size = tuple(n // autoencoder.factor for n in data.image_size)
-        self.concat_channels = self.channels if getattr(data, "concat_channels", 0) else 0
+        parts = [autoencoder.key, key, str(flip), str(data.concat_channels), str(len(data))]
+        folder = computed_once(
+            "latents", digest(parts), lambda folder: _write_latents(data, autoencoder, flip, folder)
+        )
+        self.latents, about = MappedArray(folder / "latents.npy"), read_json(folder / "about.json")
+        self.mean, self.std = tuple(about["mean"]), tuple(about["std"])
 
-        def compute(folder: Path) -> None:
-            _write_latents(data, autoencoder, flip, folder, on_progress)
-
-        parts = [autoencoder.key, key, str(flip), str(bool(self.concat_channels)), str(len(data))]
-        folder = computed_once("latents", digest(parts), compute)
-        self.latents, self.about = MappedArray(folder / "latents.npy"), read_json(folder / "about.json")
-        self.others = torch.load(folder / "others.pt", weights_only=True)
-        if standardize:
-            autoencoder.set_statistics(self.about["mean"], self.about["std"])
-        self.shift, self.scale = autoencoder.shift, autoencoder.scale
-        self.latent_std = float((torch.tensor(self.about["std"]).view(-1, 1, 1) * self.scale).square().mean().sqrt())
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getattr__(self, name: str) -> Any:
-        """What the data say of themselves otherwise: class_names, captions."""
-        if name.startswith("_") or name == "data":
-            raise AttributeError(name)
-        return getattr(self.data, name)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.item(index)
-
-    def item(self, index: int, mirrored: bool = False) -> dict[str, Any]:
-        """An item, or with `mirrored` its mirror image (only with `flip`)."""
-        z = torch.from_numpy(self.latents.array[index, int(mirrored)].astype(np.float32))
-        latents = dict(zip(("image", "concat"), (z - self.shift) * self.scale, strict=False))
-        return {name: values[index] for name, values in self.others.items()} | latents
+    def __getitem__(self, place: tuple[int, bool]) -> Tensor:
+        """Latents of (index, whether mirrored): (1 or 2 with concat, C, h, w)."""
+        index, mirrored = place
+        return torch.from_numpy(self.latents.array[index, int(mirrored)].astype(np.float32))
 
 
 def _check_fit(data: Any, autoencoder: Autoencoder) -> None:
@@ -156,42 +119,32 @@ def _check_fit(data: Any, autoencoder: Autoencoder) -> None:
         raise ValueError(f"image_size={tuple(data.image_size)}: vae={name} takes multiples of {factor} pixels")
     if data.channels != autoencoder.picture_channels:
         raise ValueError(f"channels={data.channels}: vae={name} takes {autoencoder.picture_channels}")
-    if getattr(data, "concat_channels", 0) not in (0, data.channels):
+    if data.concat_channels not in (0, data.channels):
         raise ValueError(f"concat: with vae={name} it must be pictures of {data.channels} channels, without a mask")
 
 
-def _write_latents(
-    data: Any,
-    autoencoder: Autoencoder,
-    flip: bool,
-    folder: Path,
-    on_progress: Callable[[int, int], object] | None,
-) -> None:
-    """latents.npy (N, 1 or 2 mirrored, 1 or 2 with concat, C, h, w), others.pt, and about.json with the statistics."""
+def _write_latents(data: Any, autoencoder: Autoencoder, flip: bool, folder: Path) -> None:
+    """latents.npy (N, 1 or 2 mirrored, 1 or 2 with concat, C, h, w), and about.json with each channel's statistics."""
+    from tqdm import trange
+
     size = [n // autoencoder.factor for n in data.image_size]
-    pictures = 1 + bool(getattr(data, "concat_channels", 0))
+    pictures = 1 + bool(data.concat_channels)
     shape = (len(data), 1 + flip, pictures, autoencoder.channels, *size)
     target = np.lib.format.open_memmap(folder / "latents.npy", "w+", np.float16, shape)
-    sums, others, done = torch.zeros(2, autoencoder.channels, dtype=torch.float64), [], 0
-    for batch in DataLoader(data, batch_size=8):
-        images = torch.stack([batch.pop(name) for name in ("image", "concat")[:pictures]], 1)
+    sums = torch.zeros(2, autoencoder.channels, dtype=torch.float64)
+    names = ("image", "concat")[:pictures]
+    for start in trange(0, len(data), ENCODED_AT_ONCE, desc="latents", unit_scale=ENCODED_AT_ONCE, disable=None):
+        items = [data[i] for i in range(start, min(start + ENCODED_AT_ONCE, len(data)))]
+        images = torch.stack([torch.stack([item[name] for name in names]) for item in items])
         images = torch.stack([images, images.flip(-1)][: 1 + flip], 1)
         z = autoencoder.raw(images.flatten(0, 2)).view(*images.shape[:3], *shape[3:])
         if not z.half().isfinite().all():
             raise ValueError(f"vae={autoencoder.name}: its latents do not fit float16")
-        target[done : done + len(z)] = z.numpy()
+        target[start : start + len(z)] = z.numpy()
         values = z[:, :, 0].double().transpose(0, 2).flatten(1)
         sums += torch.stack([values.sum(1), values.square().sum(1)]) / values.shape[1] * len(z) / len(data)
-        others.append(batch)
-        done += len(z)
-        if on_progress is not None:
-            on_progress(done, len(data))
     target.flush()
-    torch.save({name: _joined([batch[name] for batch in others]) for name in others[0]}, folder / "others.pt")
     std = (sums[1] - sums[0].square()).clamp(min=1e-12).sqrt()
     about = {"vae": autoencoder.name, "mean": sums[0].tolist(), "std": std.tolist()}
     (folder / "about.json").write_text(json.dumps(about))
 
-
-def _joined(parts: list[Any]) -> Any:
-    return torch.cat(parts) if isinstance(parts[0], Tensor) else [value for part in parts for value in part]

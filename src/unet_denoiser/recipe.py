@@ -129,6 +129,18 @@ class DataConfig:
         image_size: resize to this, one int or height and width (default: that of most images up to 64, else 64).
         channels: convert to this number: 1 (grey), 3 (RGB) or 4 (RGBA) for image files (default: what they have).
         class_names: names of the classes in label order (default: those found).
+        text_encoder: folder or hub name of a transformers text encoder (CLIP's, T5's, BERT and its like); the data's
+            captions then are a condition, as its tokens. They are kept on disk.
+        caption_length: longest caption in tokens, longer ones are cut (default: what the tokenizer states).
+        vae: folder or hub name of an AutoencoderKL or AutoencoderTiny of diffusers; the network then is trained on its
+            latents, which are kept on disk, and samples are decoded.
+        standardize_latents: measure mean and standard deviation of each channel of the latents and scale by them,
+            instead of by what the vae's configuration states.
+        latent_mean: the measured means (default: measured when needed).
+        latent_std: the measured standard deviations, likewise.
+        concat: a picture that the network sees beside the noisy one: "downscaled:4" (the picture at a quarter of its
+            size, enlarged again: super-resolution), "inpainting" (a random mask, and the picture without what is
+            masked), or a folder with a picture of the same name for each one of the data (image to image).
 
     Raises:
         ValueError: an option that cannot work, with its name, its value and a valid one.
@@ -138,6 +150,13 @@ class DataConfig:
     image_size: int | tuple[int, ...] | None = None
     channels: int | None = None
     class_names: tuple[str, ...] | None = None
+    text_encoder: str | None = None
+    caption_length: int | None = None
+    vae: str | None = None
+    standardize_latents: bool = False
+    latent_mean: tuple[float, ...] | None = None
+    latent_std: tuple[float, ...] | None = None
+    concat: str | None = None
 
     def __post_init__(self) -> None:
         if not self.source:
@@ -147,6 +166,23 @@ class DataConfig:
             raise ValueError(f"image_size={self.image_size} must be positive")
         if self.channels is not None and self.channels < 1:
             raise ValueError(f"channels={self.channels} must be at least 1")
+        self._check_conditions()
+
+    def _check_conditions(self) -> None:
+        for name in ("text_encoder", "vae", "concat"):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name}='' names nothing; give a path, or leave it out")
+        for name, needs in (("caption_length", "text_encoder"), ("standardize_latents", "vae"), ("latent_mean", "vae")):
+            if getattr(self, name) and getattr(self, needs) is None:
+                raise ValueError(f"{name}={getattr(self, name)} needs {needs}, which is not given")
+        if self.caption_length is not None and self.caption_length < 1:
+            raise ValueError(f"caption_length={self.caption_length} must be at least 1")
+        if (self.latent_mean is None) != (self.latent_std is None):
+            raise ValueError("latent_mean and latent_std belong together; give both, or neither")
+        if self.concat is not None and self.concat.startswith("downscaled:"):
+            factor = self.concat.removeprefix("downscaled:")
+            if not factor.isdecimal() or int(factor) < 2:
+                raise ValueError(f"concat={self.concat!r} needs a whole factor of at least 2, as in 'downscaled:4'")
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> DataConfig:

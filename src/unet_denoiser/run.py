@@ -24,9 +24,11 @@ from torch import Tensor
 from unet_denoiser.config import UNetConfig
 from unet_denoiser.convert import save
 from unet_denoiser.data import ImageData, load_data
+from unet_denoiser.data.conditioned import autoencoder, text_encoder
 from unet_denoiser.diffusion import Diffusion
 from unet_denoiser.files import read_json, write_atomically
 from unet_denoiser.images import save_grid
+from unet_denoiser.inputs import CONDITIONS
 from unet_denoiser.recipe import DataConfig, TrainingConfig
 from unet_denoiser.sampling import sample
 from unet_denoiser.training import Trainer, TrainingStep
@@ -148,11 +150,26 @@ class Run:
 
     def preview(self, trainer: Trainer) -> Path:
         """Sample with fixed seeds from the averaged weights into `samples/`; training is not touched."""
-        count = 16 if self.class_names is None else min(40, 4 * len(self.class_names))
-        labels = None if self.class_names is None else self.labels(count)
+        conditions = self.preview_conditions(trainer.data)
+        count = len(next(iter(conditions.values()), range(16)))
         with trainer.ema.swapped():
-            x = sample(trainer.model, self.process, seeds=range(count), class_labels=labels)
-        return self.save_grid(x, self.path / "samples" / f"step-{trainer.step:08d}.png")
+            x = sample(trainer.model, self.process, seeds=range(count), **conditions)
+        path = self.path / "samples" / f"step-{trainer.step:08d}.png"
+        by_class = list(conditions) == ["class_labels"]
+        x = self.decode(x)
+        return self.save_grid(x, path) if by_class else save_grid(x, path, data_range=self.picture_range)
+
+    def preview_conditions(self, data: ImageData) -> dict[str, Tensor]:
+        """What previews are of: four of each class, or, where there are other conditions, those of 16 of the data."""
+        config = self.model
+        names = [name for name, option in CONDITIONS.items() if getattr(config, option) is not None]
+        names += ["context_mask"] * ("context" in names) + ["concat"] * (data.concat_channels > 0)
+        if names == ["class_labels"]:
+            return {"class_labels": self.labels(min(40, 4 * len(self.class_names or [])))}
+        if not names:
+            return {}
+        items = [data[i] for i in torch.linspace(0, len(data) - 1, min(16, len(data))).long().tolist()]
+        return {name: torch.stack([torch.as_tensor(item[name]) for item in items]) for name in names}
 
     def _log(self, step: TrainingStep) -> None:
         line = {"step": step.step, "loss": float(step.loss), "grad_norm": float(step.grad_norm)}
@@ -207,13 +224,33 @@ class Run:
         chosen = [self.class_names.index(name) for name in names or self.class_names]
         return torch.tensor([chosen[i % len(chosen)] for i in range(count)])
 
+    def encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """`context` and `context_mask` of captions, one row each, by the text encoder that the run was trained with.
+
+        Raises:
+            ValueError: a run that was trained without captions.
+        """
+        if self.data.text_encoder is None:
+            raise ValueError(f"caption={captions[0]!r}: {self.path} was trained without captions (text_encoder)")
+        context, mask = text_encoder(self.data)(captions)
+        return {"context": context, "context_mask": mask}
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Samples as pictures: decoded by the run's vae where it was trained on latents, else as they are."""
+        return x if self.data.vae is None else autoencoder(self.data).decode(x)
+
+    @property
+    def picture_range(self) -> tuple[float, float] | None:
+        """The range of what `decode` gives; None for unbounded data."""
+        return self.process.data_range if self.data.vae is None else (-1.0, 1.0)
+
     def save_grid(self, x: Tensor, path: Path, names: Sequence[str] = ()) -> Path:
-        """One picture of samples whose labels `labels` made: one row per class, or a square without classes."""
+        """One picture of samples (decoded) whose labels `labels` made: one row per class, or a square without classes."""
         if self.class_names is None:
-            return save_grid(x, path, data_range=self.process.data_range)
+            return save_grid(x, path, data_range=self.picture_range)
         classes = len(names or self.class_names)
         by_class = torch.cat([x[i::classes] for i in range(min(classes, len(x)))])
-        return save_grid(by_class, path, max(1, -(-len(x) // classes)), self.process.data_range)
+        return save_grid(by_class, path, max(1, -(-len(x) // classes)), self.picture_range)
 
     def with_training(self, **changes: Any) -> Run:
         """The same run with other training options."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from unet_denoiser.cache import MappedArray, computed_once, digest, fingerprint
 
@@ -81,67 +80,43 @@ class TextEncoder:
         return model.eval().requires_grad_(False)
 
 
-class TextData(Dataset[dict[str, Any]]):
-    """A data set whose captions have become conditions: "context" (S, D) and "context_mask" (S,), S the longest's.
-
-    Each different caption is encoded once and kept on disk, under a key made of the encoder and the captions.
+class TokenStore:
+    """The tokens of each of a set of captions, kept on disk under a key made of the encoder and the captions.
 
     Args:
-        data: items with a "caption", and a list `captions`, one per item.
-        on_progress: called with the number of captions done after each batch.
-
-    Raises:
-        ValueError: data without captions.
+        captions: any number of times each; every different one is encoded once.
     """
 
-    def __init__(self, data: Any, encoder: TextEncoder, on_progress: Callable[[int, int], object] | None = None) -> None:
-        captions = getattr(data, "captions", None)
-        if not captions:
-            raise ValueError(f"text_encoder={encoder.name}: the data have no captions; leave it out, or add them")
-        self.data, self.context_dim = data, encoder.context_dim
+    def __init__(self, encoder: TextEncoder, captions: Sequence[str]) -> None:
         unique = sorted(set(captions))
         self.rows = {caption: row for row, caption in enumerate(unique)}
-
-        def compute(folder: Path) -> None:
-            _write_tokens(encoder, unique, folder, on_progress)
-
-        folder = computed_once("text", digest([encoder.key, *unique]), compute)
+        self.context_dim = encoder.context_dim
+        key = digest([encoder.key, *unique])
+        folder = computed_once("text", key, lambda folder: _write_tokens(encoder, unique, folder))
         self.tokens, self.starts = MappedArray(folder / "tokens.npy"), MappedArray(folder / "starts.npy")
         self.length = int(np.diff(self.starts.array).max())
 
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getattr__(self, name: str) -> Any:
-        """What the data say of themselves: channels, image_size, class_names."""
-        if name.startswith("_") or name == "data":
-            raise AttributeError(name)
-        return getattr(self.data, name)
-
-    def __getitem__(self, key: Any) -> dict[str, Any]:
-        item = dict(self.data[key])
-        row = self.rows[item.pop("caption")]
-        start, stop = self.starts.array[row : row + 2]
+    def __getitem__(self, caption: str) -> tuple[Tensor, Tensor]:
+        """`context` (S, D) and `context_mask` (S,), S the length of the longest caption of all."""
+        start, stop = self.starts.array[(row := self.rows[caption]) : row + 2]
         context = torch.zeros(self.length, self.context_dim)
         context[: stop - start] = torch.from_numpy(self.tokens.array[start:stop].astype(np.float32))
-        return item | {"context": context, "context_mask": torch.arange(self.length) < int(stop - start)}
+        return context, torch.arange(self.length) < int(stop - start)
 
 
-def _write_tokens(
-    encoder: TextEncoder, captions: list[str], folder: Path, on_progress: Callable[[int, int], object] | None
-) -> None:
+def _write_tokens(encoder: TextEncoder, captions: list[str], folder: Path) -> None:
     """tokens.npy, all captions' tokens one after the other, and starts.npy, where each begins and the last ends."""
+    from tqdm import tqdm
+
     order = sorted(range(len(captions)), key=lambda i: len(captions[i]))  # batches of like length need little padding
     lengths = np.zeros(len(captions), np.int64)
     encoded = folder / "unsorted"
     with encoded.open("wb") as file:
-        for begin in range(0, len(order), 64):
+        for begin in tqdm(range(0, len(order), 64), "captions", unit_scale=64, disable=None):
             batch = order[begin : begin + 64]
             for i, tokens in zip(batch, encoder.tokens([captions[i] for i in batch]), strict=True):
                 lengths[i] = len(tokens)
                 file.write(tokens.half().numpy().tobytes())
-            if on_progress is not None:
-                on_progress(begin + len(batch), len(order))
     starts = np.concatenate([[0], lengths.cumsum()])
     source = np.memmap(encoded, np.float16, "r", shape=(int(starts[-1]), encoder.context_dim))
     target = np.lib.format.open_memmap(folder / "tokens.npy", "w+", np.float16, source.shape)

@@ -17,6 +17,7 @@ from unet_denoiser.data.base import ImageData as ImageData
 from unet_denoiser.data.folder import FolderData as FolderData
 from unet_denoiser.data.loader import EndlessBatches as EndlessBatches
 from unet_denoiser.data.loader import make_loader as make_loader
+from unet_denoiser.data.conditioned import found_around, with_conditions
 from unet_denoiser.recipe import DataConfig
 
 
@@ -31,6 +32,10 @@ def load_data(config: DataConfig | str | Path, **options: Any) -> ImageData:
         FileNotFoundError, ValueError, TypeError: what is wrong with it, in one line.
     """
     config = replace(config, **options) if isinstance(config, DataConfig) else DataConfig(str(config), **options)
+    return with_conditions(config, _load_pictures)
+
+
+def _load_pictures(config: DataConfig) -> ImageData:
     if config.source == "digits":
         images, labels = digits()
         return ArrayData(images, labels, image_size=config.image_size)
@@ -44,5 +49,6 @@ def load_data(config: DataConfig | str | Path, **options: Any) -> ImageData:
 
 def as_found(config: DataConfig, data: ImageData) -> DataConfig:
     """The configuration with what was left to the data (size, channels, classes), so that it cannot change later."""
+    config, data = found_around(config, data)
     names = None if data.class_names is None else tuple(data.class_names)
     return replace(config, image_size=tuple(data.image_size), channels=data.channels, class_names=names)

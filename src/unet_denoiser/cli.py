@@ -157,7 +157,7 @@ def sample(
         seed: seed of the first image.
         batch_size: images at a time; does not change them.
         image_size: one number or height and width (default: as trained).
-        out: the picture (default: RUN/samples.png); one row per class.
+        out: the picture (default: RUN/samples.png); one row per class or caption.
         separate: also write every image to a file of its own, into a folder beside the picture.
         device: "auto" takes a GPU where there is one.
     """
@@ -174,7 +174,7 @@ def sample(
         loaded = Run.load(run)
         model = loaded.load_model().to(resolve_device(device))
         all_names = loaded.class_names or []
-        labels = loaded.labels(num_images, classes) if classes or all_names else None
+        labels = loaded.labels(num_images, classes) if classes or (all_names and not captions) else None
         conditions: dict[str, Any] = {} if labels is None else {"class_labels": labels}
         if captions:
             conditions |= loaded.encode_captions([captions[i % len(captions)] for i in range(num_images)])
@@ -196,7 +196,7 @@ def sample(
                 **conditions,
             ).cpu()
         x = loaded.decode(x)
-        picture = loaded.save_grid(x, out or run / "samples.png", classes)
+        picture = loaded.save_grid(x, out or run / "samples.png", classes or captions)
         print(picture)
         if separate:
             folder = picture.with_name(f"{picture.stem}-separate")

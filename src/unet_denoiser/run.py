@@ -245,10 +245,10 @@ class Run:
         return self.process.data_range if self.data.vae is None else (-1.0, 1.0)
 
     def save_grid(self, x: Tensor, path: Path, names: Sequence[str] = ()) -> Path:
-        """One picture of samples (decoded) whose labels `labels` made: one row per class, or a square without classes."""
-        if self.class_names is None:
+        """One picture of samples (decoded) whose labels `labels` made, or captions in turn: one row per class, or a square without classes."""
+        if not names and self.class_names is None:
             return save_grid(x, path, data_range=self.picture_range)
-        classes = len(names or self.class_names)
+        classes = len(names or self.class_names or [])
         by_class = torch.cat([x[i::classes] for i in range(min(classes, len(x)))])
         return save_grid(by_class, path, max(1, -(-len(x) // classes)), self.picture_range)
 

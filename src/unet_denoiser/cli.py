@@ -84,21 +84,18 @@ def _started(source: str, given: dict[str, Any]) -> tuple[Any, Any]:
     from unet_denoiser.run import Run
 
     preset, options = given["preset"], dict(given["model"])
-    unbounded = {} if given["dataset"].get("vae") is None else {"clip_sample_range": None}  # latents have no fixed range
+    # latents have no fixed range
+    unbounded = {} if given["dataset"].get("vae") is None else {"clip_sample_range": None}
     training, process = TrainingConfig(**given["training"]), Diffusion(**unbounded | given["process"])
-    chosen = {"channels": options.get("in_channels"), "image_size": preset and not unbounded and preset_config(preset).image_size or None}
+    size = preset_config(preset).image_size if preset and not unbounded else None
+    chosen = {"channels": options.get("in_channels"), "image_size": size}
     source = source if source == "digits" else str(Path(source).absolute())
     data_config = DataConfig(source, **chosen | given["dataset"])
     data = load_data(data_config)
     classes = None if data.class_names is None else len(data.class_names)
+    conditions = {"context_dim": data.context_dim}
     config = architecture_for(
-        data.channels,
-        data.image_size,
-        classes,
-        options,
-        preset,
-        context_dim=data.context_dim,
-        concat_channels=data.concat_channels,
+        data.channels, data.image_size, classes, conditions | options, preset, data.concat_channels
     )
     place = Path(source).absolute()
     out = given["out"] or Path("runs") / (place.name if place.is_dir() else place.stem)

@@ -223,14 +223,12 @@ def architecture_for(
     num_classes: int | None,
     options: dict[str, Any],
     base: str | None = None,
-    *,
-    context_dim: int | None = None,
     concat_channels: int = 0,
 ) -> UNetConfig:
     """The network to train on a data set: what was asked for, and a choice by size for the rest.
 
     Args:
-        channels, image_size, num_classes, context_dim, concat_channels: the data's.
+        channels, image_size, num_classes, concat_channels: the data's.
         options: fields of `UNetConfig` that were chosen; they win.
         base: a preset that the rest comes from, instead of the choice by size.
     """
@@ -240,9 +238,8 @@ def architecture_for(
         "image_size": image_size[0] if len(set(image_size)) == 1 else tuple(image_size),
         "dims": len(image_size),
         "num_classes": num_classes,
-        "context_dim": context_dim,
     }
-    rest = _by_size(max(image_size), options) if base is None else preset(base).to_dict()
+    rest = _by_size(max(image_size), options) if base is None else preset(base).to_dict() | {"context_dim": None}
     if "head_dim" in options and "num_heads" not in options:
         options = {"num_heads": None, **options}
     return UNetConfig.from_dict(rest | data | options)

@@ -19,15 +19,19 @@ if TYPE_CHECKING:
     from unet_denoiser.latents import Autoencoder
     from unet_denoiser.text import TextEncoder
 
+ATTRIBUTES = (
+    *("channels", "image_size", "class_names", "captions", "buckets", "in_memory", "config"),
+    *("vector_dim", "context_dim", "concat_channels"),
+)
+
 
 class Wrapped(ImageData):
     """A data set that changes another's items."""
 
     def __init__(self, data: ImageData) -> None:
         self.data = data
-        for name in ("channels", "image_size", "class_names", "captions", "vector_dim", "context_dim", "buckets", "config"):
+        for name in ATTRIBUTES:
             setattr(self, name, getattr(data, name))
-        self.concat_channels = data.concat_channels
 
     def __len__(self) -> int:
         return len(self.data)

@@ -21,7 +21,7 @@ TINY = "--model.model-channels 8 --model.num-res-blocks 1 --batch-size 4 --steps
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("UNET_DENOISER_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
 
 

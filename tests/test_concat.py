@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from helpers import small
 
+from helpers import small
 from unet_denoiser import Diffusion, classifier_free_guidance, sample
 from unet_denoiser.concat import downscaled, enlarged, masked, random_mask
 from unet_denoiser.inputs import with_concat
@@ -69,9 +69,7 @@ def test_other_conditions_are_dropped_beside_it():
     model = small(in_channels=2, out_channels=1, num_classes=4)
     x, t, concat = torch.randn(2, 1, 8, 8), torch.tensor([3, 500]), torch.randn(2, 1, 8, 8)
     labels, mask = torch.tensor([0, 3]), torch.tensor([True, False])
-    got = with_concat(model)(
-        x, t, concat=concat, class_labels=labels, drop={"class_labels": mask, "concat": ~mask}
-    )
+    got = with_concat(model)(x, t, concat=concat, class_labels=labels, drop={"class_labels": mask, "concat": ~mask})
     whole = torch.cat([x, concat * mask.float().view(2, 1, 1, 1)], 1)
     torch.testing.assert_close(got, model(whole, t, class_labels=labels, drop={"class_labels": mask}))
 

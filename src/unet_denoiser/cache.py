@@ -1,6 +1,7 @@
 """Arrays that are computed once and kept on disk: text embeddings and latents. Memory-mapped when they are read.
 
-They lie in $UNET_DENOISER_CACHE, or else in unet-denoiser below $XDG_CACHE_HOME or ~/.cache. Deleting it costs time only.
+They lie in $UNET_DENOISER_CACHE, or else in unet-denoiser below $XDG_CACHE_HOME or ~/.cache. Deleting it costs
+time only.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def digest(parts: Iterable[str | bytes]) -> str:
 
 
 def fingerprint(paths: Iterable[str | Path]) -> str:
-    """A name for the contents of files, by their paths, sizes and times of change; folders count with all below them."""
+    """A name for the contents of files and of whole folders, by their paths, sizes and times of change."""
     parts = []
     for path in map(Path, paths):
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]

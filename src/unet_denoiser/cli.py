@@ -45,11 +45,12 @@ def train(
     fields. The defaults of --model.* below are those of the class, before that choice.
 
     Args:
-        data: "digits" (8x8 handwritten digits), a folder of images whose sub-folders are the classes, or an .npz with
-            `images` (N, H, W[, C]) uint8 or float in [-1, 1] and optionally `labels`.
+        data: "digits" (8x8 handwritten digits); a folder of images whose sub-folders are the classes, or whose
+            metadata.csv or metadata.jsonl has captions, labels or numbers; an .npz with `images` (N, H, W[, C]) and
+            optionally `labels`, `captions` and `vectors`, or an .npy; Parquet files; or hf:NAME.
         out: the run directory to make (default: runs/ and the data's name).
         resume: a run directory to go on with, instead of DATA; --steps, --checkpoint-every, --preview-every,
-            --num-workers and --device may be changed.
+            --num-workers, --cache-images and --device may be changed.
         preset: start from a published architecture (see `info`) instead of one chosen by size.
     """
     with one_line_errors():
@@ -57,7 +58,8 @@ def train(
             raise ValueError("give either DATA or --resume RUN")
         run, trainer = _resumed(resume, locals()) if resume else _started(str(data), locals())
         total = sum(p.numel() for p in trainer.model.parameters())
-        print(f"{run.path}: {len(trainer.data):,} images, {total:,} parameters, on {trainer.accelerator.device}")
+        images = f"{len(trainer.data):,} images" if hasattr(trainer.data, "__len__") else "a stream of images"
+        print(f"{run.path}: {images}, {total:,} parameters, on {trainer.accelerator.device}")
     with one_line_errors((OSError,)), _progress(run, trainer) as bar:
         for step in run.train(trainer):
             bar.set_postfix_str(f"step {step.step}/{run.training.steps}, loss {float(step.loss):.4f}", refresh=False)
@@ -87,17 +89,19 @@ def _started(source: str, given: dict[str, Any]) -> tuple[Any, Any]:
     # latents have no fixed range
     unbounded = {} if given["dataset"].get("vae") is None else {"clip_sample_range": None}
     training, process = TrainingConfig(**given["training"]), Diffusion(**unbounded | given["process"])
-    size = preset_config(preset).image_size if preset and not unbounded else None
-    chosen = {"channels": options.get("in_channels"), "image_size": size}
-    source = source if source == "digits" else str(Path(source).absolute())
+    chosen = {
+        "channels": options.get("in_channels"),
+        "image_size": preset_config(preset).image_size if preset and not unbounded else None,
+    }
+    source = source if source == "digits" or source.startswith("hf:") else str(Path(source).absolute())
     data_config = DataConfig(source, **chosen | given["dataset"])
     data = load_data(data_config)
     classes = None if data.class_names is None else len(data.class_names)
-    conditions = {"context_dim": data.context_dim}
+    conditions = {"vector_dim": data.vector_dim, "context_dim": data.context_dim}
     config = architecture_for(
         data.channels, data.image_size, classes, conditions | options, preset, data.concat_channels
     )
-    place = Path(source).absolute()
+    place = Path(source.replace(":", "/"))
     out = given["out"] or Path("runs") / (place.name if place.is_dir() else place.stem)
     run = Run(out, as_found(data_config, data), config, process, training)
     run.check_new()

@@ -5,13 +5,10 @@ They are channels in [-1, 1], of the samples' size, in an item's "concat".
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset
 
 
 def downscaled(pictures: Tensor, factor: int) -> Tensor:

@@ -101,9 +101,7 @@ class LatentStore:
     def __init__(self, data: Any, autoencoder: Autoencoder, key: str, flip: bool = False) -> None:
         _check_fit(data, autoencoder)
         parts = [autoencoder.key, key, str(flip), str(data.concat_channels), str(len(data))]
-        folder = computed_once(
-            "latents", digest(parts), lambda folder: _write_latents(data, autoencoder, flip, folder)
-        )
+        folder = computed_once("latents", digest(parts), lambda folder: _write_latents(data, autoencoder, flip, folder))
         self.latents, about = MappedArray(folder / "latents.npy"), read_json(folder / "about.json")
         self.mean, self.std = tuple(about["mean"]), tuple(about["std"])
 
@@ -147,4 +145,3 @@ def _write_latents(data: Any, autoencoder: Autoencoder, flip: bool, folder: Path
     std = (sums[1] - sums[0].square()).clamp(min=1e-12).sqrt()
     about = {"vae": autoencoder.name, "mean": sums[0].tolist(), "std": std.tolist()}
     (folder / "about.json").write_text(json.dumps(about))
-

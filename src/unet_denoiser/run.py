@@ -1,7 +1,7 @@
 """A run directory: everything about one training, enough to go on with it or to sample from it.
 
 RUN/config.json       all that was chosen: data, model, process, training
-RUN/model/            the latest averaged weights, for UNet.from_pretrained, with the process beside them
+RUN/model/            the latest averaged weights, for UNet.from_pretrained, with process and class names beside them
 RUN/checkpoints/      the latest training states, to go on from
 RUN/samples/          pictures of samples with fixed seeds
 RUN/metrics.jsonl     loss, gradient norm and learning rate over the steps
@@ -96,7 +96,7 @@ class Run:
 
     # ---- training --------------------------------------------------------------------------------------------------
 
-    def trainer(self, data: ImageData | None = None) -> Trainer:
+    def trainer(self, data: Any = None) -> Trainer:
         """A trainer at the run's latest checkpoint, or at the start where there is none.
 
         Args:
@@ -141,6 +141,9 @@ class Run:
             with trainer.ema.swapped():
                 trainer.model.save_pretrained(self.path / "model")
             self.process.save_pretrained(self.path / "model")
+            if self.class_names is not None:
+                text = json.dumps(self.class_names, ensure_ascii=False) + "\n"
+                write_atomically(self.path / "model" / "class_names.json", lambda p: p.write_text(text, "utf-8"))
             for old in self.checkpoints()[:-KEPT_CHECKPOINTS]:
                 shutil.rmtree(old)
 
@@ -159,7 +162,7 @@ class Run:
         x = self.decode(x)
         return self.save_grid(x, path) if by_class else save_grid(x, path, data_range=self.picture_range)
 
-    def preview_conditions(self, data: ImageData) -> dict[str, Tensor]:
+    def preview_conditions(self, data: ImageData) -> dict[str, Any]:
         """What previews are of: four of each class, or, where there are other conditions, those of 16 of the data."""
         config = self.model
         names = [name for name, option in CONDITIONS.items() if getattr(config, option) is not None]
@@ -245,7 +248,7 @@ class Run:
         return self.process.data_range if self.data.vae is None else (-1.0, 1.0)
 
     def save_grid(self, x: Tensor, path: Path, names: Sequence[str] = ()) -> Path:
-        """One picture of samples (decoded) whose labels `labels` made, or captions in turn: one row per class, or a square without classes."""
+        """One picture of samples, decoded: one row per class or caption, which took turns, or else a square."""
         if not names and self.class_names is None:
             return save_grid(x, path, data_range=self.picture_range)
         classes = len(names or self.class_names or [])

@@ -44,10 +44,11 @@ class TextEncoder:
         place = Path(self.name)
         version = fingerprint([place]) if place.exists() else f"{self.name} {getattr(config, '_commit_hash', None)}"
         self.key = digest([version, str(self.max_length)])
-        self._config, self._model = config, None
+        self._config = config
+        self._model: Any = None  # loaded when it is needed: not where everything asked for is kept already
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """`context` (B, S, context_dim) float32, zeros at padding, and `context_mask` (B, S), S the longest's length."""
+        """`context` (B, S, context_dim) float32, zeros at padding, and `context_mask` (B, S) bool."""
         return _padded(self.tokens(captions))
 
     def tokens(self, captions: Sequence[str]) -> list[Tensor]:

@@ -13,7 +13,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 
 from unet_denoiser.config import UNetConfig
-from unet_denoiser.data import ImageData, make_loader
+from unet_denoiser.data import DataTimer, ImageData, StreamData, as_data, first_item, make_loader
 from unet_denoiser.diffusion import Diffusion
 from unet_denoiser.ema import EMA
 from unet_denoiser.inputs import CONDITIONS
@@ -37,11 +37,13 @@ class Trainer:
 
     Args:
         model: trained in place, on the device of `config`; its weights are the start.
-        data: items {"image": (C, *spatial) in the process's range, and conditions by the names that `UNet` takes}.
+        data: items {"image": (C, *spatial) in the process's range, and conditions by the names that `UNet` takes}; what
+            `load_data` returns, or any map-style or iterable data set of such dicts.
     """
 
-    def __init__(self, model: UNet, process: Diffusion, data: ImageData, config: TrainingConfig) -> None:
+    def __init__(self, model: UNet, process: Diffusion, data: Any, config: TrainingConfig) -> None:
         resolve_device(config.device)
+        data = as_data(data)
         _check_fit(model.config, data)
         self.process, self.data, self.config = process, data, config
         self.step = 0
@@ -103,7 +105,8 @@ class Trainer:
             num_workers=c.num_workers,
             pin_memory=device.type == "cuda",
         )
-        return (send_to_device(batch, device, non_blocking=True) for batch in loader)
+        self.data_timer = DataTimer(loader)
+        return (send_to_device(batch, device, non_blocking=True) for batch in self.data_timer)
 
     def _seed_step(self) -> None:
         """Seed what this step draws (timesteps, noise, dropout) by its number, so that resuming is exact.
@@ -127,8 +130,8 @@ class Trainer:
     def _drop(self, conditions: dict[str, Tensor]) -> dict[str, Tensor] | None:
         """The samples that lose conditions in this step.
 
-        A share `condition_dropout` loses all (Ho and Salimans 2022). Where there are several, each of them is lost alone
-        as well, as often (Brooks et al. 2023), so that samples can be guided by any of them, or go without.
+        A share `condition_dropout` loses all (Ho and Salimans 2022). Where there are several, each is lost alone as
+        well, as often (Brooks et al. 2023), so that samples can be guided by any of them, or go without.
         """
         names = [name for name in CONDITIONS if name in conditions and self.model.config.learned_null]
         names += ["concat"] * ("concat" in conditions)
@@ -149,7 +152,7 @@ class Trainer:
         return float(0.5 + 0.5 * torch.cos(torch.tensor(torch.pi * min(1.0, progress), dtype=torch.float64)))
 
 
-def _check_fit(config: UNetConfig, data: ImageData) -> None:
+def _check_fit(config: UNetConfig, data: ImageData | StreamData) -> None:
     """ValueError for a network that cannot be trained on the data."""
     concat = getattr(data, "concat_channels", 0)
     for name, wanted in (("in_channels", data.channels + concat), ("out_channels", data.channels)):
@@ -160,8 +163,9 @@ def _check_fit(config: UNetConfig, data: ImageData) -> None:
         raise ValueError(f"dims={config.dims}, but the data have {len(data.image_size)} axes")
     if config.num_classes is not None and config.num_classes < (classes := len(data.class_names or [])):
         raise ValueError(f"num_classes={config.num_classes}, but the data have {classes} classes; give that, or None")
+    found = first_item(data)
     for name, option in CONDITIONS.items():
-        if getattr(config, option) is not None and name not in data[0]:
+        if getattr(config, option) is not None and name not in found:
             raise ValueError(f"{option}={getattr(config, option)}, but the data have no {name}; give None")
 
 

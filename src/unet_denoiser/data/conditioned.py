@@ -1,4 +1,4 @@
-"""Data sets around another: captions as text embeddings, a picture beside the noisy one, latents instead of pictures."""
+"""Data sets around another: captions as embeddings, a picture beside the noisy one, latents instead of pictures."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ class LatentData(Wrapped):
         return self.image_size
 
 
-def with_conditions(config: DataConfig, load: Callable[[DataConfig], ImageData]) -> ImageData:
+def with_conditions(config: DataConfig, load: Callable[[DataConfig], Any]) -> Any:
     """The pictures that `load` finds, with what the configuration asks for around them.
 
     Raises:
@@ -157,15 +157,17 @@ def with_conditions(config: DataConfig, load: Callable[[DataConfig], ImageData])
     wanted = [name for name in ("text_encoder", "vae", "concat") if getattr(config, name) is not None]
     if wanted and config.streaming:
         raise ValueError(f"{wanted[0]} with streaming=True: it needs all items beforehand; leave streaming out")
-    plain = replace(config, **dict.fromkeys(wanted))
+    plain = replace(config, text_encoder=None, caption_length=None, vae=None, concat=None)
     encoder = None if config.text_encoder is None else text_encoder(config)  # the quick checks first
     vae = None if config.vae is None else autoencoder(config)
     if vae is not None:
         if config.resize_mode == "random_crop":
-            raise ValueError("resize_mode='random_crop' with vae: latents are kept, so crops cannot vary; use 'center_crop'")
+            raise ValueError(
+                "resize_mode='random_crop' with vae: latents are kept, so crops cannot vary; use 'center_crop'"
+            )
         if config.aspect_buckets:
             raise ValueError("aspect_buckets=True with vae: latents of one size only are kept; leave one of them out")
-        plain = replace(plain, horizontal_flip=False)
+        plain = replace(plain, horizontal_flip=False, channels=config.channels or vae.picture_channels)
     data = load(plain)
     if config.concat is not None:
         is_folder = config.concat != "inpainting" and not config.concat.startswith("downscaled:")
@@ -198,10 +200,11 @@ def autoencoder(config: DataConfig) -> Autoencoder:
     return found
 
 
-def found_around(config: DataConfig, data: ImageData) -> tuple[DataConfig, ImageData]:
+def found_around(config: DataConfig, data: Any) -> tuple[DataConfig, Any]:
     """The configuration with measured statistics and whole paths, and the pictures that everything else is around."""
-    paths = {name: value for name in ("text_encoder", "vae", "concat") if (value := getattr(config, name)) is not None}
-    config = replace(config, **{n: str(Path(p).absolute()) if Path(p).exists() else p for n, p in paths.items()})
+    config = replace(
+        config, text_encoder=_whole(config.text_encoder), vae=_whole(config.vae), concat=_whole(config.concat)
+    )
     while isinstance(data, Wrapped):
         if isinstance(data, LatentData) and config.standardize_latents and config.latent_mean is None:
             config = replace(config, latent_mean=data.store.mean, latent_std=data.store.std)
@@ -209,21 +212,25 @@ def found_around(config: DataConfig, data: ImageData) -> tuple[DataConfig, Image
     return config, data
 
 
-def _paired(
-    folder: str, data: Any, plain: DataConfig, load: Callable[[DataConfig], ImageData], has_vae: bool
-) -> ImageData:
+def _whole(path: str | None) -> str | None:
+    """The absolute path of what exists, so that a run can be used from any directory; hub names as they are."""
+    return str(Path(path).absolute()) if path is not None and Path(path).exists() else path
+
+
+def _paired(folder: str, data: Any, config: DataConfig, load: Callable[[DataConfig], Any], has_vae: bool) -> ImageData:
     """The pictures of a second folder, one for each of the data's; ValueError when the names differ."""
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"concat={folder} is neither 'downscaled:N', nor 'inpainting', nor a folder")
     if not hasattr(data, "files"):
         raise ValueError(f"concat={folder}: only a folder of images can be paired with another folder")
-    columns = {"class_names": None, "label_column": None, "caption_column": None, "vector_columns": ()}
+    plain = replace(config, class_names=None, label_column=None, caption_column=None, vector_columns=())
     channels = data.channels if has_vae else None
-    paired: Any = load(replace(plain, source=folder, image_size=data.image_size, channels=channels, **columns))
+    paired: Any = load(replace(plain, source=folder, image_size=data.image_size, channels=channels))
     ours, theirs = ([str(Path(file).with_suffix("")) for file in each.files] for each in (data, paired))
     if ours != theirs:
         odd = sorted(set(ours) ^ set(theirs))[0]
-        where = folder if odd in ours else plain.source
-        raise ValueError(f"concat={folder}: {where} has no usable picture {odd}; names must be the same in both folders")
+        where = folder if odd in ours else config.source
+        raise ValueError(
+            f"concat={folder}: {where} has no usable picture {odd}; names must be the same in both folders"
+        )
     return paired
-

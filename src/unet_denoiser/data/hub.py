@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from unet_denoiser.data.base import Place, augment, encode_labels, encode_vectors, to_float
+from unet_denoiser.data.base import Place, UnreadableItemError, augment, encode_labels, encode_vectors, to_float
 from unet_denoiser.data.decode import Source, fill_colour, open_image, to_pixels
 from unet_denoiser.data.folder import CAPTION_COLUMNS, pick_column
 from unet_denoiser.data.pictures import Pictures, check_config, choose_size, usable
-from unet_denoiser.data.scan import Header, scan
+from unet_denoiser.data.scan import Header, header_of, scan
 from unet_denoiser.data.stream import StreamData
 from unet_denoiser.recipe import DataConfig
 
@@ -54,15 +54,18 @@ class HubData(Pictures):
             raise ValueError(f"{config.source} has no rows")
         images = table.select_columns([columns.image])
         fingerprint = f"{config.source} {columns.image} {table._fingerprint}"
-        found = scan(fingerprint, rows, lambda row: _content(images[int(row[4:])][columns.image], row))
+        found = scan(fingerprint, rows, lambda row: _content(images[int(row[4:])][columns.image]))
         headers, config = usable(found, config, config.source)
         kept = [int(row[4:]) for row in headers]
         self.table = table if len(kept) == len(table) else table.select(kept)
         self.columns, self.images = columns, self.table.select_columns([columns.image])
         if columns.label:
-            names = config.class_names or _label_names(table, columns.label)
+            found_names = _label_names(table, columns.label)
+            names = found_names or config.class_names
             self.labels, self.class_names = encode_labels(list(self.table[columns.label]), names, config.source)
-            self.labels = as_numbered(self.labels, _label_names(table, columns.label), self.class_names)
+            if found_names and config.class_names:
+                self.class_names = list(config.class_names)
+                self.labels = as_numbered(self.labels, found_names, self.class_names)
         if columns.caption:
             self.captions = [_one_caption(caption) for caption in self.table[columns.caption]]
         if columns.vectors:
@@ -77,7 +80,7 @@ class HubData(Pictures):
         return f"row {int(index)} of {self.config.source}"
 
     def source(self, index: int) -> Source:
-        return _content(self.images[int(index)][self.columns.image], self.name(index))
+        return _content(self.images[int(index)][self.columns.image])
 
 
 class HubStream(StreamData):
@@ -94,14 +97,9 @@ class HubStream(StreamData):
             table = table._resolve_features()
         columns, table = find_columns(table, config)
         self.table, self.columns, self.config = table, columns, config
-        first = []
-        for row in table.take(FIRST):
-            image = open_image(_content(row[columns.image], "a row"), f"an image of {config.source}")
-            first.append(
-                Header(image.mode in ("1", "L", "LA") or image.mode.startswith("I"), image.height, image.width)
-            )
+        first = list(self._headers())
         if not first:
-            raise ValueError(f"{config.source} has no rows")
+            raise ValueError(f"{config.source} has no images that can be read among its first {FIRST} rows")
         self.channels = config.channels or (1 if all(header.grey for header in first) else 3)
         self.image_size = choose_size(config, first)
         self.background = fill_colour(config.background, self.channels)
@@ -117,19 +115,38 @@ class HubStream(StreamData):
             self.class_names = list(chosen)
         self.vector_dim = len(columns.vectors) or None
 
+    def _headers(self) -> Iterator[Header]:
+        for row in self.table.take(FIRST):
+            try:
+                yield header_of(open_image(_content(row[self.columns.image]), "a row"))
+            except UnreadableItemError:
+                continue
+
     def epoch(self, number: int, seed: int) -> Iterator[dict[str, Any]]:
-        shuffled = self.table.shuffle(seed=seed, buffer_size=self.config.shuffle_buffer)
-        shuffled.set_epoch(number)
-        return iter(shuffled)
+        """The rows of the shards in a new order, mixed in a buffer.
+
+        `IterableDataset.shuffle` reads shards in threads, and then the order is another in each run.
+        """
+        rng, shards = np.random.default_rng([seed, number, 0, 3]), self.table.num_shards
+        buffer: list[dict[str, Any]] = []
+        for shard in rng.permutation(shards).tolist():
+            for row in self.table.shard(shards, shard):
+                if len(buffer) < self.config.shuffle_buffer:
+                    buffer.append(row)
+                    continue
+                i = int(rng.integers(len(buffer)))
+                yield buffer[i]
+                buffer[i] = row
+        yield from (buffer[i] for i in rng.permutation(len(buffer)))
 
     def decode(self, row: dict[str, Any], place: Place) -> dict[str, Any]:
         c, columns = self.config, self.columns
         name = f"item {place.position} of {c.source}"
-        image = open_image(_content(row[columns.image], name), name)
+        image = open_image(_content(row[columns.image]), name)
         pixels = to_float(to_pixels(image, self.channels, self.image_size, c.resize_mode, c.background))
         item: dict[str, Any] = {"image": augment(pixels, self.image_size, c, place.rng(), self.background)}
         if columns.label and self.class_names is not None:
-            label, _ = encode_labels([row[columns.label]], self.class_names, c.source)
+            label, _ = encode_labels([row[columns.label]], self._names or self.class_names, c.source)
             item["class_labels"] = as_numbered(label, self._names, self.class_names)[0]
         if columns.caption:
             item["caption"] = _one_caption(row[columns.caption])
@@ -201,7 +218,7 @@ def _one_caption(caption: Any) -> str:
     return "" if caption is None else str(caption)
 
 
-def _content(cell: Any, name: str) -> Source:
+def _content(cell: Any) -> Source:
     """The content or the path of an image's cell."""
     if isinstance(cell, bytes):
         return cell

@@ -12,6 +12,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from PIL import Image
+
 from unet_denoiser.data.base import UnreadableItemError
 from unet_denoiser.data.decode import GREY, Source, open_image
 from unet_denoiser.files import read_json, write_atomically
@@ -99,6 +101,10 @@ def _header(key: str, open_source: Callable[[str], Source]) -> Header:
         return Header(False, 0, 0, f"cannot be opened: {error.strerror}")
     except UnreadableItemError as error:
         return Header(False, 0, 0, error.reason)
+    return header_of(image)
+
+
+def header_of(image: Image.Image) -> Header:
     return Header(image.mode in GREY, image.height, image.width)
 
 

@@ -157,7 +157,8 @@ def with_conditions(config: DataConfig, load: Callable[[DataConfig], Any]) -> An
     wanted = [name for name in ("text_encoder", "vae", "concat") if getattr(config, name) is not None]
     if wanted and config.streaming:
         raise ValueError(f"{wanted[0]} with streaming=True: it needs all items beforehand; leave streaming out")
-    plain = replace(config, text_encoder=None, caption_length=None, vae=None, concat=None)
+    plain = replace(config, text_encoder=None, caption_length=None, concat=None)
+    plain = replace(plain, vae=None, standardize_latents=False, latent_mean=None, latent_std=None)
     encoder = None if config.text_encoder is None else text_encoder(config)  # the quick checks first
     vae = None if config.vae is None else autoencoder(config)
     if vae is not None:

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -50,7 +50,7 @@ def train(
             optionally `labels`, `captions` and `vectors`, or an .npy; Parquet files; or hf:NAME.
         out: the run directory to make (default: runs/ and the data's name).
         resume: a run directory to go on with, instead of DATA; --steps, --checkpoint-every, --preview-every,
-            --num-workers, --cache-images and --device may be changed.
+            --num-workers, --cache-images, --on-bad and --device may be changed.
         preset: start from a published architecture (see `info`) instead of one chosen by size.
     """
     with one_line_errors():
@@ -93,7 +93,6 @@ def _started(source: str, given: dict[str, Any]) -> tuple[Any, Any]:
         "channels": options.get("in_channels"),
         "image_size": preset_config(preset).image_size if preset and not unbounded else None,
     }
-    source = source if source == "digits" or source.startswith("hf:") else str(Path(source).absolute())
     data_config = DataConfig(source, **chosen | given["dataset"])
     data = load_data(data_config)
     classes = None if data.class_names is None else len(data.class_names)
@@ -101,7 +100,9 @@ def _started(source: str, given: dict[str, Any]) -> tuple[Any, Any]:
     config = architecture_for(
         data.channels, data.image_size, classes, conditions | options, preset, data.concat_channels
     )
-    place = Path(source.replace(":", "/"))
+    if source != "digits" and not source.startswith("hf:"):
+        data_config = replace(data_config, source=str(Path(source).absolute()))  # to be found from any directory
+    place = Path(data_config.source.replace(":", "/"))
     out = given["out"] or Path("runs") / (place.name if place.is_dir() else place.stem)
     run = Run(out, as_found(data_config, data), config, process, training)
     run.check_new()

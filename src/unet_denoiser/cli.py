@@ -134,6 +134,8 @@ def sample(
     num_images: int = 16,
     classes: Annotated[tuple[str, ...], tyro.conf.arg(name="class")] = (),
     captions: Annotated[tuple[str, ...], tyro.conf.arg(name="caption"), tyro.conf.UseAppendAction] = (),
+    concat_image: OptionalPath = None,
+    mask: OptionalPath = None,
     guidance_scale: float = 1.0,
     num_inference_steps: int = 25,
     sampler: SamplerName = "dpm++",
@@ -152,7 +154,9 @@ def sample(
         num_images: how many; image i has the seed SEED + i and depends on nothing else.
         classes: names of the classes to generate, in turn (default: all of the run's).
         captions: a text to draw; give the option again for more, which then take turns.
-        guidance_scale: how strongly to follow class and caption; 1 is off, 2 to 5 are usual.
+        concat_image: the picture to enlarge, to paint into or to translate, for a run trained with --concat.
+        mask: white where to paint, for a run trained with --concat inpainting.
+        guidance_scale: how strongly to follow class, caption and picture; 1 is off, 2 to 5 are usual.
         num_inference_steps: steps of the reverse process: more is slower and more exact.
         sampler: the sampler; ddpm wants hundreds of steps, the others tens.
         clip_sample: clip each predicted clean image to the data's range.
@@ -180,8 +184,13 @@ def sample(
         conditions: dict[str, Any] = {} if labels is None else {"class_labels": labels}
         if captions:
             conditions |= loaded.encode_captions([captions[i % len(captions)] for i in range(num_images)])
+        if concat_image is not None or mask is not None:
+            concat = loaded.read_concat(concat_image, mask)
+            conditions["concat"] = concat.expand(num_images, *concat.shape[1:])
         if not conditions and guidance_scale != 1:
-            raise ValueError(f"guidance_scale={guidance_scale} needs a class or a caption to follow; give one, or 1")
+            raise ValueError(
+                f"guidance_scale={guidance_scale} needs a class, caption or picture to follow; give one, or 1"
+            )
         size = image_size[0] if image_size is not None and len(image_size) == 1 else image_size
         with tqdm(total=num_images * num_inference_steps, unit="step", disable=None) as bar:
             x = generate(

@@ -24,7 +24,7 @@ from torch import Tensor
 from unet_denoiser.config import UNetConfig
 from unet_denoiser.convert import save
 from unet_denoiser.data import ImageData, load_data
-from unet_denoiser.data.conditioned import autoencoder, text_encoder
+from unet_denoiser.data.conditioned import autoencoder, read_concat, text_encoder
 from unet_denoiser.diffusion import Diffusion
 from unet_denoiser.files import read_json, write_atomically
 from unet_denoiser.images import save_grid
@@ -237,6 +237,12 @@ class Run:
             raise ValueError(f"caption={captions[0]!r}: {self.path} was trained without captions (text_encoder)")
         context, mask = text_encoder(self.data)(captions)
         return {"context": context, "context_mask": mask}
+
+    def read_concat(self, image: Path | None, mask: Path | None = None) -> Tensor:
+        """(1, C2, H, W) for `sample` from picture files; see `unet_denoiser.data.conditioned.read_concat`."""
+        if image is None:
+            raise ValueError(f"mask={mask} needs a concat_image to paint into")
+        return read_concat(self.data, self.model.in_channels - self.model.out_channels, image, mask)
 
     def decode(self, x: Tensor) -> Tensor:
         """Samples as pictures: decoded by the run's vae where it was trained on latents, else as they are."""

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from unet_denoiser.cache import digest, fingerprint
-from unet_denoiser.concat import downscaled, masked, random_mask
-from unet_denoiser.data.base import ImageData, Place
+from unet_denoiser.concat import downscaled, enlarged, masked, random_mask
+from unet_denoiser.data.base import ImageData, Place, augment, to_float
+from unet_denoiser.data.decode import fill_colour, open_image, to_pixels
 from unet_denoiser.recipe import DataConfig
 
 if TYPE_CHECKING:
@@ -211,6 +213,39 @@ def found_around(config: DataConfig, data: Any) -> tuple[DataConfig, Any]:
             config = replace(config, latent_mean=data.store.mean, latent_std=data.store.std)
         data = data.data
     return config, data
+
+
+def read_concat(config: DataConfig, channels: int, image: Path, mask: Path | None = None) -> Tensor:
+    """(1, C2, H, W) `concat` from picture files, prepared as in training; a small picture to enlarge may have any size.
+
+    Args:
+        config: that of the run.
+        channels: what its network takes beside the noisy picture.
+        mask: for inpainting, white where to paint.
+
+    Raises:
+        ValueError: files that are no pictures, or a mask that is missing or of no use.
+    """
+    if config.concat is None:
+        raise ValueError(f"concat_image={image}: the run was trained without concat")
+    inpainting = config.concat == "inpainting"
+    if inpainting != (mask is not None):
+        raise ValueError(f"mask={mask}: concat={config.concat!r} {'needs' if inpainting else 'takes no'} mask")
+    wanted = (config.channels or 3) if config.vae is not None else channels - inpainting
+    background, size = fill_colour(config.background, wanted), config.image_size
+    opened = open_image(str(image))
+    if config.concat.startswith("downscaled:"):
+        factor = int(config.concat.removeprefix("downscaled:"))
+        small = to_float(to_pixels(opened, wanted, (opened.height, opened.width), "stretch", config.background))
+        picture = enlarged(small[None], (opened.height * factor, opened.width * factor))
+    else:
+        assert isinstance(size, tuple)
+        pixels = to_pixels(opened, wanted, size, config.resize_mode, config.background)
+        picture = augment(to_float(pixels), size, config, None, background)[None]
+    if mask is not None:
+        drawn = to_float(to_pixels(open_image(str(mask)), 1, picture.shape[2:], config.resize_mode, "black"))
+        picture = masked(picture, augment(drawn, tuple(picture.shape[2:]), config, None, -torch.ones(1))[None] > 0)
+    return picture if config.vae is None else autoencoder(config).encode(picture)
 
 
 def _whole(path: str | None) -> str | None:

@@ -161,6 +161,12 @@ def test_latents_of_the_pictures(pictures, vae):
     assert all(torch.equal(z, data[Place(2, i, 0)]["image"]) for i, z in enumerate(drawn))
 
 
+def test_a_scale_that_is_far_off_is_said(pictures, tmp_path):
+    small_kl(in_channels=3, out_channels=3, scaling_factor=1e-3).save_pretrained(tmp_path / "off")
+    with pytest.warns(UserWarning, match="standard deviation of .* standardize_latents"):
+        load_data(str(pictures), vae=str(tmp_path / "off"))
+
+
 def test_measured_statistics_stay_with_the_run(pictures, vae):
     config = DataConfig(str(pictures), vae=str(vae), standardize_latents=True)
     data = load_data(config)
@@ -287,3 +293,21 @@ def test_inpainting_from_files(pictures, tmp_path, capsys):
     main([*sampling, "--concat-image", str(pictures / "2.png"), "--mask", str(tmp_path / "mask.png")])
     assert "needs mask" in failure([*sampling, "--concat-image", pictures / "2.png"], capsys)
     assert "needs a concat_image" in failure([*sampling, "--mask", tmp_path / "mask.png"], capsys)
+
+
+# ---- dropping --------------------------------------------------------------------------------------------------------
+
+
+def test_conditions_are_dropped_together_and_each_alone():
+    items = [{"image": torch.zeros(1, 4, 4), "class_labels": 0, "vector": torch.zeros(2)}] * 4
+    model = UNet(in_channels=1, out_channels=1, model_channels=4, channel_mult=(1,), num_res_blocks=1, image_size=4,
+                 attention_resolutions=(), num_heads=1, context_dim=None, num_classes=1, vector_dim=2, norm_groups=1)  # fmt: skip
+    drops = []
+    model.register_forward_pre_hook(lambda module, args, inputs: drops.append(inputs["drop"]), with_kwargs=True)
+    config = TrainingConfig(steps=25, batch_size=200, condition_dropout=0.2, device="cpu")
+    for _ in Trainer(model, Diffusion(), items, config).steps():
+        pass
+    classes, vectors = (torch.cat([drop[name] for drop in drops]) for name in ("class_labels", "vector"))
+    both, one = (classes & vectors).float().mean(), (classes ^ vectors).float().mean()
+    assert both.item() == pytest.approx(0.2 + 0.8 * 0.2**2, abs=0.03)
+    assert one.item() == pytest.approx(0.8 * 2 * 0.2 * 0.8, abs=0.03)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -138,6 +139,13 @@ class LatentData(Wrapped):
         if standardize:
             autoencoder.set_statistics(self.store.mean, self.store.std)
         self.shift, self.scale = autoencoder.shift, autoencoder.scale
+        size = float((torch.tensor(self.store.std).view(-1, 1, 1) * self.scale).square().mean().sqrt())
+        if not 0.5 < size < 2:
+            warnings.warn(
+                f"the latents of {autoencoder.name} have a standard deviation of {size:.2g} by the scale that it "
+                "states; training wants about 1: standardize_latents measures it",
+                stacklevel=2,
+            )
         self.channels, self.concat_channels = autoencoder.channels, autoencoder.channels * bool(data.concat_channels)
         self.image_size = tuple(n // autoencoder.factor for n in data.image_size)
 

@@ -14,7 +14,7 @@ from test_latents import small_kl, small_tiny
 from unet_denoiser import DataConfig, Diffusion, Run, Trainer, TrainingConfig, UNet, load_data
 from unet_denoiser.cli import main
 from unet_denoiser.concat import downscaled
-from unet_denoiser.data import Place, as_found
+from unet_denoiser.data import Place, as_data, as_found
 from unet_denoiser.data.conditioned import autoencoder
 from unet_denoiser.latents import Autoencoder
 from unet_denoiser.text import TextEncoder
@@ -54,6 +54,14 @@ def captioned(pictures):
 def vae(tmp_path):
     small_kl(in_channels=3, out_channels=3, scaling_factor=0.5).save_pretrained(tmp_path / "vae")
     return tmp_path / "vae"
+
+
+class Endless(torch.utils.data.IterableDataset):
+    def __init__(self, items):
+        self.items = items
+
+    def __iter__(self):
+        return iter(self.items)
 
 
 def failure(arguments, capsys):
@@ -295,13 +303,33 @@ def test_inpainting_from_files(pictures, tmp_path, capsys):
     assert "needs a concat_image" in failure([*sampling, "--mask", tmp_path / "mask.png"], capsys)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_ones_own_data_with_conditions(stream, tmp_path):
+    """Items from Python bring concat, context and numbers themselves; previews take theirs."""
+    item = {"image": torch.zeros(1, 4, 4), "concat": torch.ones(2, 4, 4)}
+    made = [item | {"context": torch.zeros(3, 6), "vector": torch.ones(2)}] * 5
+    data = as_data(Endless(made) if stream else made)
+    assert (data.channels, data.concat_channels, data.context_dim, data.vector_dim) == (1, 2, 6, 2)
+    options = {"num_res_blocks": 1, "attention_resolutions": (4,), "num_heads": 1, "norm_groups": 1, "image_size": 4}
+    model = UNet(
+        in_channels=3, out_channels=1, model_channels=4, channel_mult=(1,), context_dim=6, vector_dim=2, **options
+    )
+    training = TrainingConfig(steps=2, batch_size=2, device="cpu", num_workers=0)
+    run = Run(tmp_path, DataConfig("mine"), model.config, Diffusion(), training)
+    trainer = Trainer(model, run.process, data, training)
+    for _ in trainer.steps():
+        pass
+    assert run.preview(trainer).exists()
+
+
 # ---- dropping --------------------------------------------------------------------------------------------------------
 
 
 def test_conditions_are_dropped_together_and_each_alone():
     items = [{"image": torch.zeros(1, 4, 4), "class_labels": 0, "vector": torch.zeros(2)}] * 4
     model = UNet(in_channels=1, out_channels=1, model_channels=4, channel_mult=(1,), num_res_blocks=1, image_size=4,
-                 attention_resolutions=(), num_heads=1, context_dim=None, num_classes=1, vector_dim=2, norm_groups=1)  # fmt: skip
+                 attention_resolutions=(), num_heads=1, context_dim=None, num_classes=1, vector_dim=2,
+                 norm_groups=1)  # fmt: skip
     drops = []
     model.register_forward_pre_hook(lambda module, args, inputs: drops.append(inputs["drop"]), with_kwargs=True)
     config = TrainingConfig(steps=25, batch_size=200, condition_dropout=0.2, device="cpu")

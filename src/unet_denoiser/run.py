@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from unet_denoiser.config import UNetConfig
 from unet_denoiser.convert import save
-from unet_denoiser.data import ImageData, load_data
+from unet_denoiser.data import ImageData, StreamData, load_data
 from unet_denoiser.data.conditioned import autoencoder, read_concat, text_encoder
 from unet_denoiser.diffusion import Diffusion
 from unet_denoiser.files import read_json, write_atomically
@@ -36,6 +37,7 @@ from unet_denoiser.unet import UNet
 
 KEPT_CHECKPOINTS = 2
 LOG_EVERY = 10
+PREVIEWED = 16  # samples, where the data do not say how many
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ class Run:
     def preview(self, trainer: Trainer) -> Path:
         """Sample with fixed seeds from the averaged weights into `samples/`; training is not touched."""
         conditions = self.preview_conditions(trainer.data)
-        count = len(next(iter(conditions.values()), range(16)))
+        count = len(next(iter(conditions.values()), range(PREVIEWED)))
         with trainer.ema.swapped():
             x = sample(trainer.model, self.process, seeds=range(count), **conditions)
         path = self.path / "samples" / f"step-{trainer.step:08d}.png"
@@ -162,16 +164,22 @@ class Run:
         x = self.decode(x)
         return self.save_grid(x, path) if by_class else save_grid(x, path, data_range=self.picture_range)
 
-    def preview_conditions(self, data: ImageData) -> dict[str, Any]:
-        """What previews are of: four of each class, or, where there are other conditions, those of 16 of the data."""
+    def preview_conditions(self, data: ImageData | StreamData) -> dict[str, Any]:
+        """What previews are of: four of each class, or, where there are other conditions, those of 16 items."""
         config = self.model
         names = [name for name, option in CONDITIONS.items() if getattr(config, option) is not None]
-        names += ["context_mask"] * ("context" in names) + ["concat"] * (data.concat_channels > 0)
+        names += ["concat"] * (data.concat_channels > 0)
         if names == ["class_labels"]:
             return {"class_labels": self.labels(min(40, 4 * len(self.class_names or [])))}
         if not names:
             return {}
-        items = [data[i] for i in torch.linspace(0, len(data) - 1, min(16, len(data))).long().tolist()]
+        if isinstance(data, ImageData):
+            pool = torch.arange(len(data)) if data.buckets is None else torch.as_tensor(data.buckets[0])
+            chosen = torch.linspace(0, len(pool) - 1, min(PREVIEWED, len(pool))).long()
+            items = [data[i] for i in pool[chosen].tolist()]
+        else:
+            items = list(islice(data, PREVIEWED))
+        names += ["context_mask"] * ("context" in names and "context_mask" in items[0])
         return {name: torch.stack([torch.as_tensor(item[name]) for item in items]) for name in names}
 
     def _log(self, step: TrainingStep) -> None:

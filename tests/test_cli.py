@@ -134,7 +134,7 @@ def test_info(run, capsys):
         ("train digits --process.clip-sample-range -1", "clip_sample_range=-1.0"),
         ("train digits --preset sd-9", "preset='sd-9' is not one of specification"),
         ("train digits --image-size 4 4 4", "image_size"),
-        ("train digits --resize-mode crop", "resize-mode"),
+        ("train digits --shuffle-buffer 0", "shuffle_buffer=0 must be at least 1"),
         ("train digits --aspect-buckets", "aspect_buckets=True means nothing for arrays"),
         ("train --resume nowhere", "nowhere holds no run"),
         ("sample nowhere", "nowhere holds no run"),
@@ -174,7 +174,7 @@ def test_damaged_runs_are_one_line(run, capsys, tmp_path):
     assert "model.safetensors is not a readable safetensors file" in error(capsys, "sample", run)
     config = (run / "config.json").read_text()
     (run / "config.json").write_text(config.replace('"steps"', '"stepz"'))
-    assert "training option of another version" in error(capsys, "sample", run)
+    assert "has an option of another version" in error(capsys, "sample", run)
     (run / "config.json").write_text(config[:50])
     assert "config.json is not valid JSON" in error(capsys, "sample", run)
 

@@ -116,7 +116,8 @@ def test_previews_and_saves_do_not_change_training(tmp_path):
     plain = make_trainer()
     list(plain.steps())
     watched = make_trainer()
-    run = Run(tmp_path, {"class_names": ["low", "high"]}, watched.model.config, watched.process, watched.config)
+    data = DataConfig("two", class_names=("low", "high"))
+    run = Run(tmp_path, data, watched.model.config, watched.process, watched.config)
     for _ in watched.steps():
         before = weights(watched.model)
         run.preview(watched)

@@ -230,5 +230,5 @@ class DataConfig:
         return cls(**values)
 
 
-# what a resumed run may change of its data; leaving out files that broke since then changes the order of what comes
+# what a resumed run may change; leaving out files that broke since then changes the order of what is to come
 DATA_CHANGEABLE = frozenset({"cache_images", "on_bad"})

@@ -51,8 +51,6 @@ def _load_pictures(config: DataConfig) -> ImageData | StreamData:
 
         return load_hub(config)
     if path.is_dir():
-        if config.streaming:
-            raise ValueError(f"streaming=True, but {path} is a folder of images; it is for Parquet and hf:NAME")
         return FolderData(path, config)
     if path.is_file() and path.suffix in (".npz", ".npy"):
         return (load_npz if path.suffix == ".npz" else load_npy)(path, config)

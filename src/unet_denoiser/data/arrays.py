@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unet_denoiser.data.base import ImageData, encode_labels, encode_vectors, per_axis, scaled_size, to_float
+from unet_denoiser.data.base import (
+    ImageData,
+    encode_labels,
+    encode_vectors,
+    per_axis,
+    refuse_options,
+    scaled_size,
+    to_float,
+)
 from unet_denoiser.data.decode import fill_colour
 from unet_denoiser.recipe import DataConfig, ResizeMode
 
@@ -179,10 +186,8 @@ def _checked(data: ArrayData) -> ArrayData:
     config = data.config or DataConfig("arrays")
     if config.channels is not None and config.channels != data.channels:
         raise ValueError(f"channels={config.channels}, but the arrays have {data.channels}; leave it out")
-    unused = ("image_column", "label_column", "caption_column", "vector_columns", "aspect_buckets", "streaming")
-    default = replace(DataConfig("arrays"))
-    if wrong := [name for name in unused if getattr(config, name) != getattr(default, name)]:
-        raise ValueError(f"{wrong[0]}={getattr(config, wrong[0])!r} means nothing for arrays; leave it out")
+    unused = ("split", "image_column", "label_column", "caption_column", "vector_columns")
+    refuse_options(config, (*unused, "aspect_buckets", "streaming", "cache_images"), "arrays")
     return data
 
 

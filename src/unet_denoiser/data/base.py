@@ -191,3 +191,10 @@ def encode_vectors(columns: Mapping[str, Sequence[Any] | np.ndarray], where: str
     if not np.isfinite(array).all():
         raise ValueError(f"vector_columns={tuple(columns)} of {where} must hold a finite number in every row")
     return torch.from_numpy(array.astype(np.float32))
+
+
+def refuse_options(config: DataConfig, names: Sequence[str], kind: str) -> None:
+    """ValueError for an option that was given and would do nothing for this kind of data."""
+    default = DataConfig(config.source)
+    if given := [name for name in names if getattr(config, name) != getattr(default, name)]:
+        raise ValueError(f"{given[0]}={getattr(config, given[0])!r} means nothing for {kind}; leave it out")

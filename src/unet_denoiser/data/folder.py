@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from unet_denoiser.data.base import encode_labels, encode_vectors
+from unet_denoiser.data.base import encode_labels, encode_vectors, refuse_options
 from unet_denoiser.data.decode import SUFFIXES
 from unet_denoiser.data.pictures import Pictures, check_config, usable
 from unet_denoiser.data.scan import scan
@@ -39,6 +39,7 @@ class FolderData(Pictures):
     def __init__(self, folder: str | Path, config: DataConfig | None = None, **options: Any) -> None:
         config = replace(config or DataConfig(str(folder)), **options)
         check_config(config)
+        refuse_options(config, ("split", "image_column", "streaming"), "a folder of images")
         self.folder = Path(folder)
         files = list_images(self.folder)
         rows = read_metadata(self.folder)
@@ -81,9 +82,7 @@ class FolderData(Pictures):
                 "them; so the sub-folders are not taken as classes",
                 stacklevel=2,
             )
-        for option in ("label_column", "caption_column", "vector_columns"):
-            if value := getattr(config, option):
-                raise ValueError(f"{option}={value!r}, but {self.folder} has no metadata.csv or metadata.jsonl")
+        refuse_options(config, ("label_column", "caption_column", "vector_columns"), "a folder without metadata")
 
     def _conditions_of_rows(self, rows: list[dict[str, Any]], config: DataConfig) -> None:
         names = set(rows[0])

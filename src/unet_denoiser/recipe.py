@@ -212,6 +212,18 @@ class DataConfig:
         streaming: read Parquet or Hugging Face data sets from first to last instead of holding them on a disk.
         shuffle_buffer: images held at a time to shuffle a stream.
         cache_images: keep the decoded, scaled images in memory.
+        text_encoder: folder or hub name of a transformers text encoder (CLIP's, T5's, BERT and its like); the data's
+            captions then are a condition, as its tokens. They are kept on disk.
+        caption_length: longest caption in tokens, longer ones are cut (default: what the tokenizer states).
+        vae: folder or hub name of an AutoencoderKL or AutoencoderTiny of diffusers; the network then is trained on its
+            latents, which are kept on disk, and samples are decoded.
+        standardize_latents: measure mean and standard deviation of each channel of the latents and scale by them,
+            instead of by what the vae's configuration states.
+        latent_mean: the measured means (default: measured when needed).
+        latent_std: the measured standard deviations, likewise.
+        concat: a picture that the network sees beside the noisy one: "downscaled:4" (the picture at a quarter of its
+            size, enlarged again: super-resolution), "inpainting" (a random mask, and the picture without what is
+            masked), or a folder with a picture of the same name for each one of the data (image to image).
 
     Raises:
         ValueError: an option that cannot work, with its name, its value and a valid one.
@@ -234,6 +246,13 @@ class DataConfig:
     streaming: bool = False
     shuffle_buffer: int = 1000
     cache_images: bool = False
+    text_encoder: str | None = None
+    caption_length: int | None = None
+    vae: str | None = None
+    standardize_latents: bool = False
+    latent_mean: tuple[float, ...] | None = None
+    latent_std: tuple[float, ...] | None = None
+    concat: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("resize_mode", self.resize_mode, ResizeMode)
@@ -249,6 +268,23 @@ class DataConfig:
         for name, reason in (("aspect_buckets", "sizes are not known before"), ("cache_images", "it may not fit")):
             if self.streaming and getattr(self, name):
                 raise ValueError(f"{name}=True with streaming=True: {reason}; give one of them")
+        self._check_conditions()
+
+    def _check_conditions(self) -> None:
+        for name in ("text_encoder", "vae", "concat"):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name}='' names nothing; give a path, or leave it out")
+        for name, needs in (("caption_length", "text_encoder"), ("standardize_latents", "vae"), ("latent_mean", "vae")):
+            if getattr(self, name) and getattr(self, needs) is None:
+                raise ValueError(f"{name}={getattr(self, name)} needs {needs}, which is not given")
+        if self.caption_length is not None and self.caption_length < 1:
+            raise ValueError(f"caption_length={self.caption_length} must be at least 1")
+        if (self.latent_mean is None) != (self.latent_std is None):
+            raise ValueError("latent_mean and latent_std belong together; give both, or neither")
+        if self.concat is not None and self.concat.startswith("downscaled:"):
+            factor = self.concat.removeprefix("downscaled:")
+            if not factor.isdecimal() or int(factor) < 2:
+                raise ValueError(f"concat={self.concat!r} needs a whole factor of at least 2, as in 'downscaled:4'")
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> DataConfig:

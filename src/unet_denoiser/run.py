@@ -15,6 +15,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,11 +26,13 @@ from torch import Tensor
 from unet_denoiser.checkpoints import Checkpoints, read_checkpoint, read_facts
 from unet_denoiser.config import UNetConfig
 from unet_denoiser.convert import save
-from unet_denoiser.data import load_data
+from unet_denoiser.data import ImageData, StreamData, load_data
+from unet_denoiser.data.conditioned import autoencoder, read_concat, text_encoder
 from unet_denoiser.diffusion import Diffusion
 from unet_denoiser.files import read_json, remove_leftovers, write_atomically
 from unet_denoiser.finetuning import merged, save_lora
 from unet_denoiser.images import save_grid
+from unet_denoiser.inputs import CONDITIONS
 from unet_denoiser.interrupts import Interrupted, watch_signals
 from unet_denoiser.pretrained import write_pretrained
 from unet_denoiser.recipe import DataConfig, TrainingConfig
@@ -37,6 +40,8 @@ from unet_denoiser.sampling import sample
 from unet_denoiser.tracking import LOG_EVERY, Metrics, log_to_trackers, plot, start_trackers
 from unet_denoiser.training import Trainer, TrainingStep
 from unet_denoiser.unet import UNet
+
+PREVIEWED = 16  # samples, where the data do not say how many
 
 
 @dataclass(frozen=True)
@@ -196,12 +201,33 @@ class Run:
 
         Every process must call it where the weights are in shards.
         """
-        count = 16 if self.class_names is None else min(40, 4 * len(self.class_names))
-        labels = None if self.class_names is None else self.labels(count)
+        conditions = self.preview_conditions(trainer.data)
+        count = len(next(iter(conditions.values()), range(PREVIEWED)))
         with trainer.ema.swapped():
-            x = sample(trainer.model, self.process, seeds=range(count), class_labels=labels)
+            x = sample(trainer.model, self.process, seeds=range(count), **conditions)
         path = self.path / "samples" / f"step-{trainer.step:08d}.png"
-        return self.save_grid(x, path) if trainer.accelerator.is_main_process else path
+        if not trainer.accelerator.is_main_process:
+            return path
+        by_class, x = list(conditions) == ["class_labels"], self.decode(x)
+        return self.save_grid(x, path) if by_class else save_grid(x, path, data_range=self.picture_range)
+
+    def preview_conditions(self, data: ImageData | StreamData) -> dict[str, Any]:
+        """What previews are of: four of each class, or, where there are other conditions, those of 16 items."""
+        config = self.model
+        names = [name for name, option in CONDITIONS.items() if getattr(config, option) is not None]
+        names += ["concat"] * (data.concat_channels > 0)
+        if names == ["class_labels"]:
+            return {"class_labels": self.labels(min(40, 4 * len(self.class_names or [])))}
+        if not names:
+            return {}
+        if isinstance(data, ImageData):
+            pool = torch.arange(len(data)) if data.buckets is None else torch.as_tensor(data.buckets[0])
+            chosen = torch.linspace(0, len(pool) - 1, min(PREVIEWED, len(pool))).long()
+            items = [data[i] for i in pool[chosen].tolist()]
+        else:
+            items = list(islice(data, PREVIEWED))
+        names += ["context_mask"] * ("context" in names and "context_mask" in items[0])
+        return {name: torch.stack([torch.as_tensor(item[name]) for item in items]) for name in names}
 
     # ---- sampling --------------------------------------------------------------------------------------------------
 
@@ -261,13 +287,39 @@ class Run:
         chosen = [self.class_names.index(name) for name in names or self.class_names]
         return torch.tensor([chosen[i % len(chosen)] for i in range(count)])
 
+    def encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """`context` and `context_mask` of captions, one row each, by the text encoder that the run was trained with.
+
+        Raises:
+            ValueError: a run that was trained without captions.
+        """
+        if self.data.text_encoder is None:
+            raise ValueError(f"caption={captions[0]!r}: {self.path} was trained without captions (text_encoder)")
+        context, mask = text_encoder(self.data)(captions)
+        return {"context": context, "context_mask": mask}
+
+    def read_concat(self, image: Path | None, mask: Path | None = None) -> Tensor:
+        """(1, C2, H, W) for `sample` from picture files; see `unet_denoiser.data.conditioned.read_concat`."""
+        if image is None:
+            raise ValueError(f"mask={mask} needs a concat_image to paint into")
+        return read_concat(self.data, self.model.in_channels - self.model.out_channels, image, mask)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Samples as pictures: decoded by the run's vae where it was trained on latents, else as they are."""
+        return x if self.data.vae is None else autoencoder(self.data).decode(x)
+
+    @property
+    def picture_range(self) -> tuple[float, float] | None:
+        """The range of what `decode` gives; None for unbounded data."""
+        return self.process.data_range if self.data.vae is None else (-1.0, 1.0)
+
     def save_grid(self, x: Tensor, path: Path, names: Sequence[str] = ()) -> Path:
-        """One picture of samples whose labels `labels` made: one row per class, or a square without classes."""
-        if self.class_names is None:
-            return save_grid(x, path, data_range=self.process.data_range)
-        classes = len(names or self.class_names)
+        """One picture of samples, decoded: one row per class or caption, which took turns, or else a square."""
+        if not names and self.class_names is None:
+            return save_grid(x, path, data_range=self.picture_range)
+        classes = len(names or self.class_names or [])
         by_class = torch.cat([x[i::classes] for i in range(min(classes, len(x)))])
-        return save_grid(by_class, path, max(1, -(-len(x) // classes)), self.process.data_range)
+        return save_grid(by_class, path, max(1, -(-len(x) // classes)), self.picture_range)
 
     def with_training(self, **changes: Any) -> Run:
         """The same run with other training options."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from unet_denoiser.diffusion import Diffusion, network_input
 from unet_denoiser.guidance import classifier_free_guidance
+from unet_denoiser.inputs import with_concat
 from unet_denoiser.recipe import SamplerName, check_choice
 from unet_denoiser.unet import UNet
 
@@ -130,6 +131,7 @@ def sample(
     sampler: SamplerName = "dpm++",
     num_inference_steps: int = 25,
     guidance_scale: float = 1.0,
+    guided: Sequence[str] | None = None,
     clip_sample: bool = True,
     on_step: Callable[[Step], object] | None = None,
     **conditions: Tensor | None,
@@ -139,11 +141,13 @@ def sample(
     Args:
         model: runs in evaluation mode and is left in the mode it was in.
         seeds: any integers that torch.Generator takes; noise is drawn on the CPU in float32.
-        image_size: size of the samples, one int or one per axis (default: the configuration's).
+        image_size: size of the samples, one int or one per axis (default: that of `concat`, else the
+            configuration's).
         batch_size: samples per call of the network.
-        guidance_scale: see `classifier_free_guidance`; 1 is off.
+        guidance_scale, guided: see `classifier_free_guidance`; 1 is off.
         on_step: called after every step of every batch, for progress bars and previews.
-        conditions: `class_labels`, `vector`, `context`, `context_mask`, each with one row per seed, or None.
+        conditions: `class_labels`, `vector`, `context`, `context_mask`, each with one row per seed, or None;
+            and `concat` (B, C2, *spatial) for a network that was trained with it.
 
     Returns:
         (len(seeds), C, *spatial) float32 on the model's device.
@@ -153,7 +157,7 @@ def sample(
     """
     given = {name: value for name, value in conditions.items() if value is not None}
     sizes = _check_request(model, seeds, image_size, batch_size, given)
-    channels = process.check_channels(model.config)
+    channels = process.check_channels(model.config, concat_channels=_concat_channels(given))
     make_sampler(sampler, process, num_inference_steps)
     device, samples = model.input_conv.weight.device, []
 
@@ -170,7 +174,9 @@ def sample(
                 for name, value in given.items()
             }
             steps = denoise(
-                classifier_free_guidance(network, guidance_scale, guided_channels=channels, **inputs),
+                classifier_free_guidance(
+                    with_concat(network), guidance_scale, guided, guided_channels=channels, **inputs
+                ),
                 process,
                 noise.to(device),
                 sampler=sampler,
@@ -194,7 +200,9 @@ def _check_request(
 ) -> tuple[int, ...]:
     """The size of the samples, one int per axis, after everything that was asked for has been checked."""
     config = model.config
-    sizes = config.image_size if image_size is None else image_size
+    concat = conditions.get("concat")
+    natural = config.image_size if concat is None else tuple(concat.shape[2:])
+    sizes = natural if image_size is None else image_size
     sizes = (sizes,) * config.dims if isinstance(sizes, int) else tuple(sizes)
     if len(sizes) != config.dims or min(sizes) < 1:
         raise ValueError(f"image_size={image_size} must be a positive int, or {config.dims} of them")
@@ -205,7 +213,13 @@ def _check_request(
     for name, value in conditions.items():
         if len(value) != len(seeds):
             raise ValueError(f"{name} has {len(value)} rows for {len(seeds)} seeds; give one row per seed")
+    if concat is not None and tuple(concat.shape[2:]) != sizes:
+        raise ValueError(f"concat has size {tuple(concat.shape[2:])}; the samples have {sizes}")
     return sizes
+
+
+def _concat_channels(conditions: dict[str, Tensor]) -> int:
+    return conditions["concat"].shape[1] if "concat" in conditions else 0
 
 
 @contextmanager

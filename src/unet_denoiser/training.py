@@ -288,7 +288,7 @@ class Trainer:
 
 def _check_fit(config: UNetConfig, process: Diffusion, data: ImageData | StreamData) -> None:
     """ValueError for a network that cannot be trained on the data."""
-    process.check_channels(config, data.channels)
+    process.check_channels(config, data.channels, getattr(data, "concat_channels", 0))
     if config.dims != len(data.image_size):
         raise ValueError(f"dims={config.dims}, but the data have {len(data.image_size)} axes")
     if config.num_classes is not None and config.num_classes < (classes := len(data.class_names or [])):

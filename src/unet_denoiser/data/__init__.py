@@ -1,7 +1,8 @@
 """Data sets as tensors: folders, tables and streams of images, arrays, data sets of one's own; and their loader.
 
 `base.py` says what a data set is. folder.py, hub.py (over pictures.py, decode.py and scan.py) and arrays.py are the
-sources, stream.py and own.py the other kinds, loader.py the endless order of training.
+sources, stream.py and own.py the other kinds, conditioned.py what goes around them (captions, latents, pictures to
+concatenate), loader.py the endless order of training.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from unet_denoiser.data.arrays import load_digits_data, load_npy, load_npz
 from unet_denoiser.data.base import ImageData as ImageData
 from unet_denoiser.data.base import Place as Place
 from unet_denoiser.data.base import UnreadableItemError as UnreadableItemError
+from unet_denoiser.data.conditioned import found_around, with_conditions
 from unet_denoiser.data.folder import FolderData as FolderData
 from unet_denoiser.data.folder import list_images
 from unet_denoiser.data.loader import DataTimer as DataTimer
@@ -37,6 +39,10 @@ def load_data(config: DataConfig | str | Path, **options: Any) -> ImageData | St
         FileNotFoundError, ValueError, TypeError: what is wrong with it, in one line.
     """
     config = replace(config, **options) if isinstance(config, DataConfig) else DataConfig(str(config), **options)
+    return with_conditions(config, _load_pictures)
+
+
+def _load_pictures(config: DataConfig) -> ImageData | StreamData:
     path = Path(config.source)
     if config.source == "digits":
         return load_digits_data(config)
@@ -61,6 +67,7 @@ def _is_table(path: Path) -> bool:
 
 def as_found(config: DataConfig, data: ImageData | StreamData) -> DataConfig:
     """The configuration with what was left to the data (size, channels, classes), so that it cannot change later."""
+    config, data = found_around(config, data)
     names = None if data.class_names is None else tuple(data.class_names)
     return replace(config, image_size=tuple(data.image_size), channels=data.channels, class_names=names)
 

@@ -53,6 +53,7 @@ class ImageData(Dataset[dict[str, Any]]):
 
     channels: C. image_size: one int per spatial axis. class_names: in label order, or None without labels.
     captions: one per item, or None; an item then has its own as "caption". vector_dim: length of "vector", or None.
+    context_dim, concat_channels: width of the tokens in "context", or None; channels of "concat" (see conditioned.py).
     buckets: the items of each size, where sizes differ; a batch is of one bucket. None: all items have `image_size`.
     """
 
@@ -61,6 +62,8 @@ class ImageData(Dataset[dict[str, Any]]):
     class_names: list[str] | None = None
     captions: Sequence[str] | None = None
     vector_dim: int | None = None
+    context_dim: int | None = None
+    concat_channels: int = 0
     buckets: list[np.ndarray] | None = None
     in_memory: bool = False  # items cost next to nothing, so that worker processes would only cost
     labels: Tensor | None = None

@@ -31,6 +31,8 @@ class OwnData(ImageData):
         self.channels, self.image_size = self.shape[0], self.shape[1:]
         self.class_names = _class_names(data)
         self.vector_dim = len(first["vector"]) if "vector" in first else None
+        self.context_dim = first["context"].shape[-1] if "context" in first else None
+        self.concat_channels = len(first["concat"]) if "concat" in first else 0
 
     def __len__(self) -> int:
         return len(self.data)
@@ -57,6 +59,8 @@ class OwnStream(StreamData):
         self.channels, self.image_size = self.shape[0], self.shape[1:]
         self.class_names = _class_names(data)
         self.vector_dim = len(first["vector"]) if "vector" in first else None
+        self.context_dim = first["context"].shape[-1] if "context" in first else None
+        self.concat_channels = len(first["concat"]) if "concat" in first else 0
 
     def epoch(self, number: int, seed: int) -> Iterator[Any]:
         if hasattr(self.data, "set_epoch"):

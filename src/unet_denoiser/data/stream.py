@@ -21,6 +21,8 @@ class StreamData(IterableDataset[dict[str, Any]]):
     class_names: list[str] | None = None
     captions: None = None
     vector_dim: int | None = None
+    context_dim: int | None = None
+    concat_channels: int = 0
 
     def epoch(self, number: int, seed: int) -> Iterator[Any]:
         """The items of an epoch, not yet decoded, in an order that depends on `seed` and its number alone."""

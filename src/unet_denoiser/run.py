@@ -302,7 +302,8 @@ class Run:
         """(1, C2, H, W) for `sample` from picture files; see `unet_denoiser.data.conditioned.read_concat`."""
         if image is None:
             raise ValueError(f"mask={mask} needs a concat_image to paint into")
-        return read_concat(self.data, self.model.in_channels - self.model.out_channels, image, mask)
+        own = self.process.channels(self.model.out_channels // (2 if self.process.learns_variance else 1))
+        return read_concat(self.data, self.model.in_channels - own["in_channels"], image, mask)
 
     def decode(self, x: Tensor) -> Tensor:
         """Samples as pictures: decoded by the run's vae where it was trained on latents, else as they are."""

@@ -1,5 +1,6 @@
 """What goes wrong around a training: kills, signals, full and read-only disks, numbers that are not finite."""
 
+import os
 import resource
 import signal
 import subprocess

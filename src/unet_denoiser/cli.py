@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
@@ -24,7 +24,7 @@ from unet_denoiser.options import (
     TrainingOptions,
     show,
 )
-from unet_denoiser.recipe import DeviceName, SamplerName, TrainingConfig
+from unet_denoiser.recipe import CheckpointFormat, DeviceName, SamplerName, TrainingConfig
 
 
 def train(
@@ -234,7 +234,7 @@ def convert(
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")],
     target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")],
     *,
-    to: Literal["unet-denoiser", "diffusers", "pipeline", "ldm", "adm", "ddpm"] = "unet-denoiser",
+    to: CheckpointFormat = "unet-denoiser",
     ema: bool = False,
     num_heads: OptionalNumber = None,
     head_dim: OptionalNumber = None,

@@ -9,6 +9,9 @@ BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 SamplerName = Literal["ddpm", "ddim", "dpm++", "unipc", "euler", "heun"]
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
+ForeignFormat = Literal["diffusers", "ldm", "adm", "ddpm"]
+CheckpointFormat = Literal["unet-denoiser", "pipeline", ForeignFormat]
+QKVOrder = Literal["legacy", "new"]
 
 
 def check_choice(name: str, value: object, choices: object) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -17,10 +17,10 @@ from unet_denoiser.config import UNetConfig
 from unet_denoiser.convert.diffusers_config import from_diffusers, has_linear_projections, to_diffusers
 from unet_denoiser.convert.files import read_state, save_state
 from unet_denoiser.convert.infer import complete, described, infer, published_order, recognise, skeleton
-from unet_denoiser.convert.layouts import LAYOUTS, Skeleton
-from unet_denoiser.convert.tensors import Dialect, Packing, QKVOrder, to_ours, to_theirs
+from unet_denoiser.convert.layouts import LAYOUTS, Skeleton, skeleton_of
+from unet_denoiser.convert.tensors import Dialect, Packing, to_ours, to_theirs
+from unet_denoiser.recipe import ForeignFormat, QKVOrder, check_choice
 
-ForeignFormat = Literal["diffusers", "ldm", "adm", "ddpm"]
 ShapesOf = Callable[[UNetConfig], Mapping[str, Sequence[int]]]
 
 
@@ -88,14 +88,11 @@ def write(
     Raises:
         ValueError: a network that the layout cannot hold, by the parameter it has no place for.
     """
-    levels = len(config.widths)
-    attended = tuple(map(config.has_attention, range(levels)))
-    bones = Skeleton(config.num_res_blocks, levels, attended, config.attention == "transformer", config.resolutions[0])
     # DDPM's spacing comes with DDPM's order in every layout
     cosines_first = config.time_frequencies == "half"
     linear = has_linear_projections(config)
     packing: Packing = "edm" if layout == "edm" else qkv_order or published_order(config)
-    return to_theirs(state, Dialect(LAYOUTS[layout], bones, config.heads, packing, cosines_first, linear))
+    return to_theirs(state, Dialect(LAYOUTS[layout], skeleton_of(config), config.heads, packing, cosines_first, linear))
 
 
 def save(
@@ -115,6 +112,7 @@ def save(
     Raises:
         ValueError: a network that the format cannot hold, by name.
     """
+    check_choice("to", to, ForeignFormat)
     if to == "diffusers":
         foreign = to_diffusers(config)
         save_state(write(state, config, "diffusers"), path, foreign)

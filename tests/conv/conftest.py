@@ -1,4 +1,4 @@
-"""Fixtures of the convolutions' tests: counted calls, dropout that ignores layouts, an empty cache, a fresh compiler."""
+"""Fixtures of the convolutions' tests: counted calls, dropout that ignores layouts, an empty cache, a new compiler."""
 
 import pytest
 import torch

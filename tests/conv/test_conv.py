@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from conv_helpers import AfterSiLU, assert_same, gradients
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from helpers import relative_error
+from helpers_conv import AfterSiLU, assert_same, gradients
 from unet_denoiser import conv
 from unet_denoiser.conv import Conv2d, winograd_pays
 

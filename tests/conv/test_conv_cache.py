@@ -5,10 +5,10 @@ import gc
 import pytest
 import torch
 import torch.nn.functional as F
-from conv_helpers import SHALLOW, gradients, wide
 from torch import nn
 
 from helpers import relative_error
+from helpers_conv import SHALLOW, gradients, wide
 from unet_denoiser import conv
 from unet_denoiser.conv import Conv2d
 

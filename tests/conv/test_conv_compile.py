@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conv_helpers import SHALLOW, assert_same, gradients, plain, wide
 
 from helpers import relative_error
+from helpers_conv import SHALLOW, assert_same, gradients, plain, wide
 from unet_denoiser.conv import Conv2d
 
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from conv_helpers import assert_same, block_and_args, gradients, plain
 from torch import nn
 from torch.func import functional_call
 from torch.nn.modules.module import register_module_forward_hook
 
 from helpers import relative_error
+from helpers_conv import assert_same, block_and_args, gradients, plain
 
 PARTS = ["norm1", "conv1", "norm2", "conv2"]
 

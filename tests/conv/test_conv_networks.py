@@ -6,9 +6,9 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conv_helpers import KINDS, SHALLOW, assert_same, gradients, plain, wide
 
 from helpers import relative_error
+from helpers_conv import KINDS, SHALLOW, assert_same, gradients, plain, wide
 
 # ---- whole networks ------------------------------------------------------------------------------------------------
 

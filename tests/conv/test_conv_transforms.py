@@ -6,11 +6,11 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from conv_helpers import KINDS, SHALLOW, AfterSiLU, Twice, assert_same, block_and_args, gradients, plain, wide
 from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 
 from helpers import SMALL, inputs, randomise, relative_error
+from helpers_conv import KINDS, SHALLOW, AfterSiLU, Twice, assert_same, block_and_args, gradients, plain, wide
 from unet_denoiser import UNet
 from unet_denoiser.conv import Conv2d, recomputed
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conv_helpers import Twice, assert_same, block_and_args, gradients, plain, recomputed_steps
 from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
 from helpers import randomise
+from helpers_conv import Twice, assert_same, block_and_args, gradients, plain, recomputed_steps
 from unet_denoiser.layers import NearestUpsample
 
 

@@ -51,11 +51,9 @@ def read(
     bones = skeleton(layout, state)
     seen = infer(layout, {name: tuple(t.shape) for name, t in state.items()}, bones)
     known, cosines_first = None, layout in ("compvis", "edm")
+    options = _placed(options.get("image_size", (foreign or {}).get("sample_size")), bones) | options
     if foreign is not None:
         told, cosines_first = from_diffusers(foreign)
-        size = foreign.get("sample_size")
-        if isinstance(size, int) and "image_size" not in options:
-            seen |= _placed(size, bones)
         config = _by_head_width(UNetConfig(**seen | told | options))
     elif layout == "edm":
         config = UNetConfig(**seen | options)
@@ -130,8 +128,12 @@ def _by_head_width(config: UNetConfig) -> UNetConfig:
     return replace(config, num_heads=None, head_dim=widths.pop()) if one_width else config
 
 
-def _placed(size: int, bones: Skeleton) -> dict[str, Any]:
-    resolutions = [-(-size // 2**level) for level in range(bones.levels)]
+def _placed(size: Any, bones: Skeleton) -> dict[str, Any]:
+    """The options that have attention where the file has it, in a network for images of this size."""
+    sizes = [size] if isinstance(size, int) else size
+    if not isinstance(sizes, list | tuple) or not sizes or not all(type(n) is int and n > 0 for n in sizes):
+        return {}  # not told, or for `UNetConfig` to refuse
+    resolutions = [-(-max(sizes) // 2**level) for level in range(bones.levels)]
     attended = tuple(r for r, has in zip(resolutions, bones.attended, strict=True) if has)
     # two levels of one resolution cannot differ in attention; then the size says less than the layout
     agrees = tuple(r in attended for r in resolutions) == bones.attended

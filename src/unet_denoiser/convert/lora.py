@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from reprlib import repr as shorten
 from typing import Any, NamedTuple
 
 import torch
@@ -187,19 +188,19 @@ def _header(path: Path) -> dict[str, Any]:
     header = {name.removeprefix("unet."): value for name, value in header.items()}
     patterns = header["alpha_pattern"] = header.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
-        raise ValueError(f"{place}: alpha_pattern={patterns!r} must be an object of patterns and numbers")
+        raise ValueError(f"{place}: alpha_pattern={shorten(patterns)} must be an object of patterns and numbers")
     for pattern in patterns:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ValueError(f"{place}: alpha_pattern has {pattern!r}, no regular expression: {error}") from None
-    alphas = {f"alpha_pattern[{pattern!r}]": alpha for pattern, alpha in patterns.items()}
+            raise ValueError(f"{place}: alpha_pattern has {shorten(pattern)}, no regular expression: {error}") from None
+    alphas = {f"alpha_pattern[{shorten(pattern)}]": alpha for pattern, alpha in patterns.items()}
     alphas |= {"lora_alpha": header["lora_alpha"]} if "lora_alpha" in header else {}
     for name, alpha in alphas.items():
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 1e9:
-            raise ValueError(f"{place}: {name}={alpha!r} must be a finite number, for example 16")
+            raise ValueError(f"{place}: {name}={shorten(alpha)} must be a number, for example 16")
     if not isinstance(header.get("use_rslora", False), bool):
-        raise ValueError(f"{place}: use_rslora={header['use_rslora']!r} must be true or false")
+        raise ValueError(f"{place}: use_rslora={shorten(header['use_rslora'])} must be true or false")
     return header
 
 

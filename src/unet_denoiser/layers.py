@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unet_denoiser.conv import CONV, is_channels_last, recomputed, watched
+from unet_denoiser.conv import CONV, is_channels_last
+from unet_denoiser.recompute import recomputed, watched
 
 CONV_TRANSPOSE = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 AVG_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d}

@@ -6,6 +6,20 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from unet_denoiser import conv
 
+WORTH = conv._WORTH
+
+
+@pytest.fixture(autouse=True)
+def narrow_winograd(monkeypatch):
+    """The filtering also where it is slower: with 64 channels, which tests can afford."""
+    monkeypatch.setattr(conv, "_WORTH", 2.5)
+
+
+@pytest.fixture
+def as_measured(monkeypatch, narrow_winograd):
+    """The rule as it is for users."""
+    monkeypatch.setattr(conv, "_WORTH", WORTH)
+
 
 @pytest.fixture
 def _same_masks(monkeypatch):

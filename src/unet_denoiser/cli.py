@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import tyro
 
@@ -28,6 +28,7 @@ from unet_denoiser.options import (
 from unet_denoiser.recipe import (
     DATA_CHANGEABLE,
     TRAINING_CHANGEABLE,
+    CheckpointFormat,
     DataConfig,
     DeviceName,
     SamplerName,
@@ -293,7 +294,7 @@ def convert(
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")],
     target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")],
     *,
-    to: Literal["unet-denoiser", "diffusers", "pipeline", "ldm", "adm", "ddpm"] = "unet-denoiser",
+    to: CheckpointFormat = "unet-denoiser",
     ema: bool = False,
     num_heads: OptionalNumber = None,
     head_dim: OptionalNumber = None,

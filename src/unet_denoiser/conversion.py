@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,9 @@ from unet_denoiser.convert.diffusers_config import to_diffusers
 from unet_denoiser.convert.files import read_state
 from unet_denoiser.convert.infer import published_order, recognise
 from unet_denoiser.convert.lora import merge_lora
-from unet_denoiser.convert.tensors import QKVOrder
+from unet_denoiser.files import write_atomically
+from unet_denoiser.recipe import CheckpointFormat, QKVOrder, check_choice
 from unet_denoiser.unet import UNet
-
-Format = Literal["unet-denoiser", "diffusers", "pipeline", "ldm", "adm", "ddpm"]
 
 
 class Comparison(NamedTuple):
@@ -35,7 +35,7 @@ TOLERANCE = 1e-4  # rounding of float32 through a deep network stays below 1e-5;
 def convert_checkpoint(
     source: Path,
     target: Path,
-    to: Format = "unet-denoiser",
+    to: CheckpointFormat = "unet-denoiser",
     *,
     lora: Path | None = None,
     lora_scale: float = 1.0,
@@ -54,32 +54,39 @@ def convert_checkpoint(
     Raises:
         FileExistsError, FileNotFoundError, ValueError: what is wrong, by name; then nothing has been written.
     """
+    check_choice("to", to, CheckpointFormat)
+    if not math.isfinite(lora_scale):
+        raise ValueError(f"lora_scale={lora_scale} must be a finite number, for example 1.0")
+    if lora is None and lora_scale != 1:
+        raise ValueError(f"lora_scale={lora_scale} needs lora, the file to merge")
     if target.exists():
         raise FileExistsError(f"{target} exists; give a new name")
     if to == "pipeline":
         from unet_denoiser.run import Run
 
-        if verify or lora:
-            raise ValueError("to='pipeline' writes a run as it is, without verify and lora")
-        Run.load(source).save_pipeline(target)
+        if other := [*options, *["verify"] * verify, *["lora"] * (lora is not None)]:
+            raise ValueError(f"to='pipeline' writes a run as it is; leave out {', '.join(other)}")
+        write_atomically(target, Run.load(source).save_pipeline)
         return str(target)
     is_run = (source / "model" / "config.json").is_file()
     model = UNet.from_pretrained(source / "model" if is_run else source, **options)
-    verified = ""
+    done = f"{target}: {sum(p.numel() for p in model.parameters()):,} parameters"
     if verify:
         if is_run or (source / "model.safetensors").is_file():
             raise ValueError(f"verify: {source} is this library's own; there is no other code to compare with")
         peer, error = compare(source, model, **options)
         if not error < TOLERANCE:
             raise ValueError(f"{peer} gives other numbers, {error:.1e} of the largest output apart; nothing written")
-        verified = f"; {peer} gives the same output, to {error:.1e} of its largest value"
+        done += f"; {peer} gives the same output, to {error:.1e} of its largest value"
     if lora is not None:
-        merge_lora(model, lora, lora_scale)
+        done += f"; {merge_lora(model, lora, lora_scale)} weights changed by {lora}"
     if to == "unet-denoiser":
-        model.save_pretrained(target)
+        write_atomically(target, model.save_pretrained)
+    elif to == "diffusers":
+        write_atomically(target, lambda path: save(model.state_dict(), model.config, path, to))
     else:
         save(model.state_dict(), model.config, target, to, qkv_order=options.get("qkv_order"))
-    return f"{target}: {sum(p.numel() for p in model.parameters()):,} parameters{verified}"
+    return done
 
 
 @torch.no_grad()
@@ -100,7 +107,7 @@ def compare(source: Path, model: UNet, *, ema: bool = False, variant: str | None
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    size = (c.image_size, c.image_size) if isinstance(c.image_size, int) else c.image_size
+    size = (c.image_size,) * c.dims if isinstance(c.image_size, int) else c.image_size
     x, t = random(1, c.in_channels, *size), torch.tensor([500])
     labels = torch.tensor([c.num_classes - 1]) if c.num_classes else None
     if layout == "compvis" and c.attention == "plain":

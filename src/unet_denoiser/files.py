@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file and rename it to `path`: readers see the old file or the new one, whole.
+    """Let `write` make a temporary file or folder and rename it to `path`: readers see the old or the new one, whole.
 
-    The contents are on the disk before the name is, so that a power failure does not leave an empty file.
+    A folder cannot replace another one that has something in it. The contents are on the disk before the name is, so
+    that a power failure does not leave an empty file.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -32,6 +34,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
         sync(path.parent)
     finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
 
 
@@ -47,6 +51,8 @@ def sync(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files of `write_atomically` calls that were killed, in a folder and those inside."""
-    for path in folder.rglob(".*.tmp"):
+    """Delete what `write_atomically` calls that were killed have left, in a folder and those inside."""
+    for path in list(folder.rglob(".*.tmp")):
+        if path.is_dir():
+            shutil.rmtree(path)
         path.unlink(missing_ok=True)

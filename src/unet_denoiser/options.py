@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypedDict, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypedDict, get_type_hints
 
 import tyro
 from docstring_parser import parse
 
 from unet_denoiser.config import UNetConfig
-from unet_denoiser.recipe import DataConfig, DiffusionConfig, TrainingConfig
+from unet_denoiser.recipe import DataConfig, DiffusionConfig, QKVOrder, TrainingConfig
 
 
 def options_of(config: type, without: tuple[str, ...] = ()) -> Any:
@@ -44,5 +44,5 @@ else:
 OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 OptionalSize = Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="INT [INT]", help_behavior_hint="")]
 OptionalNumber = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
-OptionalOrder = Annotated[Literal["legacy", "new"] | None, tyro.conf.arg(help_behavior_hint="")]
+OptionalOrder = Annotated[QKVOrder | None, tyro.conf.arg(help_behavior_hint="")]
 OptionalName = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]

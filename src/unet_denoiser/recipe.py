@@ -17,6 +17,9 @@ OnBad = Literal["raise", "skip"]
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 MixedPrecision = Literal["no", "bf16", "fp16"]
 TrackerName = Literal["tensorboard", "wandb"]
+ForeignFormat = Literal["diffusers", "ldm", "adm", "ddpm"]
+CheckpointFormat = Literal["unet-denoiser", "pipeline", ForeignFormat]
+QKVOrder = Literal["legacy", "new"]
 
 
 def check_choice(name: str, value: object, choices: object) -> None:

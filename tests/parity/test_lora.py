@@ -1,10 +1,13 @@
 """LoRA: files of diffusers and kohya merged with diffusers' own result, and peft on our names."""
 
+import json
+
 import diffusers
 import peft
 import pytest
 import torch
 from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
+from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from helpers import randomise, relative_error, small
@@ -120,7 +123,7 @@ def test_refuses_what_does_not_fit(ours):
         merge_lora(ours, {f"{key}.to_nowhere.lora_A.weight": a, f"{key}.to_nowhere.lora_B.weight": b})
     with pytest.raises(ValueError, match=r"fits no weight"):
         merge_lora(ours, {f"{key}.to_q.lora_A.weight": a})
-    with pytest.raises(ValueError, match=r"makes \(32, 31\)"):
+    with pytest.raises(ValueError, match=r"is \(2, 31\).*must be \(rank, 32\)"):
         merge_lora(ours, {f"{key}.to_q.lora_A.weight": a[:, 1:], f"{key}.to_q.lora_B.weight": b})
     with pytest.raises(ValueError, match=r"hada_w1, which is not understood"):
         merge_lora(ours, {"lora_unet_x.hada_w1": a})
@@ -197,3 +200,99 @@ def test_loras_of_the_time_embedding_and_of_old_names(tmp_path):
     weight.data += lora[f"{old}.up.weight"] @ lora[f"{old}.down.weight"]
     assert merge_lora(ours, lora) == 3
     assert relative_error(*outputs(peer, ours)) < 2e-6
+
+
+NOT_FINITE, NOT_FLOAT = "values that are not finite", "must be floating point"
+DAMAGES = {
+    "a number": (lambda t: t.sum(), r"is \(\)"),
+    "a vector": (lambda t: t.flatten(), "they must be"),
+    "empty": (lambda t: t[:0], "they must be"),
+    "transposed": (lambda t: t.transpose(0, 1).contiguous(), "they must be"),
+    "cut": (lambda t: t[:-1], "they must be"),
+    "another axis in front": (lambda t: t[None], "they must be"),
+    "an axis elsewhere": (lambda t: t.flatten()[None] if t.ndim == 2 else t.permute(0, 2, 3, 1), "they must be"),
+    "integers": (lambda t: t.int(), NOT_FLOAT),
+    "complex": (lambda t: t * 1j, NOT_FLOAT),
+    "one not a number": (lambda t: t.where(t != t.max(), torch.nan), NOT_FINITE),
+    "infinite": (lambda t: t / 0, NOT_FINITE),
+    "too large": (lambda t: t * 1e38, "overflow in torch.float32"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+@pytest.mark.parametrize("naming", ["diffusers", "kohya"])
+def test_a_damaged_tensor_is_named_and_nothing_is_merged(naming, name, ours):
+    before = {key: p.clone() for key, p in ours.state_dict().items()}
+    lora = lora_for(write(before, ours.config, "diffusers"), naming, 4.0)
+    damage, message = DAMAGES[name]
+    for key in [
+        key for key in lora if key.endswith("weight") and ("mid_block" in key and ("to_q" in key or "conv1" in key))
+    ]:
+        with pytest.raises(ValueError, match=message) as caught:
+            merge_lora(ours, lora | {key: damage(lora[key])}, 1e6 if name == "too large" else 1.0)
+        if name != "too large":
+            assert key in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert all(torch.equal(p, before[key]) for key, p in ours.state_dict().items())
+
+
+@pytest.mark.parametrize("alpha", [torch.zeros(2), torch.tensor(torch.nan), torch.tensor(1j), torch.zeros(0)])
+def test_an_alpha_is_one_finite_number(alpha, ours):
+    lora = {f"{TO_Q}.to_q.lora_down.weight": torch.ones(2, 32), f"{TO_Q}.to_q.lora_up.weight": torch.ones(32, 2)}
+    with pytest.raises(ValueError, match=r"to_q\.alpha must be one finite number, and is "):
+        merge_lora(ours, lora | {f"{TO_Q}.to_q.alpha": alpha})
+
+
+HEADERS = {
+    "{": "is not valid JSON",
+    "[" * 10_000: "is not valid JSON",
+    "null": "is a JSON NoneType, not an object",
+    '{"unet.alpha_pattern": [1]}': r"alpha_pattern=\[1\] must be an object",
+    '{"unet.alpha_pattern": {"(": 3}}': r"alpha_pattern has '\(', no regular expression",
+    '{"unet.alpha_pattern": {"to_q": "3"}}': r"alpha_pattern\['to_q'\]='3' must be a number",
+    '{"unet.lora_alpha": "16"}': "lora_alpha='16' must be a number",
+    '{"unet.lora_alpha": null}': "lora_alpha=None must be a number",
+    '{"unet.lora_alpha": NaN}': "lora_alpha=nan must be a number",
+    '{"unet.lora_alpha": 1%s}' % ("0" * 400): "lora_alpha=1000+.* must be a number",
+    '{"unet.use_rslora": "no"}': "use_rslora='no' must be true or false",
+}
+
+
+@pytest.mark.parametrize("header", HEADERS, ids=HEADERS.values())
+def test_a_malformed_header_is_named(header, ours, tmp_path):
+    lora = {f"{TO_Q}.to_q.lora_A.weight": torch.ones(2, 32), f"{TO_Q}.to_q.lora_B.weight": torch.ones(32, 2)}
+    save_file(lora, tmp_path / "lora.safetensors", metadata={"lora_adapter_metadata": header})
+    with pytest.raises(ValueError, match=HEADERS[header]) as caught:
+        merge_lora(ours, tmp_path / "lora.safetensors")
+    assert str(caught.value).startswith(f"{tmp_path / 'lora.safetensors'}: lora_adapter_metadata in its header")
+    assert len(str(caught.value)) < len(str(tmp_path)) + 250
+
+
+@pytest.mark.parametrize("rank_stabilised", [True, False])
+def test_the_strength_of_an_update(rank_stabilised, ours, tmp_path):
+    """alpha / r, or alpha / sqrt(r) (Kalajdzievski 2023, arXiv 2312.03732)."""
+    lora = {f"{TO_Q}.to_q.lora_A.weight": torch.ones(4, 32), f"{TO_Q}.to_q.lora_B.weight": torch.ones(32, 4)}
+    header = {"unet.lora_alpha": 16, "unet.use_rslora": rank_stabilised, "text_encoder.lora_alpha": "left alone"}
+    save_file(lora, tmp_path / "lora.safetensors", metadata={"lora_adapter_metadata": json.dumps(header)})
+    weight = ours.get_parameter("encoder.0.1.transformer_blocks.0.attn1.to_q.weight")
+    before = weight.detach().clone()
+    merge_lora(ours, tmp_path / "lora.safetensors", 0.5)
+    assert_close(weight - before, torch.full((32, 32), 0.5 * 4 * 16 / (2 if rank_stabilised else 4)), atol=1e-4, rtol=0)
+
+
+def test_refuses_a_lora_that_is_none(ours, tmp_path):
+    down, up = torch.zeros(2, 32), torch.zeros(32, 2)
+    for lora in ({}, {"text_encoder.x.lora_A.weight": down}):
+        with pytest.raises(ValueError, match="nothing for a U-Net"):
+            merge_lora(ours, lora)
+    names = (f"{TO_Q}.to_q", TO_Q.removeprefix("unet.") + ".to_q")
+    twice = {f"{name}.lora_{half}.weight": tensor for name in names for half, tensor in (("A", down), ("B", up))}
+    old = {f"{TO_Q}.processor.to_q_lora.down.weight": down, f"{TO_Q}.to_q.lora.down.weight": down}
+    for lora in (twice, old):
+        with pytest.raises(ValueError, match="another update for the same weight"):
+            merge_lora(ours, lora)
+    with pytest.raises(FileNotFoundError, match="is no file"):
+        merge_lora(ours, tmp_path)
+    for scale in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"scale={scale} must be a finite number"):
+            merge_lora(ours, twice, scale)

@@ -10,6 +10,7 @@ from test_checkpoints import DIFFUSERS
 from helpers import randomise
 from unet_denoiser import UNet
 from unet_denoiser.cli import main
+from unet_denoiser.conversion import compare
 from unet_denoiser.convert import save, write
 from unet_denoiser.convert.lora import merge_lora
 
@@ -43,6 +44,18 @@ def test_adm_files(name, tmp_path, capsys):
     order = "new" if "use_new_attention_order" in options else "legacy"
     verify(tmp_path / "adm.pt", tmp_path / "ours", *heads, "--qkv-order", order)
     assert "; UNetModel gives the same output, to " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("dims", "image_size"), [(1, 16), (3, 8), (2, (16, 8))])
+def test_signals_volumes_and_oblong_images(dims, image_size, tmp_path):
+    """In volumes OpenAI's code halves and doubles two of the three axes, ours all: the comparison must tell."""
+    peer = randomise(UNetModel(**SMALL | CASES["iddpm-64-cond"] | {"dims": dims}))
+    torch.save(peer.state_dict(), tmp_path / "adm.pt")
+    options = {"num_heads": 4, "qkv_order": "legacy"}
+    model = UNet.from_pretrained(tmp_path / "adm.pt", image_size=image_size, **options)
+    found = compare(tmp_path / "adm.pt", model, **options)
+    assert found.peer == "UNetModel"
+    assert (found.error > 0.1) if dims == 3 else (found.error < 1e-5)
 
 
 @pytest.mark.parametrize("name", ["sd-1", "sdxl"])

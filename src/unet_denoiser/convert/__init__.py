@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -17,10 +17,10 @@ from unet_denoiser.config import UNetConfig
 from unet_denoiser.convert.diffusers_config import from_diffusers, has_linear_projections, to_diffusers
 from unet_denoiser.convert.files import read_state, save_state
 from unet_denoiser.convert.infer import complete, described, infer, published_order, recognise, skeleton
-from unet_denoiser.convert.layouts import LAYOUTS, Skeleton
-from unet_denoiser.convert.tensors import Dialect, Packing, QKVOrder, to_ours, to_theirs
+from unet_denoiser.convert.layouts import LAYOUTS, Skeleton, skeleton_of
+from unet_denoiser.convert.tensors import Dialect, Packing, to_ours, to_theirs
+from unet_denoiser.recipe import ForeignFormat, QKVOrder, check_choice
 
-ForeignFormat = Literal["diffusers", "ldm", "adm", "ddpm"]
 ShapesOf = Callable[[UNetConfig], Mapping[str, Sequence[int]]]
 
 
@@ -51,11 +51,9 @@ def read(
     bones = skeleton(layout, state)
     seen = infer(layout, {name: tuple(t.shape) for name, t in state.items()}, bones)
     known, cosines_first = None, layout in ("compvis", "edm")
+    options = _placed(options.get("image_size", (foreign or {}).get("sample_size")), bones) | options
     if foreign is not None:
         told, cosines_first = from_diffusers(foreign)
-        size = foreign.get("sample_size")
-        if isinstance(size, int) and "image_size" not in options:
-            seen |= _placed(size, bones)
         config = _by_head_width(UNetConfig(**seen | told | options))
     elif layout == "edm":
         config = UNetConfig(**seen | options)
@@ -88,14 +86,11 @@ def write(
     Raises:
         ValueError: a network that the layout cannot hold, by the parameter it has no place for.
     """
-    levels = len(config.widths)
-    attended = tuple(map(config.has_attention, range(levels)))
-    bones = Skeleton(config.num_res_blocks, levels, attended, config.attention == "transformer", config.resolutions[0])
     # DDPM's spacing comes with DDPM's order in every layout
     cosines_first = config.time_frequencies == "half"
     linear = has_linear_projections(config)
     packing: Packing = "edm" if layout == "edm" else qkv_order or published_order(config)
-    return to_theirs(state, Dialect(LAYOUTS[layout], bones, config.heads, packing, cosines_first, linear))
+    return to_theirs(state, Dialect(LAYOUTS[layout], skeleton_of(config), config.heads, packing, cosines_first, linear))
 
 
 def save(
@@ -115,6 +110,7 @@ def save(
     Raises:
         ValueError: a network that the format cannot hold, by name.
     """
+    check_choice("to", to, ForeignFormat)
     if to == "diffusers":
         foreign = to_diffusers(config)
         save_state(write(state, config, "diffusers"), path, foreign)
@@ -132,8 +128,12 @@ def _by_head_width(config: UNetConfig) -> UNetConfig:
     return replace(config, num_heads=None, head_dim=widths.pop()) if one_width else config
 
 
-def _placed(size: int, bones: Skeleton) -> dict[str, Any]:
-    resolutions = [-(-size // 2**level) for level in range(bones.levels)]
+def _placed(size: Any, bones: Skeleton) -> dict[str, Any]:
+    """The options that have attention where the file has it, in a network for images of this size."""
+    sizes = [size] if isinstance(size, int) else size
+    if not isinstance(sizes, list | tuple) or not sizes or not all(type(n) is int and n > 0 for n in sizes):
+        return {}  # not told, or for `UNetConfig` to refuse
+    resolutions = [-(-max(sizes) // 2**level) for level in range(bones.levels)]
     attended = tuple(r for r, has in zip(resolutions, bones.attended, strict=True) if has)
     # two levels of one resolution cannot differ in attention; then the size says less than the layout
     agrees = tuple(r in attended for r in resolutions) == bones.attended

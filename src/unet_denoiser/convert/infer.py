@@ -8,8 +8,8 @@ from typing import Any
 
 from unet_denoiser.config import UNetConfig
 from unet_denoiser.convert.layouts import LAYOUTS, Skeleton
-from unet_denoiser.convert.tensors import QKVOrder
 from unet_denoiser.presets import PRESETS, preset
+from unet_denoiser.recipe import QKVOrder
 
 Shapes = Mapping[str, Sequence[int]]
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from unet_denoiser.config import UNetConfig
+
 
 class Skeleton(NamedTuple):
     """What the index arithmetic needs: residual blocks per level, levels, which have attention, and its kind.
@@ -21,6 +23,13 @@ class Skeleton(NamedTuple):
     attended: tuple[bool, ...]
     transformer: bool = False
     resolution: int = 0
+
+
+def skeleton_of(config: UNetConfig) -> Skeleton:
+    """The skeleton of an architecture."""
+    levels = len(config.widths)
+    attended = tuple(map(config.has_attention, range(levels)))
+    return Skeleton(config.num_res_blocks, levels, attended, config.attention == "transformer", config.resolutions[0])
 
 
 class Source(NamedTuple):

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from unet_denoiser.convert.layouts import Layout, Skeleton, Source, layer_name
+from unet_denoiser.recipe import QKVOrder
 
-QKVOrder = Literal["legacy", "new"]
-Packing = Literal["legacy", "new", "edm"]
+Packing = Literal[QKVOrder, "edm"]
 
 # parameters that read or add to the sinusoids, and along which axis
 _SINUSOIDS = {"time_mlp.1.weight": 1, "time_cond.weight": 0}

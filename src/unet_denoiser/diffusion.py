@@ -68,6 +68,7 @@ class Diffusion:
         self.alphas: Tensor = self.scheduler.alphas_cumprod.sqrt()
         self.sigmas: Tensor = (1 - self.scheduler.alphas_cumprod).sqrt()
         self.bound = VariationalBound(self.scheduler.betas)
+        self._tables: dict[torch.device, Tensor] = {}
 
     @property
     def num_train_timesteps(self) -> int:
@@ -169,8 +170,10 @@ class Diffusion:
 
     def _at(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t, shaped to multiply with `like`."""
-        shape = (-1, *[1] * (like.ndim - 1))
-        return self.alphas.to(t.device)[t].view(shape).to(like), self.sigmas.to(t.device)[t].view(shape).to(like)
+        if t.device not in self._tables:  # moved once: torch waits for each copy to a GPU
+            self._tables[t.device] = torch.stack([self.alphas, self.sigmas]).to(t.device)
+        alpha, sigma = self._tables[t.device][:, t].view(2, -1, *[1] * (like.ndim - 1)).to(like.dtype)
+        return alpha, sigma
 
     # ---- what goes into the network and comes out ------------------------------------------------------------------
 

@@ -94,11 +94,12 @@ def denoise(
     x = noise * scheduler.init_noise_sigma
     draws = {"generator": generators} if sampler == "ddpm" else {}
     estimate = torch.zeros_like(x) if process.self_conditioning else None
+    timesteps = scheduler.timesteps.to(x.device)  # all at once: torch waits for each copy to a GPU
     for i, t in enumerate(scheduler.timesteps):
         alpha, sigma = _noise_level(scheduler, i)
         xt = scheduler.scale_model_input(x, t)
         with torch.no_grad():
-            output = predict(network_input(xt, estimate), t.to(xt.device).expand(len(xt)))
+            output = predict(network_input(xt, estimate), timesteps[i].expand(len(xt)))
         prediction, variance = process.split(output, xt)
         x0 = process.predict_x0(prediction, xt, alpha, sigma, clip_sample)
         velocity = alpha * (xt - alpha * x0) / sigma - sigma * x0

@@ -21,10 +21,9 @@ class VariationalBound:
         before = torch.cat([torch.ones(1, dtype=torch.float64), kept[:-1]])
         posterior = betas * (1 - before) / (1 - kept)
         posterior[0] = posterior[min(1, len(betas) - 1)]  # it is 0 there, and has no logarithm
-        self.min_log = posterior.log().float()
-        self.max_log = betas.log().float()
-        self.of_x0 = (betas * before.sqrt() / (1 - kept)).float()
-        self.of_xt = ((1 - betas).sqrt() * (1 - before) / (1 - kept)).float()
+        of_x0 = betas * before.sqrt() / (1 - kept)
+        of_xt = (1 - betas).sqrt() * (1 - before) / (1 - kept)
+        self._tables = torch.stack([posterior.log(), betas.log(), of_x0, of_xt]).float()
 
     def __call__(
         self,
@@ -46,10 +45,8 @@ class VariationalBound:
                 (equation 15, with (v + 1) / 2 as in the authors' code).
             data_range: bounds of the data, taken for 256 equal steps; None for a density of unbounded data.
         """
-        min_log, max_log, of_x0, of_xt = (
-            table.to(t.device)[t].view(-1, *[1] * (x0.ndim - 1))
-            for table in (self.min_log, self.max_log, self.of_x0, self.of_xt)
-        )
+        self._tables = self._tables.to(t.device)  # once: torch waits for each copy to a GPU
+        min_log, max_log, of_x0, of_xt = self._tables[:, t].view(4, -1, *[1] * (x0.ndim - 1))
         fraction = (variance + 1) / 2
         log_variance = fraction * max_log + (1 - fraction) * min_log
         mean, true_mean = of_x0 * predicted_x0 + of_xt * xt, of_x0 * x0 + of_xt * xt

@@ -22,6 +22,7 @@ from unet_denoiser.options import (
     OptionalSize,
     ProcessOptions,
     TrainingOptions,
+    chosen,
     show,
 )
 from unet_denoiser.recipe import CheckpointFormat, DeviceName, SamplerName, TrainingConfig
@@ -85,6 +86,8 @@ def _started(source: str, given: dict[str, Any]) -> tuple[Any, Any]:
 
     preset, options = given["preset"], dict(given["model"])
     training, process = TrainingConfig(**given["training"]), Diffusion(**given["process"])
+    if given["image_size"] == ():
+        raise ValueError("image_size is empty; give one number, or height and width")
     size = given["image_size"] or (preset and preset_config(preset).image_size) or None
     size = size[0] if isinstance(size, tuple) and len(size) == 1 else size
     data = load_data(source, size, options.get("in_channels"))
@@ -293,9 +296,5 @@ def main(args: Sequence[str] | None = None) -> None:
         # torch's threads on a CPU wait for each other in a busy loop. On cores that something else uses too, a small
         # network's training step then took 5.5 s instead of 0.6 s with this limit; on free cores it is the same
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-    tyro.extras.subcommand_cli_from_dict(
-        COMMANDS,
-        prog="unet-denoiser",
-        description="Train a diffusion model on your images, sample from it, look at networks and convert them.",
-        args=args,
-    )
+    what = "Train a diffusion model on your images, sample from it, look at networks and convert them."
+    chosen(COMMANDS, what, args)()

@@ -122,7 +122,7 @@ def test_refuses_files(adm, tmp_path):
         pickle.dump({"model": Malicious(tmp_path / "owned")}, file)
     torch.save({"model": Malicious(tmp_path / "owned")}, tmp_path / "evil2.pt")
     for name in ("evil.pt", "evil2.pt"):
-        with pytest.raises(ValueError, match=f"{name} holds more than tensors"):
+        with pytest.raises(ValueError, match=rf"{name} (holds .* would run posix\.mkdir|is not a readable)"):
             UNet.from_pretrained(tmp_path / name)
     assert not (tmp_path / "owned").exists()
     torch.save(adm, tmp_path / "cut.pt")
@@ -135,6 +135,9 @@ def test_refuses_files(adm, tmp_path):
     for name in ("cut.pt", "cut.safetensors", "text.ckpt"):
         with pytest.raises(ValueError, match=f"{name} (is not a readable|holds more)"):
             UNet.from_pretrained(tmp_path / name)
+    (tmp_path / "json.pt").write_text("{}")
+    with pytest.raises(ValueError, match="it holds something else than pickled tensors"):
+        UNet.from_pretrained(tmp_path / "json.pt")
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
     with pytest.raises(ValueError, match="not a state dict"):
         UNet.from_pretrained(tmp_path / "tensor.pt")
@@ -148,6 +151,8 @@ def test_refuses_files(adm, tmp_path):
         ({"class_embed_type": "timestep"}, "class_embed_type='timestep'"),
         ({"down_block_types": ["SkipDownBlock2D"]}, "down_block_types has 'SkipDownBlock2D'"),
         ({"freq_shift": 2}, "freq_shift=2"),
+        ({"down_block_types": 3}, "down_block_types has 3"),
+        ({"downsample_padding": "x"}, "downsample_padding='x'"),
         ({"mid_block_scale_factor": 1.41}, r"mid_block_scale_factor=1\.41"),
         ({"_class_name": "UNet2DConditionModel", "mid_block_type": None}, "mid_block_type=None"),
     ],
@@ -199,6 +204,62 @@ def test_command(model, tmp_path, capsys, monkeypatch):
         main(["convert", "ours", "theirs"])
     assert exit_info.value.code == 2
     assert "theirs exists; give a new name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": []}, {"weight_map": {"a": 3, "b": "../x"}}])
+def test_an_index_without_files_is_refused(index, model, tmp_path):
+    save(model.state_dict(), model.config, tmp_path / "d", "diffusers")
+    (tmp_path / "d" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"index\.json has weight_map=.*; it must give a file beside it"):
+        UNet.from_pretrained(tmp_path / "d")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("ours new --ema", "this library's own, which tells all; leave out ema"),
+        ("ours new --num-heads 2", "leave out num_heads"),
+        ("ours new --to pipeline --verify --lora x --variant fp16", "leave out variant, verify, lora"),
+        ("ours new --lora-scale 2", "lora_scale=2.0 needs lora"),
+        ("ours new --lora x --lora-scale nan", "lora_scale=nan must be a finite number"),
+        ("ours new --lora x", "x is no file"),
+        ("ours new --to ldm", "give a name that ends in .safetensors"),
+        ("nowhere new", "nowhere is neither a directory nor a hub"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(args, message, model, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model.save_pretrained("ours")
+    with pytest.raises(SystemExit, match="2"):
+        main(["convert", *args.split()])
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+
+
+@pytest.mark.parametrize("to", ["unet-denoiser", "diffusers"])
+def test_a_full_disk_leaves_no_half_of_a_folder(to, model, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model.save_pretrained("ours")
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(SystemExit, match="2"):
+        main(["convert", "ours", "new", "--to", to])
+    assert "No space left on device" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+
+
+@pytest.mark.parametrize("size", [32, (16, 32)])
+def test_attention_stays_where_the_file_has_it(size, model, adm, tmp_path):
+    again = load(adm, tmp_path, image_size=size)
+    assert again.config.image_size == size
+    assert torch.equal(again.bottleneck[1].attn.to_q.weight, model.bottleneck[1].attn.to_q.weight)
+    save(model.state_dict(), replace(model.config, image_size=(8, 4)), tmp_path / "d", "diffusers")
+    assert UNet.from_pretrained(tmp_path / "d").config.image_size == (8, 4)
 
 
 def test_a_run_becomes_a_pipeline_that_samples_the_same(tmp_path, monkeypatch):

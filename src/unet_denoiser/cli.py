@@ -23,6 +23,7 @@ from unet_denoiser.options import (
     OptionalSize,
     ProcessOptions,
     TrainingOptions,
+    chosen,
     show,
 )
 from unet_denoiser.recipe import (
@@ -372,9 +373,5 @@ def main(args: Sequence[str] | None = None) -> None:
         # torch's threads on a CPU wait for each other in a busy loop. On cores that something else uses too, a small
         # network's training step then took 5.5 s instead of 0.6 s with this limit; on free cores it is the same
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-    tyro.extras.subcommand_cli_from_dict(
-        COMMANDS,
-        prog="unet-denoiser",
-        description="Train a diffusion model on your images, sample from it, look at networks and convert them.",
-        args=args,
-    )
+    what = "Train a diffusion model on your images, sample from it, look at networks and convert them."
+    chosen(COMMANDS, what, args)()

@@ -69,10 +69,13 @@ def convert_checkpoint(
         write_atomically(target, Run.load(source).save_pipeline)
         return str(target)
     is_run = (source / "model" / "config.json").is_file()
+    is_own = is_run or (source / "model.safetensors").is_file()
+    if is_own and options:
+        raise ValueError(f"{source} is this library's own, which tells all; leave out {', '.join(options)}")
     model = UNet.from_pretrained(source / "model" if is_run else source, **options)
     done = f"{target}: {sum(p.numel() for p in model.parameters()):,} parameters"
     if verify:
-        if is_run or (source / "model.safetensors").is_file():
+        if is_own:
             raise ValueError(f"verify: {source} is this library's own; there is no other code to compare with")
         peer, error = compare(source, model, **options)
         if not error < TOLERANCE:

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import io
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypedDict, get_type_hints
 
@@ -29,6 +35,39 @@ def options_of(config: type, without: tuple[str, ...] = ()) -> Any:
 
 def show(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def chosen(
+    commands: Mapping[str, Callable[..., None]], description: str, args: Sequence[str] | None
+) -> Callable[[], None]:
+    """The command that a command line asks for, with its options; a mistake prints one line and exits with code 2."""
+
+    def bound(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+        return wraps(command)(lambda *args, **options: partial(command, *args, **options))
+
+    bounds, said = {name: bound(command) for name, command in commands.items()}, io.StringIO()
+    try:
+        with redirect_stderr(said):
+            call: Callable[[], None] = tyro.extras.subcommand_cli_from_dict(
+                bounds, prog="unet-denoiser", description=description, args=args
+            )
+        return call
+    except SystemExit as end:
+        if end.code:
+            print(f"unet-denoiser: error: {_in_one_line(said.getvalue())}", file=sys.stderr)
+        raise
+
+
+def _in_one_line(box: str) -> str:
+    """What tyro says in its box, or between rules where the terminal has no lines to draw one; without the rest."""
+    drawn = "╭" in box
+    lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
+    sections = re.split(r"\n[─-]+\n", "\n".join(lines))
+    said = " ".join((sections[0] if drawn else sections[min(1, len(sections) - 1)]).split())
+    similar = re.search(r"(?:similar to .*|you meant):\s+(--\S+)", box.replace("│", ""))
+    helps = re.findall(r"unet-denoiser(?: \w+)? --help", box)
+    hint = f"; {similar[1]} is near" if similar else ""
+    return f"{said}{hint} (see {helps[-1] if helps else 'unet-denoiser --help'})"
 
 
 if TYPE_CHECKING:

@@ -163,6 +163,20 @@ def test_the_alpha_of_diffusers_own_files_is_in_their_header(tmp_path):
     assert relative_error(*outputs(peer, ours)) < 2e-6
 
 
+def test_the_alpha_of_pefts_own_files_is_beside_them(tmp_path):
+    peer = randomise(diffusers.UNet2DConditionModel(**SD1)).eval()
+    peer.save_pretrained(tmp_path / "unet")
+    config = peft.LoraConfig(r=4, lora_alpha=16, target_modules=["to_q", "conv1"], use_rslora=True)
+    wrapped = peft.get_peft_model(peer, config)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    wrapped.save_pretrained(tmp_path)
+    ours = UNet.from_pretrained(tmp_path / "unet")
+    merge_lora(ours, tmp_path / "adapter_model.safetensors")
+    assert relative_error(*outputs(wrapped, ours)) < 2e-6
+
+
 TO_Q = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1"
 FEED = "unet.down_blocks.0.attentions.0.transformer_blocks.0.ff.net.2"
 LORAS = {

@@ -54,7 +54,8 @@ def from_diffusers(config: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
         )
         if config.get(field, default) not in plain:
             raise ValueError(f"{field}={config[field]!r} has no counterpart here")
-    for block in config.get("down_block_types", ()):
+    blocks = config.get("down_block_types", ())
+    for block in blocks if isinstance(blocks, list | tuple) else [blocks]:
         if block not in _BLOCKS:
             raise ValueError(
                 f"down_block_types has {block!r}, which has no counterpart here; {', '.join(_BLOCKS)} have"
@@ -68,6 +69,9 @@ def from_diffusers(config: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     shift = config.get("freq_shift", 0)
     if shift not in (0, 1):
         raise ValueError(f"freq_shift={shift!r} has no counterpart here; 0 and 1 have")
+    padding = config.get("downsample_padding", 1)
+    if padding not in (0, 1):
+        raise ValueError(f"downsample_padding={padding!r} has no counterpart here; 0 and 1 have")
     options: dict[str, Any] = {
         "time_frequencies": "endpoint" if shift else "half",
         "norm_eps": config.get("norm_eps", 1e-5),
@@ -77,7 +81,7 @@ def from_diffusers(config: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     }
     if conditional and (only := _only_cross_attention(config)):
         options["only_cross_attention"] = only
-    if config.get("downsample_type", "conv") == "conv" and config.get("downsample_padding", 1) == 0:
+    if config.get("downsample_type", "conv") == "conv" and padding == 0:
         options["downsample"] = "conv_asymmetric"
     return options, bool(config.get("flip_sin_to_cos", True))
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from reprlib import repr as shorten
 from typing import Any
 
 import torch
@@ -71,8 +73,16 @@ def weight_files(find: Callable[[str], Path], variant: str | None = None) -> lis
                     continue
                 if file.suffix != ".json":
                     return [file]
-                return [find(shard) for shard in sorted(set(read_json(file)["weight_map"].values()))]
+                return [find(shard) for shard in _shards(file)]
     raise missing[1]
+
+
+def _shards(index: Path) -> list[str]:
+    places = read_json(index).get("weight_map")
+    names = set(map(str, places.values())) if isinstance(places, dict) else set()
+    if not names or any(Path(name).name != name for name in names):
+        raise ValueError(f"{index} has weight_map={shorten(places)}; it must give a file beside it for each tensor")
+    return sorted(names)
 
 
 def _inside(folder: Path, name: str) -> Path:
@@ -85,11 +95,11 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds more than tensors, and opening it would run its code: {_first(error)}"
-        ) from None
+        if code := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ValueError(f"{path} holds more than tensors, and opening it would run {code[1]}") from None
+        raise ValueError(f"{path} is not a readable checkpoint: it holds something else than pickled tensors") from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is not a readable checkpoint: {_first(error)}") from None
+        raise ValueError(f"{path} is not a readable checkpoint: {type(error).__name__}: {_first(error)}") from None
     if isinstance(content, list | tuple) and content:  # the DDPM port saves [model, optimizer, ...]
         content = content[0]
     for key in ("state_dict", "model", "ema"):

@@ -54,9 +54,10 @@ def merge_lora(model: nn.Module, source: str | Path | Mapping[str, Tensor], scal
     Args:
         model: a `UNet`, changed in place.
         source: a .safetensors file or its tensors, with the names of diffusers ("unet.down_blocks...lora_A.weight") or
-            of kohya ("lora_unet_..."), in diffusers' or the LDM layout, or under our own
-            names. What it has for text encoders is left alone. Alphas are read from the tensors or, as diffusers
-            saves them, from the file's header.
+            of kohya ("lora_unet_..."), in diffusers' or the LDM layout, or under our own names. What it
+            has for text encoders is left alone.
+            Alphas are read from the tensors, from the file's header, as diffusers saves them, or from the
+            adapter_config.json beside peft's adapter_model.safetensors.
         scale: strength, finite; 0 changes nothing, and the negative takes a merged LoRA out again.
 
     Returns:
@@ -174,14 +175,16 @@ def _header_alpha(header: Mapping[str, Any], module: str, rank: int) -> float:
 
 
 def _header(path: Path) -> dict[str, Any]:
-    """What diffusers wrote about a file's scale (peft's `LoraConfig` as JSON), checked, without its prefix."""
+    """peft's `LoraConfig` of a file, checked: diffusers has it in the header, with a prefix, peft in a file beside."""
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
-        text = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
-    place = f"{path}: lora_adapter_metadata in its header"
+        text = (file.metadata() or {}).get("lora_adapter_metadata")
+    place, beside = f"{path}: lora_adapter_metadata in its header", path.with_name("adapter_config.json")
+    if text is None and path.name == "adapter_model.safetensors" and beside.is_file():
+        place, text = str(beside), beside.read_text(encoding="utf-8", errors="replace")
     try:
-        header = json.loads(text)
+        header = json.loads("{}" if text is None else text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{place} is not valid JSON: {error}") from None
     if not isinstance(header, dict):

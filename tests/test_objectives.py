@@ -12,7 +12,7 @@ from unet_denoiser.objectives import Losses, LossPerLevel, LossWeighting, loss_w
 
 
 def test_losses_are_per_sample_with_their_timesteps():
-    process, x0, t = Diffusion(), torch.rand(6, 1, 4, 4), torch.tensor([0, 3, 500, 999, 3, 7])
+    process, x0, t = Diffusion(prediction_type="epsilon"), torch.rand(6, 1, 4, 4), torch.tensor([0, 3, 500, 999, 3, 7])
     losses = process.losses(lambda x, t: torch.zeros_like(x), x0, t=t, noise=torch.full_like(x0, 2.0))
     assert_close(losses.error, torch.full((6,), 4.0))
     assert losses.t is t

@@ -115,7 +115,9 @@ def _started(source: str, given: dict[str, Any]) -> tuple[Any, Any]:
     base, start = preset and preset_config(preset), None
     if init:
         start, saved = read_start(init)
-        base, process = start.config, Diffusion.from_dict((saved or process.to_dict()) | given["process"])
+        base = start.config
+        saved = saved or Diffusion(prediction_type="epsilon", beta_schedule="linear").to_dict()  # as most of them have
+        process = Diffusion.from_dict(saved | given["process"])
     chosen = {"channels": options.get("in_channels"), "image_size": base.image_size if base and not latent else None}
     data_config = DataConfig(source, **chosen | given["dataset"])
     data = load_data(data_config)

@@ -54,10 +54,10 @@ class DiffusionConfig:
     """
 
     num_train_timesteps: int = 1000
-    beta_schedule: BetaSchedule = "linear"
+    beta_schedule: BetaSchedule = "squaredcos_cap_v2"
     beta_start: float = 1e-4
     beta_end: float = 0.02
-    prediction_type: PredictionType = "epsilon"
+    prediction_type: PredictionType = "v_prediction"
     clip_sample_range: float | None = 1.0
     rescale_betas_zero_snr: bool = False
     variance_type: VarianceType = "fixed_small"

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from helpers import SMALL
 from unet_denoiser import ArrayData, DataConfig, Diffusion, Run, Trainer, TrainingConfig, UNet, sample
 from unet_denoiser.checkpoints import step_of
+from unet_denoiser.run import check_new
 from unet_denoiser.tracking import Metrics
 
 NET = SMALL | {"in_channels": 1, "out_channels": 1, "image_size": 4, "attention_resolutions": (), "dropout": 0.1}
@@ -371,7 +372,7 @@ def test_labels(run):
 
 def test_refuses_directories(run, tmp_path):
     with pytest.raises(FileExistsError, match="already holds a run: train --resume"):
-        run.check_new()
+        check_new(run.path)
     with pytest.raises(FileNotFoundError, match="holds no run"):
         Run.load(tmp_path / "nothing")
     with pytest.raises(FileNotFoundError, match="no model yet"):

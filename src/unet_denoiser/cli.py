@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -26,15 +26,7 @@ from unet_denoiser.options import (
     chosen,
     show,
 )
-from unet_denoiser.recipe import (
-    DATA_CHANGEABLE,
-    TRAINING_CHANGEABLE,
-    CheckpointFormat,
-    DataConfig,
-    DeviceName,
-    SamplerName,
-    TrainingConfig,
-)
+from unet_denoiser.recipe import CheckpointFormat, DeviceName, SamplerName
 
 
 def train(
@@ -68,7 +60,9 @@ def train(
     with one_line_errors():
         if (data is None) == (resume is None):
             raise ValueError("give either DATA or --resume RUN")
-        run, trainer = _resumed(resume, locals()) if resume else _started(str(data), locals())
+        from unet_denoiser.starting import resumed, started
+
+        run, trainer = resumed(resume, locals()) if resume else started(str(data), locals())
         total = sum(p.numel() for p in trainer.model.parameters())
         images = f"{len(trainer.data):,} images" if hasattr(trainer.data, "__len__") else "a stream of images"
         say = print if trainer.accelerator.is_main_process else lambda text: None
@@ -93,83 +87,13 @@ def _progress(run: Any, trainer: Any) -> Any:
     return tqdm(initial=done, total=total, unit="img", unit_scale=True, mininterval=interval, disable=not main)
 
 
-def _started(source: str, given: dict[str, Any]) -> tuple[Any, Any]:
-    from unet_denoiser.data import as_found, load_data
-    from unet_denoiser.diffusion import Diffusion
-    from unet_denoiser.finetuning import at_size, load_fitting, read_start
-    from unet_denoiser.presets import architecture_for
-    from unet_denoiser.presets import preset as preset_config
-    from unet_denoiser.pretrained import write_pretrained
-    from unet_denoiser.run import Run
-    from unet_denoiser.unet import UNet
-
-    preset, init, options = given["preset"], given["init"], dict(given["model"])
-    if preset and init:
-        raise ValueError(f"preset={preset!r} and init={init}: give one of them; a checkpoint has its own architecture")
-    # latents have no fixed range, and another size than pictures
-    latent = given["dataset"].get("vae") is not None
-    training = TrainingConfig(**given["training"])
-    process = Diffusion(**({"clip_sample_range": None} if latent else {}) | given["process"])
-    if training.lora_rank and not init:
-        raise ValueError(f"lora_rank={training.lora_rank} needs --init CHECKPOINT: a LoRA changes a trained network")
-    base, start = preset and preset_config(preset), None
-    if init:
-        start, saved = read_start(init)
-        base = start.config
-        saved = saved or Diffusion(prediction_type="epsilon", beta_schedule="linear").to_dict()  # as most of them have
-        process = Diffusion.from_dict(saved | given["process"])
-    chosen = {"channels": options.get("in_channels"), "image_size": base.image_size if base and not latent else None}
-    data_config = DataConfig(source, **chosen | given["dataset"])
-    data = load_data(data_config)
-    classes = None if data.class_names is None else len(data.class_names)
-    if start:
-        base = at_size(start.config, data.image_size)
-    conditions = {"vector_dim": data.vector_dim, "context_dim": data.context_dim}
-    own = process.channels(data.channels, data.concat_channels)
-    config = architecture_for(data.channels, data.image_size, classes, conditions | options, base, own)
-    if source != "digits" and not source.startswith("hf:"):
-        data_config = replace(data_config, source=str(Path(source).absolute()))  # to be found from any directory
-    place = Path(data_config.source.replace(":", "/"))
-    out = given["out"] or Path("runs") / (place.name if place.is_dir() else place.stem)
-    run = Run(out, as_found(data_config, data), config, process, training)
-    run.check_new()
-    model, report, weights = None, "", {}
-    if start:
-        model = UNet.from_config(config)
-        report = load_fitting(model, start)
-        weights = {name: t.clone() for name, t in model.state_dict().items()}
-    trainer = run.trainer(data, model)
-    if trainer.accelerator.is_main_process:
-        if start:
-            print(f"{init}: {report}")
-            write_pretrained(out / "init", config.to_dict(), weights)
-        run.write()
-    return run, trainer
-
-
-def _resumed(path: Path, given: dict[str, Any]) -> tuple[Any, Any]:
-    from unet_denoiser.run import Run
-
-    fixed = [name for name in ("out", "init", "preset", "process", "model") if given[name]]
-    fixed += sorted(set(given["training"]) - TRAINING_CHANGEABLE) + sorted(set(given["dataset"]) - DATA_CHANGEABLE)
-    if fixed:
-        valid = ", ".join(sorted(TRAINING_CHANGEABLE | DATA_CHANGEABLE))
-        raise ValueError(f"{fixed[0]} cannot change with --resume; what can: {valid}")
-    run = Run.load(path).with_training(**given["training"]).with_data(**given["dataset"])
-    trainer = run.trainer()
-    if trainer.step > run.training.steps:
-        raise ValueError(f"steps={run.training.steps}: {path} is already at step {trainer.step}")
-    if trainer.accelerator.is_main_process:
-        run.write()
-    return run, trainer
-
-
 def sample(
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
     *,
     num_images: int = 16,
     classes: Annotated[tuple[str, ...], tyro.conf.arg(name="class")] = (),
     captions: Annotated[tuple[str, ...], tyro.conf.arg(name="caption"), tyro.conf.UseAppendAction] = (),
+    vector: tuple[float, ...] = (),
     concat_image: OptionalPath = None,
     mask: OptionalPath = None,
     guidance_scale: float = 1.0,
@@ -191,9 +115,10 @@ def sample(
         num_images: how many; image i has the seed SEED + i and depends on nothing else.
         classes: names of the classes to generate, in turn (default: all of the run's).
         captions: a text to draw; give the option again for more, which then take turns.
+        vector: the numbers that condition the samples, for a run trained with --vector-columns or `vectors`.
         concat_image: the picture to enlarge, to paint into or to translate, for a run trained with --concat.
         mask: white where to paint, for a run trained with --concat inpainting.
-        guidance_scale: how strongly to follow class, caption and picture; 1 is off, 2 to 5 are usual.
+        guidance_scale: how strongly to follow class, caption, numbers and picture; 1 is off, 2 to 5 are usual.
         num_inference_steps: steps of the reverse process: more is slower and more exact.
         sampler: the sampler; ddpm wants hundreds of steps, the others tens.
         clip_sample: clip each predicted clean image to the data's range.
@@ -210,6 +135,8 @@ def sample(
     with one_line_errors():
         if num_images < 1:
             raise ValueError(f"num_images={num_images} must be at least 1")
+        import torch
+
         from unet_denoiser.distribution import resolve_device
         from unet_denoiser.images import save_image, to_uint8
         from unet_denoiser.run import Run
@@ -222,12 +149,14 @@ def sample(
         conditions: dict[str, Any] = {} if labels is None else {"class_labels": labels}
         if captions:
             conditions |= loaded.encode_captions([captions[i % len(captions)] for i in range(num_images)])
+        if vector:
+            conditions["vector"] = torch.tensor(vector).expand(num_images, -1)
         if concat_image is not None or mask is not None:
             concat = loaded.read_concat(concat_image, mask)
             conditions["concat"] = concat.expand(num_images, *concat.shape[1:])
         if not conditions and guidance_scale != 1:
             raise ValueError(
-                f"guidance_scale={guidance_scale} needs a class, caption or picture to follow; give one, or 1"
+                f"guidance_scale={guidance_scale} needs a class, caption, vector or picture to follow; give one, or 1"
             )
         size = image_size[0] if image_size is not None and len(image_size) == 1 else image_size
         with tqdm(total=num_images * num_inference_steps, unit="step", disable=None) as bar:

@@ -253,7 +253,7 @@ class Diffusion:
         Raises:
             ValueError: a schedule or prediction type outside that family.
         """
-        config = dict(config)
+        config = {"prediction_type": "epsilon", "beta_schedule": "linear"} | dict(config)  # diffusers' defaults
         # the same variance by another computation; other samplers' files have none
         names = {"fixed_small_log": "fixed_small", None: "fixed_small"}
         config["variance_type"] = names.get(config.get("variance_type"), config.get("variance_type"))

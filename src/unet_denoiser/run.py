@@ -15,7 +15,6 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,22 +25,28 @@ from torch import Tensor
 from unet_denoiser.checkpoints import Checkpoints, read_checkpoint, read_facts
 from unet_denoiser.config import UNetConfig
 from unet_denoiser.convert import save
-from unet_denoiser.data import ImageData, StreamData, load_data
+from unet_denoiser.data import load_data
 from unet_denoiser.data.conditioned import autoencoder, read_concat, text_encoder
 from unet_denoiser.diffusion import Diffusion
 from unet_denoiser.files import read_json, remove_leftovers, write_atomically
 from unet_denoiser.finetuning import merged, save_lora
 from unet_denoiser.images import save_grid
-from unet_denoiser.inputs import CONDITIONS
 from unet_denoiser.interrupts import Interrupted, watch_signals
 from unet_denoiser.pretrained import write_pretrained
+from unet_denoiser.previews import PREVIEWED, conditions_of_items
 from unet_denoiser.recipe import DataConfig, TrainingConfig
 from unet_denoiser.sampling import sample
 from unet_denoiser.tracking import LOG_EVERY, Metrics, log_to_trackers, plot, start_trackers
 from unet_denoiser.training import Trainer, TrainingStep
 from unet_denoiser.unet import UNet
 
-PREVIEWED = 16  # samples, where the data do not say how many
+
+def check_new(path: Path) -> None:
+    """FileExistsError when the path is a file, or a directory that already holds a run."""
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"out={path} is a file; give a directory")
+    if (path / "config.json").exists():
+        raise FileExistsError(f"{path} already holds a run: train --resume {path} goes on with it")
 
 
 @dataclass(frozen=True)
@@ -63,13 +68,6 @@ class Run:
     training: TrainingConfig
 
     # ---- on disk ---------------------------------------------------------------------------------------------------
-
-    def check_new(self) -> None:
-        """FileExistsError when the path is a file, or a directory that already holds a run."""
-        if self.path.exists() and not self.path.is_dir():
-            raise FileExistsError(f"out={self.path} is a file; give a directory")
-        if (self.path / "config.json").exists():
-            raise FileExistsError(f"{self.path} already holds a run: train --resume {self.path} goes on with it")
 
     def write(self) -> None:
         """Write `config.json`."""
@@ -201,33 +199,17 @@ class Run:
 
         Every process must call it where the weights are in shards.
         """
-        conditions = self.preview_conditions(trainer.data)
+        conditions = conditions_of_items(self.model, trainer.data)
+        if by_class := not conditions and self.class_names is not None:
+            conditions = {"class_labels": self.labels(min(40, 4 * len(self.class_names or [])))}
         count = len(next(iter(conditions.values()), range(PREVIEWED)))
         with trainer.ema.swapped():
             x = sample(trainer.model, self.process, seeds=range(count), **conditions)
         path = self.path / "samples" / f"step-{trainer.step:08d}.png"
         if not trainer.accelerator.is_main_process:
             return path
-        by_class, x = list(conditions) == ["class_labels"], self.decode(x)
+        x = self.decode(x)
         return self.save_grid(x, path) if by_class else save_grid(x, path, data_range=self.picture_range)
-
-    def preview_conditions(self, data: ImageData | StreamData) -> dict[str, Any]:
-        """What previews are of: four of each class, or, where there are other conditions, those of 16 items."""
-        config = self.model
-        names = [name for name, option in CONDITIONS.items() if getattr(config, option) is not None]
-        names += ["concat"] * (data.concat_channels > 0)
-        if names == ["class_labels"]:
-            return {"class_labels": self.labels(min(40, 4 * len(self.class_names or [])))}
-        if not names:
-            return {}
-        if isinstance(data, ImageData):
-            pool = torch.arange(len(data)) if data.buckets is None else torch.as_tensor(data.buckets[0])
-            chosen = torch.linspace(0, len(pool) - 1, min(PREVIEWED, len(pool))).long()
-            items = [data[i] for i in pool[chosen].tolist()]
-        else:
-            items = list(islice(data, PREVIEWED))
-        names += ["context_mask"] * ("context" in names and "context_mask" in items[0])
-        return {name: torch.stack([torch.as_tensor(item[name]) for item in items]) for name in names}
 
     # ---- sampling --------------------------------------------------------------------------------------------------
 

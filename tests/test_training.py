@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from helpers import SMALL
+from helpers import SMALL, relative_error
 from unet_denoiser import ArrayData, DataConfig, Diffusion, Run, Trainer, TrainingConfig, UNet, sample
 from unet_denoiser.checkpoints import step_of
 from unet_denoiser.run import check_new
@@ -39,6 +39,19 @@ def weights(module):
 def assert_equal(a, b):
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_trainings_of_several_precisions_in_one_process_do_not_disturb_each_other():
+    alone, first = make_trainer(), make_trainer()
+    list(alone.steps())
+    steps = first.steps()
+    next(steps)
+    second = make_trainer({"mixed_precision": "bf16"})
+    halves = [list(second.steps()), list(steps)]
+    assert [len(half) for half in halves] == [6, 5]
+    assert_equal(weights(alone.model), weights(first.model))
+    assert not torch.equal(first.model.input_conv.weight, second.model.input_conv.weight)
+    assert relative_error(second.model.input_conv.weight, first.model.input_conv.weight) < 0.2
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])

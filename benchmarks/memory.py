@@ -15,7 +15,7 @@ from measure import progress, reset_peak, resident, table
 from unet_denoiser import Diffusion, Trainer, TrainingConfig, UNet, UNetConfig, preset
 from unet_denoiser.data import ArrayData
 from unet_denoiser.memory import Estimate, estimate
-from unet_denoiser.recipe import MemoryConfig
+from unet_denoiser.memory_config import MemoryConfig
 
 # name: network, size of the images, images per step
 MEASURED: dict[str, tuple[UNetConfig, int, int]] = {

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from unet_denoiser import conv, unet, winograd
 from unet_denoiser.config import UNetConfig
-from unet_denoiser.recipe import MemoryConfig
+from unet_denoiser.memory_config import MemoryConfig
 from unet_denoiser.summary import count_flops, example_inputs
 from unet_denoiser.unet import UNet
 

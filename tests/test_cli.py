@@ -72,7 +72,10 @@ def test_sample_is_the_library_with_the_seeds_asked_for(run):
 def test_resumes_to_more_steps(run, capsys):
     main(["train", "--resume", str(run), "--steps", "5"])
     assert Run.load(run).training.steps == 5
-    assert [p.name for p in Run.load(run).checkpoints()] == ["step-00000003", "step-00000005"]
+    assert [p.name for p in Run.load(run).checkpoints.paths()] == [
+        "step-00000003.safetensors",
+        "step-00000005.safetensors",
+    ]
     assert "to sample: unet-denoiser sample" in capsys.readouterr().out
     assert "seed cannot change with --resume" in error(capsys, "train", "--resume", run, "--seed", 1)
     assert "model cannot change" in error(capsys, "train", "--resume", run, "--model.dropout", 0)
@@ -161,10 +164,10 @@ def test_mistakes_in_sampling(run, capsys, option, value, message):
 def test_damaged_runs_are_one_line(run, capsys, tmp_path):
     (tmp_path / "file").touch()
     assert "out=file is a file; give a directory" in error(capsys, "train", "digits", "--out", "file", *TINY)
-    checkpoint = run / "checkpoints" / "step-00000003" / "model.safetensors"
+    checkpoint = run / "checkpoints" / "step-00000003.safetensors"
     checkpoint.write_bytes(checkpoint.read_bytes()[:100])
     message = error(capsys, "train", "--resume", run, "--steps", 5)
-    assert "step-00000003 cannot be read" in message
+    assert "step-00000003.safetensors cannot be read" in message
     assert "delete it to go on" in message
     weights = run / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])

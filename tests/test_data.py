@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from torch.testing import assert_close
 
 from unet_denoiser import ArrayData, FolderData, load_data
-from unet_denoiser.data import EndlessSampler, digits
+from unet_denoiser.data import EndlessBatches, digits
 
 
 @pytest.fixture(autouse=True)
@@ -199,17 +199,29 @@ def test_truncated_image_is_named(tmp_path):
 # ---- order -----------------------------------------------------------------------------------------------------------
 
 
+def order(*args, **options):
+    return [place.item for batch in EndlessBatches(*args, **options) for place in batch]
+
+
 def test_each_epoch_is_a_new_permutation_without_gaps():
-    order = list(EndlessSampler(7, seed=3, start=0, stop=21))
-    epochs = [order[0:7], order[7:14], order[14:21]]
+    stream = order(7, 3, seed=3, start=0, stop=7)
+    epochs = [stream[0:7], stream[7:14], stream[14:21]]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
-    assert list(EndlessSampler(7, seed=4, start=0, stop=21)) != order
+    assert order(7, 3, seed=4, start=0, stop=7) != stream
 
 
-@pytest.mark.parametrize("start", [0, 1, 6, 7, 8, 20])
+@pytest.mark.parametrize("start", [0, 1, 2, 3, 6])
 def test_goes_on_anywhere(start):
-    order = list(EndlessSampler(7, seed=3, start=0, stop=21))
-    rest = EndlessSampler(7, seed=3, start=start, stop=21)
-    assert list(rest) == order[start:]
-    assert len(rest) == 21 - start
+    batches = list(EndlessBatches(7, 3, seed=3, start=0, stop=7))
+    rest = EndlessBatches(7, 3, seed=3, start=start, stop=7)
+    assert list(rest) == batches[start:]
+    assert len(rest) == 7 - start
+
+
+def test_processes_share_every_batch():
+    whole = list(EndlessBatches(7, 4, 3, 0, 5))
+    parts = [list(EndlessBatches(7, 4, 3, 0, 5, 2, process)) for process in range(2)]
+    assert [a + b for a, b in zip(*parts, strict=True)] == whole
+    with pytest.raises(ValueError, match="batch_size=4 must be a multiple of the 3 processes"):
+        EndlessBatches(7, 4, 3, 0, 5, 3)

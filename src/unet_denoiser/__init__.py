@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from unet_denoiser.layers import SinusoidalPosEmb as SinusoidalPosEmb
     from unet_denoiser.presets import list_presets as list_presets
     from unet_denoiser.presets import preset as preset
+    from unet_denoiser.recipe import DataConfig as DataConfig
     from unet_denoiser.recipe import DiffusionConfig as DiffusionConfig
     from unet_denoiser.recipe import TrainingConfig as TrainingConfig
     from unet_denoiser.run import Run as Run
@@ -52,6 +53,7 @@ _WHERE = {
     "EMA": "ema",
     "Trainer": "training",
     "TrainingConfig": "recipe",
+    "DataConfig": "recipe",
     "DiffusionConfig": "recipe",
     "Run": "run",
     "save_grid": "images",

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 
 from unet_denoiser.config import UNetConfig
 from unet_denoiser.options import (
+    DataOptions,
     ModelOptions,
     OptionalName,
     OptionalNumber,
@@ -24,7 +25,14 @@ from unet_denoiser.options import (
     TrainingOptions,
     show,
 )
-from unet_denoiser.recipe import DeviceName, SamplerName, TrainingConfig
+from unet_denoiser.recipe import (
+    DATA_CHANGEABLE,
+    TRAINING_CHANGEABLE,
+    DataConfig,
+    DeviceName,
+    SamplerName,
+    TrainingConfig,
+)
 
 
 def train(
@@ -32,9 +40,10 @@ def train(
     *,
     out: OptionalPath = None,
     resume: OptionalPath = None,
-    image_size: OptionalSize = None,
+    init: OptionalPath = None,
     preset: OptionalName = None,
-    training: TrainingOptions = {},  # noqa: B006  # tyro's way to say: nothing given
+    dataset: DataOptions = {},  # noqa: B006  # tyro's way to say: nothing given
+    training: TrainingOptions = {},  # noqa: B006
     process: ProcessOptions = {},  # noqa: B006
     model: ModelOptions = {},  # noqa: B006
 ) -> None:
@@ -47,9 +56,10 @@ def train(
         data: "digits" (8x8 handwritten digits), a folder of images whose sub-folders are the classes, or an .npz with
             `images` (N, H, W[, C]) uint8 or float in [-1, 1] and optionally `labels`.
         out: the run directory to make (default: runs/ and the data's name).
-        resume: a run directory to go on with, instead of DATA; --steps, --checkpoint-every, --preview-every,
-            --num-workers and --device may be changed.
-        image_size: resize to this, one number or height and width (default: that of most images up to 64, else 64).
+        resume: a run directory to go on with, instead of DATA; options that do not change what is learned may be
+            changed: --steps, --device, --num-workers, how often to save, and so on.
+        init: start from this checkpoint's weights and architecture: a run, a model directory, a diffusers folder or a
+            file of another library; what does not fit the data is said and trained anew.
         preset: start from a published architecture (see `info`) instead of one chosen by size.
     """
     with one_line_errors():
@@ -57,13 +67,15 @@ def train(
             raise ValueError("give either DATA or --resume RUN")
         run, trainer = _resumed(resume, locals()) if resume else _started(str(data), locals())
         total = sum(p.numel() for p in trainer.model.parameters())
-        print(f"{run.path}: {len(trainer.data):,} images, {total:,} parameters, on {trainer.accelerator.device}")
-    with one_line_errors((OSError,)), _progress(run, trainer) as bar:
+        say = print if trainer.accelerator.is_main_process else lambda text: None
+        say(f"{run.path}: {len(trainer.data):,} images, {total:,} parameters, on {trainer.accelerator.device}")
+    with _one_line_ends(run.path), _progress(run, trainer) as bar:
         for step in run.train(trainer):
-            bar.set_postfix_str(f"step {step.step}/{run.training.steps}, loss {float(step.loss):.4f}", refresh=False)
+            skipped = f", {trainer.skipped_steps} steps skipped" if trainer.skipped_steps else ""
+            text = f"step {step.step}/{run.training.steps}, loss {float(step.loss):.4f}{skipped}"
+            bar.set_postfix_str(text, refresh=False)
             bar.update(run.training.batch_size)
-    if trainer.accelerator.is_main_process:
-        print(f"{run.path}: trained; to sample: unet-denoiser sample {run.path}")
+    say(f"{run.path}: trained; to sample: unet-denoiser sample {run.path}")
 
 
 def _progress(run: Any, trainer: Any) -> Any:
@@ -77,44 +89,65 @@ def _progress(run: Any, trainer: Any) -> Any:
 
 
 def _started(source: str, given: dict[str, Any]) -> tuple[Any, Any]:
-    from unet_denoiser.data import load_data
+    from unet_denoiser.data import as_found, load_data
     from unet_denoiser.diffusion import Diffusion
+    from unet_denoiser.finetuning import at_size, load_fitting, read_start
     from unet_denoiser.presets import architecture_for
     from unet_denoiser.presets import preset as preset_config
+    from unet_denoiser.pretrained import write_pretrained
     from unet_denoiser.run import Run
+    from unet_denoiser.unet import UNet
 
-    preset, options = given["preset"], dict(given["model"])
+    preset, init, options = given["preset"], given["init"], dict(given["model"])
+    if preset and init:
+        raise ValueError(f"preset={preset!r} and init={init}: give one of them; a checkpoint has its own architecture")
     training, process = TrainingConfig(**given["training"]), Diffusion(**given["process"])
-    size = given["image_size"] or (preset and preset_config(preset).image_size) or None
-    size = size[0] if isinstance(size, tuple) and len(size) == 1 else size
-    data = load_data(source, size, options.get("in_channels"))
+    if training.lora_rank and not init:
+        raise ValueError(f"lora_rank={training.lora_rank} needs --init CHECKPOINT: a LoRA changes a trained network")
+    base, start = preset and preset_config(preset), None
+    if init:
+        start, saved = read_start(init)
+        base, process = start.config, Diffusion.from_dict((saved or process.to_dict()) | given["process"])
+    chosen = {"channels": options.get("in_channels"), "image_size": base and base.image_size}
+    source = source if source == "digits" else str(Path(source).absolute())
+    data_config = DataConfig(source, **chosen | given["dataset"])
+    data = load_data(data_config)
     classes = None if data.class_names is None else len(data.class_names)
-    config = architecture_for(data.channels, data.image_size, classes, options, preset)
-    chosen: dict[str, Any] = {"source": source if source == "digits" else str(Path(source).absolute())}
-    chosen |= {"image_size": list(data.image_size), "channels": data.channels, "class_names": data.class_names}
+    if start:
+        base = at_size(start.config, data.image_size)
+    config = architecture_for(data.channels, data.image_size, classes, options, base)
     place = Path(source).absolute()
     out = given["out"] or Path("runs") / (place.name if place.is_dir() else place.stem)
-    run = Run(out, chosen, config, process, training)
+    run = Run(out, as_found(data_config, data), config, process, training)
     run.check_new()
-    trainer = run.trainer(data)
-    run.write()
+    model, report, weights = None, "", {}
+    if start:
+        model = UNet.from_config(config)
+        report = load_fitting(model, start)
+        weights = {name: t.clone() for name, t in model.state_dict().items()}
+    trainer = run.trainer(data, model)
+    if trainer.accelerator.is_main_process:
+        if start:
+            print(f"{init}: {report}")
+            write_pretrained(out / "init", config.to_dict(), weights)
+        run.write()
     return run, trainer
 
 
 def _resumed(path: Path, given: dict[str, Any]) -> tuple[Any, Any]:
     from unet_denoiser.run import Run
 
-    changeable = {"steps", "checkpoint_every", "preview_every", "num_workers", "device"}
-    fixed = [name for name in ("out", "image_size", "preset", "process", "model") if given[name]]
-    fixed += sorted(set(given["training"]) - changeable)
+    fixed = [name for name in ("out", "init", "preset", "process", "model") if given[name]]
+    fixed += sorted(set(given["training"]) - TRAINING_CHANGEABLE) + sorted(set(given["dataset"]) - DATA_CHANGEABLE)
     if fixed:
-        valid = ", ".join(sorted(changeable))
+        valid = ", ".join(sorted(TRAINING_CHANGEABLE | DATA_CHANGEABLE))
         raise ValueError(f"{fixed[0]} cannot change with --resume; what can: {valid}")
-    run = Run.load(path).with_training(**given["training"])
+    run = Run.load(path).with_training(**given["training"]).with_data(**given["dataset"])
     trainer = run.trainer()
     if trainer.step > run.training.steps:
         raise ValueError(f"steps={run.training.steps}: {path} is already at step {trainer.step}")
-    run.write()
+    if trainer.accelerator.is_main_process:
+        run.write()
     return run, trainer
 
 
@@ -133,6 +166,7 @@ def sample(
     out: OptionalPath = None,
     separate: bool = False,
     device: DeviceName = "auto",
+    checkpoint: str = "latest",
 ) -> None:
     """Generate images with a trained run.
 
@@ -150,19 +184,20 @@ def sample(
         out: the picture (default: RUN/samples.png); one row per class.
         separate: also write every image to a file of its own, into a folder beside the picture.
         device: "auto" takes a GPU where there is one.
+        checkpoint: "latest", a step's number, or "best": the lowest smoothed training loss of those that are kept.
     """
     from tqdm import tqdm
 
     with one_line_errors():
         if num_images < 1:
             raise ValueError(f"num_images={num_images} must be at least 1")
+        from unet_denoiser.distribution import resolve_device
         from unet_denoiser.images import save_image, to_uint8
         from unet_denoiser.run import Run
         from unet_denoiser.sampling import sample as generate
-        from unet_denoiser.training import resolve_device
 
         loaded = Run.load(run)
-        model = loaded.load_model().to(resolve_device(device))
+        model = loaded.load_model(checkpoint).to(resolve_device(device))
         all_names = loaded.class_names or []
         labels = loaded.labels(num_images, classes) if classes or all_names else None
         if labels is None and guidance_scale != 1:
@@ -277,11 +312,30 @@ def one_line_errors(
     try:
         yield
     except kinds as error:
-        print(f"unet-denoiser: error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _exit(f"error: {error}", 2)
     except KeyboardInterrupt:
-        print("\nunet-denoiser: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        print(file=sys.stderr)
+        _exit("interrupted", 130)
+
+
+@contextmanager
+def _one_line_ends(path: Path) -> Iterator[None]:
+    """The ways in which training may end before its last step: asked to, in trouble, or without a disk."""
+    from unet_denoiser.interrupts import Interrupted
+    from unet_denoiser.safety import NotFinite
+
+    with one_line_errors((OSError, ImportError)):
+        try:
+            yield
+        except Interrupted as stop:
+            _exit(f"{path}: {stop}; to go on: unet-denoiser train --resume {path}", 128 + stop.number)
+        except NotFinite as error:
+            _exit(f"error: {error}; {path} has the last good checkpoint", 1)
+
+
+def _exit(message: str, code: int) -> NoReturn:
+    print(f"unet-denoiser: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(code) from None
 
 
 COMMANDS: dict[str, Callable[..., None]] = {"train": train, "sample": sample, "info": info, "convert": convert}

@@ -245,7 +245,8 @@ class _Recomputed(torch.autograd.Function):
     def forward(ctx: Any, cheap: Any, conv: Any, norm: nn.Module, count: int, *tensors: Tensor | None) -> Tensor:
         ctx.cheap, ctx.conv, ctx.norm, ctx.count = cheap, conv, norm, count
         ctx.names = [name for name, _ in norm.named_parameters()]
-        ctx.autocast = torch.is_autocast_enabled(conv.weight.device.type)
+        device = conv.weight.device.type
+        ctx.autocast = {"enabled": torch.is_autocast_enabled(device), "dtype": torch.get_autocast_dtype(device)}
         ctx.save_for_backward(*tensors)
         h = cheap(*tensors[:count])
         # autograd is off in here, but this is training
@@ -258,11 +259,11 @@ class _Recomputed(torch.autograd.Function):
         # the norm's parameters now may not be those of the forward call (torch.func.functional_call)
         lent = dict(zip(ctx.names, others[count:], strict=True))
         if torch.is_grad_enabled():  # gradients of gradients: plainly, so that autograd sees all of it
-            with _reparametrize_module(ctx.norm, lent), torch.autocast(device, enabled=ctx.autocast):
+            with _reparametrize_module(ctx.norm, lent), torch.autocast(device, **ctx.autocast):
                 out = ctx.conv._conv_forward(ctx.cheap(*others[:count]), weight, bias)
             return None, None, None, None, *_gradients(out, [*others, weight, bias], grad, create_graph=True)
         inputs = [None if t is None else t.detach().requires_grad_(t.is_floating_point()) for t in others[:count]]
-        with torch.enable_grad(), torch.autocast(device, enabled=ctx.autocast), _reparametrize_module(ctx.norm, lent):
+        with torch.enable_grad(), torch.autocast(device, **ctx.autocast), _reparametrize_module(ctx.norm, lent):
             h = ctx.cheap(*inputs)
         needs = (True, weight.requires_grad, bias is not None and bias.requires_grad)
         if winograd_pays(ctx.conv, h, training=True) and grad.dtype == torch.float32:

@@ -17,6 +17,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from unet_denoiser.files import read_json, write_atomically
+from unet_denoiser.objectives import Losses
 from unet_denoiser.pretrained import signature_of
 from unet_denoiser.recipe import DiffusionConfig, PredictionType
 
@@ -72,7 +73,11 @@ class Diffusion:
         alpha, sigma = self._at(t, x0)
         return alpha * noise - sigma * x0
 
-    def loss(
+    def loss(self, model: Callable[..., Tensor], x0: Tensor, **options: Any) -> Tensor:
+        """What is minimised, one value per sample: (B,); options as for `losses`, which tells more of it."""
+        return self.losses(model, x0, **options).loss
+
+    def losses(
         self,
         model: Callable[..., Tensor],
         x0: Tensor,
@@ -80,8 +85,8 @@ class Diffusion:
         t: Tensor | None = None,
         noise: Tensor | None = None,
         **inputs: Any,
-    ) -> Tensor:
-        """Mean squared error of the network's output, one value per sample: (B,), in float32 (DDPM, equation 14).
+    ) -> Losses:
+        """Mean squared error of the network's output, per sample, in float32 (DDPM, equation 14).
 
         Args:
             model: called as model(x_t, t, **inputs).
@@ -91,7 +96,8 @@ class Diffusion:
         t = torch.randint(self.num_train_timesteps, (len(x0),), device=x0.device) if t is None else t
         noise = torch.randn_like(x0) if noise is None else noise
         output = model(self.add_noise(x0, noise, t), t, **inputs)
-        return (output.float() - self.target(x0, noise, t).float()).square().flatten(1).mean(1)
+        error = (output.float() - self.target(x0, noise, t).float()).square().flatten(1).mean(1)
+        return Losses(error, error, t)
 
     def _at(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t, shaped to multiply with `like`."""

@@ -7,18 +7,19 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class EMA:
-    """Averages the parameters of `model` over training; `with ema.swapped():` the model has the averages.
+    """Averages the trained parameters of `model`; `with ema.swapped():` the model has the averages.
 
     After n updates the decay is min(decay, (1 + n) / (10 + n)), so that the average is not held back by the random
-    start. The averages are float32 copies; the training weights themselves are exchanged by reference and come back
+    start. The averages are float32 copies, in shards where the parameters are. The training weights come back
     bit-equal, whatever happens inside.
 
     Args:
-        model: the module whose parameters are averaged.
+        model: the module whose parameters are averaged, those that need no gradient left out.
         decay: in [0, 1); 0.9999 averages over some 10,000 updates.
 
     Raises:
@@ -30,8 +31,9 @@ class EMA:
             raise ValueError(f"ema_decay={decay} must be in [0, 1), for example 0.999")
         self.decay = decay
         self.updates = 0
-        self._names = [name for name, _ in model.named_parameters()]
-        self._parameters = [p for _, p in model.named_parameters()]
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self._names = [name for name, _ in trained]
+        self._parameters = [p for _, p in trained]
         self._averages = [p.detach().float().clone() for p in self._parameters]
         self._is_swapped = False
 
@@ -42,33 +44,47 @@ class EMA:
             raise RuntimeError("EMA.update() inside `with ema.swapped()`: the model has the averages now")
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        current = [p.detach().to(a) for p, a in zip(self._parameters, self._averages, strict=True)]
-        torch._foreach_lerp_(self._averages, current, 1 - decay)
+        averages = [_local(a) for a in self._averages]
+        current = [_local(p.detach()).to(a) for p, a in zip(self._parameters, averages, strict=True)]
+        torch._foreach_lerp_(averages, current, 1 - decay)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
         """The model has the averages inside, and its own parameters again after, exceptions included."""
         if self._is_swapped:
             raise RuntimeError("`with ema.swapped()` inside itself")
-        own = [p.data for p in self._parameters]
+        # in place, as FSDP knows its shards by their memory
+        own = [p.detach().clone() for p in self._parameters]
         self._is_swapped = True
         try:
-            for p, average in zip(self._parameters, self._averages, strict=True):
-                p.data = average.to(p.dtype)
+            self._set(self._averages)
             yield
         finally:
-            for p, data in zip(self._parameters, own, strict=True):
-                p.data = data
+            self._set(own)
             self._is_swapped = False
+
+    @torch.no_grad()
+    def _set(self, values: list[Tensor]) -> None:
+        for p, value in zip(self._parameters, values, strict=True):
+            p.copy_(value)
+
+    def averages(self) -> dict[str, Tensor]:
+        """The averages by parameter name."""
+        return dict(zip(self._names, self._averages, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """The averages by parameter name, and the number of updates."""
-        return {"updates": self.updates, "averages": dict(zip(self._names, self._averages, strict=True))}
+        return {"updates": self.updates, "averages": self.averages()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`; the decay stays this object's."""
         if set(state["averages"]) != set(self._names):
             raise ValueError("the EMA state belongs to another architecture")
         self.updates = state["updates"]
-        for name, average in zip(self._names, self._averages, strict=True):
+        for name, average in self.averages().items():
             average.copy_(state["averages"][name])
+
+
+def _local(t: Tensor) -> Tensor:
+    """This process's shard of a tensor that is in shards."""
+    return t.to_local() if isinstance(t, DTensor) else t

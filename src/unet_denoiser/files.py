@@ -21,10 +21,32 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file and rename it to `path`: readers see the old file or the new one, whole."""
+    """Let `write` fill a temporary file and rename it to `path`: readers see the old file or the new one, whole.
+
+    The contents are on the disk before the name is, so that a power failure does not leave an empty file.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
+        sync(temporary)
         os.replace(temporary, path)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Have a file's contents, or a folder's names, written to the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files of `write_atomically` calls that were killed, in a folder and those inside."""
+    for path in folder.rglob(".*.tmp"):
+        path.unlink(missing_ok=True)

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +69,11 @@ def _may_overwrite(source: nn.Module) -> bool:
     """Whether the module has made what it returned, and neither autograd nor a hook keeps it."""
     made = isinstance(source, (nn.GroupNorm, *CONV.values()))
     return made and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or watched(source))
+
+
+def full_precision(device: str) -> AbstractContextManager[Any]:
+    """Out of autocast, which would compute the embeddings' matrix products in half precision."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def zero(module: nn.Module) -> nn.Module:

@@ -10,10 +10,10 @@ import tyro
 from docstring_parser import parse
 
 from unet_denoiser.config import UNetConfig
-from unet_denoiser.recipe import DiffusionConfig, TrainingConfig
+from unet_denoiser.recipe import DataConfig, DiffusionConfig, TrainingConfig
 
 
-def options_of(config: type) -> Any:
+def options_of(config: type, without: tuple[str, ...] = ()) -> Any:
     """The fields of a configuration class as options that are there only when given, with its docstring's words."""
     words = {p.arg_name: " ".join((p.description or "").split()) for p in parse(config.__doc__ or "").params}
     parameters, hints = inspect.signature(config).parameters, get_type_hints(config)
@@ -22,6 +22,7 @@ def options_of(config: type) -> Any:
             hints[name], tyro.conf.arg(help=words[name], help_behavior_hint=f"(default: {show(p.default)})")
         ]
         for name, p in parameters.items()
+        if name not in without
     }
     return TypedDict(f"{config.__name__}Options", options, total=False)  # type: ignore[operator]
 
@@ -31,10 +32,12 @@ def show(value: object) -> str:
 
 
 if TYPE_CHECKING:
+    DataOptions: TypeAlias = dict[str, Any]
     TrainingOptions: TypeAlias = dict[str, Any]
     ProcessOptions: TypeAlias = dict[str, Any]
     ModelOptions: TypeAlias = dict[str, Any]
 else:
+    DataOptions = Annotated[options_of(DataConfig, without=("source",)), tyro.conf.OmitArgPrefixes]
     TrainingOptions = Annotated[options_of(TrainingConfig), tyro.conf.OmitArgPrefixes]
     ProcessOptions = options_of(DiffusionConfig)
     ModelOptions = options_of(UNetConfig)

@@ -218,14 +218,18 @@ def preset(name: str) -> UNetConfig:
 
 
 def architecture_for(
-    channels: int, image_size: Sequence[int], num_classes: int | None, options: dict[str, Any], base: str | None = None
+    channels: int,
+    image_size: Sequence[int],
+    num_classes: int | None,
+    options: dict[str, Any],
+    base: UNetConfig | None = None,
 ) -> UNetConfig:
     """The network to train on a data set: what was asked for, and a choice by size for the rest.
 
     Args:
         channels, image_size, num_classes: the data's.
         options: fields of `UNetConfig` that were chosen; they win.
-        base: a preset that the rest comes from, instead of the choice by size.
+        base: what the rest comes from, instead of the choice by size: a preset, or a checkpoint's.
     """
     data = {
         "in_channels": channels,
@@ -234,7 +238,7 @@ def architecture_for(
         "dims": len(image_size),
         "num_classes": num_classes,
     }
-    rest = _by_size(max(image_size), options) if base is None else preset(base).to_dict() | {"context_dim": None}
+    rest = _by_size(max(image_size), options) if base is None else base.to_dict() | {"context_dim": None}
     if "head_dim" in options and "num_heads" not in options:
         options = {"num_heads": None, **options}
     return UNetConfig.from_dict(rest | data | options)

@@ -74,16 +74,11 @@ class Pretrained:
         Returns:
             The commit's URL after an upload, otherwise None.
         """
-        from safetensors.torch import save_file
-
         if model_card_kwargs is not None:
             raise ValueError("model_card_kwargs is not supported: write a README.md into the directory instead")
         directory = Path(save_directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}  # type: ignore[attr-defined]
         config = config if isinstance(config, Mapping) else (config or self.config).to_dict()
-        write_atomically(directory / WEIGHTS_NAME, lambda path: save_file(state, path, metadata={"format": "pt"}))
-        write_atomically(directory / CONFIG_NAME, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+        write_pretrained(directory, config, self.state_dict())  # type: ignore[attr-defined]
         if not push_to_hub:
             return None
         from huggingface_hub import HfApi
@@ -190,6 +185,24 @@ def load_strictly(model: Any, state: Mapping[str, Tensor], source: object) -> No
     for name, tensor in state.items():
         parent, _, leaf = name.rpartition(".")
         setattr(modules[parent], leaf, nn.Parameter(tensor))
+
+
+def write_pretrained(directory: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+    """Write an architecture and its weights; the weights last, so that what has weights is complete."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_atomically(directory / CONFIG_NAME, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+    write_safetensors(directory / WEIGHTS_NAME, {name: tensor.contiguous() for name, tensor in state.items()})
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, whole or not at all; a full disk and the like raise OSError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        write_atomically(path, lambda p: save_file(dict(tensors), p, metadata={"format": "pt", **(metadata or {})}))
+    except SafetensorError as error:  # it wraps the system's errors
+        raise OSError(f"{path} cannot be written: {error}") from None
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

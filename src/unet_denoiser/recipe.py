@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
 
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"]
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 SamplerName = Literal["ddpm", "ddim", "dpm++", "unipc", "euler", "heun"]
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
+MixedPrecision = Literal["no", "bf16", "fp16"]
+TrackerName = Literal["tensorboard", "wandb"]
 
 
 def check_choice(name: str, value: object, choices: object) -> None:
@@ -67,7 +70,9 @@ class TrainingConfig:
 
     Args:
         steps: optimizer steps in all, resumed ones included.
-        batch_size: images per step, over all processes together.
+        batch_size: images per optimizer step, over all processes and accumulated parts together.
+        gradient_accumulation_steps: parts that a batch is computed in, one after the other, to save memory; their
+            number does not change the training.
         learning_rate: of AdamW, after the warm-up.
         warmup_steps: steps over which the learning rate rises from zero; it falls to zero along a cosine after them.
         weight_decay: of AdamW.
@@ -76,10 +81,19 @@ class TrainingConfig:
         condition_dropout: share of samples whose conditions are dropped, so that guidance works.
         seed: of weights, data order, noise and previews.
         gradient_checkpointing: less memory for more time.
-        checkpoint_every: steps between checkpoints; the last step always makes one.
+        mixed_precision: "bf16" or "fp16" (GPUs only) for convolutions and matrix products; weights, norms, softmax,
+            embeddings and loss stay in float32.
+        max_bad_steps: a step whose loss or gradients are not finite changes nothing; after this many in a row
+            training stops and says where they come from.
+        lora_rank: train a LoRA of this rank on the attention's projections instead of all weights; with --init.
+        checkpoint_every: steps between checkpoints; the first and the last step always make one.
+        keep_last: how many of the latest checkpoints are kept.
+        keep_every: also keep those of every so many steps.
+        keep_best: also keep the one with the lowest training loss, averaged over about the last 1000 steps.
         preview_every: steps between pictures of samples; the last step always makes one.
         num_workers: processes that load data (default: none for data in memory, else up to 4).
         device: "auto" takes a GPU where there is one.
+        track: also log to "tensorboard" or "wandb".
 
     Raises:
         ValueError, TypeError: an option that cannot work, with its name, its value and a valid one.
@@ -87,6 +101,7 @@ class TrainingConfig:
 
     steps: int = 20_000
     batch_size: int = 64
+    gradient_accumulation_steps: int = 1
     learning_rate: float = 3e-4
     warmup_steps: int = 200
     weight_decay: float = 0.01
@@ -95,16 +110,33 @@ class TrainingConfig:
     condition_dropout: float = 0.1
     seed: int = 0
     gradient_checkpointing: bool = False
+    mixed_precision: MixedPrecision = "no"
+    max_bad_steps: int = 20
+    lora_rank: int | None = None
     checkpoint_every: int = 1000
+    keep_last: int = 2
+    keep_every: int | None = None
+    keep_best: bool = False
     preview_every: int = 1000
     num_workers: int | None = None
     device: DeviceName = "auto"
+    track: TrackerName | None = None
 
     def __post_init__(self) -> None:
         check_choice("device", self.device, DeviceName)
-        for name in ("steps", "batch_size", "checkpoint_every", "preview_every"):
+        check_choice("mixed_precision", self.mixed_precision, MixedPrecision)
+        if self.track is not None:
+            check_choice("track", self.track, TrackerName)
+        counts = ("steps", "batch_size", "gradient_accumulation_steps", "max_bad_steps", "keep_last")
+        for name in (*counts, "checkpoint_every", "preview_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("keep_every", "lora_rank"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1, or None")
+        if self.batch_size % self.gradient_accumulation_steps:
+            parts = self.gradient_accumulation_steps
+            raise ValueError(f"batch_size={self.batch_size} cannot be divided into {parts} equal parts")
         for name in ("warmup_steps", "weight_decay", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
@@ -116,3 +148,51 @@ class TrainingConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
         if self.num_workers is not None and self.num_workers < 0:
             raise ValueError(f"num_workers={self.num_workers} must be at least 0")
+
+
+# what a resumed training may be told anew, as it does not change what is learned, but for steps and precision
+TRAINING_CHANGEABLE = frozenset(
+    ("steps", "gradient_accumulation_steps", "gradient_checkpointing", "mixed_precision", "max_bad_steps", "keep_last")
+    + ("keep_every", "keep_best", "checkpoint_every", "preview_every", "num_workers", "device", "track")
+)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What a network is trained on.
+
+    Args:
+        source: "digits", a folder of images, or an .npz with `images` (N, H, W[, C]), uint8 or floats in [-1, 1], and
+            optionally `labels` (N,) and `class_names`.
+        image_size: resize to this, one int or height and width (default: that of most images up to 64, else 64).
+        channels: convert to this number: 1 (grey), 3 (RGB) or 4 (RGBA) for image files (default: what they have).
+        class_names: names of the classes in label order (default: those found).
+
+    Raises:
+        ValueError: an option that cannot work, with its name, its value and a valid one.
+    """
+
+    source: str
+    image_size: int | tuple[int, ...] | None = None
+    channels: int | None = None
+    class_names: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.source:
+            raise ValueError("source='' names no data; give 'digits', a folder or a file")
+        sizes = self.image_size if isinstance(self.image_size, tuple) else (self.image_size or 1,)
+        if self.image_size == 0 or not sizes or min(sizes) < 1:
+            raise ValueError(f"image_size={self.image_size} must be positive")
+        if self.channels is not None and self.channels < 1:
+            raise ValueError(f"channels={self.channels} must be at least 1")
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> DataConfig:
+        """The inverse of `dataclasses.asdict`, from JSON too; an unknown option raises ValueError."""
+        if unknown := sorted(set(options) - {field.name for field in fields(cls)}):
+            raise ValueError(f"unknown option of the data {unknown[0]!r}")
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
+        return cls(**values)
+
+
+DATA_CHANGEABLE: frozenset[str] = frozenset()  # what a resumed run may change of its data; none of it changes the items

@@ -2,15 +2,16 @@
 
 RUN/config.json       all that was chosen: data, model, process, training
 RUN/model/            the latest averaged weights, for UNet.from_pretrained, with the process beside them
-RUN/checkpoints/      the latest training states, to go on from
+RUN/lora.safetensors  the LoRA alone, where one is trained; model/ has it merged
+RUN/init/             the network that training started from, with --init
+RUN/checkpoints/      training states to go on from, one file each
 RUN/samples/          pictures of samples with fixed seeds
-RUN/metrics.jsonl     loss, gradient norm and learning rate over the steps
+RUN/metrics.jsonl     loss, gradient norm, learning rate and more over the steps; RUN/loss.png shows them
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -21,19 +22,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unet_denoiser.checkpoints import Checkpoints, read_checkpoint, read_facts
 from unet_denoiser.config import UNetConfig
 from unet_denoiser.convert import save
 from unet_denoiser.data import ImageData, load_data
 from unet_denoiser.diffusion import Diffusion
-from unet_denoiser.files import read_json, write_atomically
+from unet_denoiser.files import read_json, remove_leftovers, write_atomically
+from unet_denoiser.finetuning import merged, save_lora
 from unet_denoiser.images import save_grid
-from unet_denoiser.recipe import TrainingConfig
+from unet_denoiser.interrupts import Interrupted, watch_signals
+from unet_denoiser.pretrained import write_pretrained
+from unet_denoiser.recipe import DataConfig, TrainingConfig
 from unet_denoiser.sampling import sample
+from unet_denoiser.tracking import LOG_EVERY, Metrics, log_to_trackers, plot, start_trackers
 from unet_denoiser.training import Trainer, TrainingStep
 from unet_denoiser.unet import UNet
-
-KEPT_CHECKPOINTS = 2
-LOG_EVERY = 10
 
 
 @dataclass(frozen=True)
@@ -42,14 +45,14 @@ class Run:
 
     Args:
         path: the directory.
-        data: what `load_data` takes ("source", "image_size", "channels"), and the "class_names" found there.
+        data: what it is trained on, with size, channels and class names as they were found.
         model: the architecture.
         process: schedule, prediction type, data range.
         training: how it is trained.
     """
 
     path: Path
-    data: dict[str, Any]
+    data: DataConfig
     model: UNetConfig
     process: Diffusion
     training: TrainingConfig
@@ -66,15 +69,18 @@ class Run:
     def write(self) -> None:
         """Write `config.json`."""
         self.path.mkdir(parents=True, exist_ok=True)
-        config = {
+        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        write_atomically(self.path / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `config.json` holds."""
+        return {
             "unet_denoiser": version("unet-denoiser"),
-            "data": self.data,
+            "data": asdict(self.data),
             "model": self.model.to_dict(),
             "process": self.process.to_dict(),
             "training": asdict(self.training),
         }
-        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        write_atomically(self.path / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
 
     @classmethod
     def load(cls, path: str | Path) -> Run:
@@ -86,93 +92,131 @@ class Run:
         if missing := {"data", "model", "process", "training"} - set(config):
             raise ValueError(f"{path / 'config.json'} is not a run's: it lacks {', '.join(sorted(missing))}")
         try:
-            training = TrainingConfig(**config["training"])
+            data, training = DataConfig.from_dict(config["data"]), TrainingConfig(**config["training"])
         except TypeError as error:
-            raise ValueError(f"{path / 'config.json'} has a training option of another version: {error}") from None
+            raise ValueError(f"{path / 'config.json'} has an option of another version: {error}") from None
         model, process = UNetConfig.from_dict(config["model"]), Diffusion.from_dict(config["process"])
-        return cls(path, config["data"], model, process, training)
+        return cls(path, data, model, process, training)
 
     # ---- training --------------------------------------------------------------------------------------------------
 
-    def trainer(self, data: ImageData | None = None) -> Trainer:
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """The training states."""
+        return Checkpoints(self.path / "checkpoints")
+
+    def trainer(self, data: ImageData | None = None, model: UNet | None = None) -> Trainer:
         """A trainer at the run's latest checkpoint, or at the start where there is none.
 
         Args:
             data: the run's data, where they are loaded already.
+            model: the network to start from, likewise (default: that of init/, or random weights).
         """
         if data is None:
-            data = load_data(self.data["source"], self.data["image_size"], self.data["channels"])
+            data = load_data(self.data)
         torch.manual_seed(self.training.seed)
-        trainer = Trainer(UNet.from_config(self.model), self.process, data, self.training)
-        if checkpoints := self.checkpoints():
-            trainer.restore(checkpoints[-1])
+        if model is None:
+            has_start = (self.path / "init").is_dir()
+            model = UNet.from_pretrained(self.path / "init") if has_start else UNet.from_config(self.model)
+        trainer = Trainer(model, self.process, data, self.training)
+        if paths := self.checkpoints.paths():
+            tensors, facts = read_checkpoint(paths[-1])
+            try:
+                trainer.restore(tensors, facts)
+            except (KeyError, RuntimeError) as error:
+                raise ValueError(f"{paths[-1]} belongs to another network: {error}") from None
         return trainer
 
     def train(self, trainer: Trainer) -> Iterator[TrainingStep]:
-        """Train to the last step, writing checkpoints, previews and metrics on the way; yields after every step."""
-        main, training = trainer.accelerator.is_main_process, trainer.config
+        """Train to the last step, writing checkpoints, previews and metrics on the way; yields after every step.
+
+        Raises:
+            Interrupted: SIGTERM or SIGINT asked to stop; the step was finished and a checkpoint written.
+            NotFinite, OSError: training cannot go on; the last good checkpoint is there.
+        """
+        main, training, signals = trainer.accelerator.is_main_process, trainer.config, [0]
+        metrics = Metrics(self.path / "metrics.jsonl", self.process.num_train_timesteps)
+        if trainer.step:
+            metrics.restore(read_facts(self.checkpoints.find(str(trainer.step))))
         if main:
-            self._cut_metrics(trainer.step)
-        for step in trainer.steps():
-            last = step.step == training.steps
-            if main and (last or step.step % LOG_EVERY == 0):
-                self._log(step)
-            if last or step.step % training.checkpoint_every == 0:
-                self.save(trainer)
-            if main and (last or step.step % training.preview_every == 0):
-                self.preview(trainer)
-            yield step
+            remove_leftovers(self.path)
+            metrics.cut(trainer.step)
+        start_trackers(trainer, self.path, self.to_dict())
 
-    def save(self, trainer: Trainer) -> None:
-        """Write a checkpoint, then the averaged weights; a reader sees the old or the new ones, never a part."""
-        folder = self.path / "checkpoints"
-        unfinished = folder / "unfinished"
-        if trainer.accelerator.is_main_process:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        trainer.accelerator.wait_for_everyone()
-        trainer.save(unfinished)
-        trainer.accelerator.wait_for_everyone()
-        if trainer.accelerator.is_main_process:
-            final = folder / f"step-{trainer.step:08d}"
-            shutil.rmtree(final, ignore_errors=True)
-            unfinished.rename(final)
-            with trainer.ema.swapped():
-                trainer.model.save_pretrained(self.path / "model")
-            self.process.save_pretrained(self.path / "model")
-            for old in self.checkpoints()[:-KEPT_CHECKPOINTS]:
-                shutil.rmtree(old)
+        def stop(number: int) -> None:
+            trainer.stop, signals[0] = True, number
 
-    def checkpoints(self) -> list[Path]:
-        """The complete training states, oldest first."""
-        return sorted((self.path / "checkpoints").glob("step-*"))
+        with watch_signals(stop):
+            for step in trainer.steps():
+                last = step.step == training.steps
+                metrics.add(step)
+                if main and (last or step.step % LOG_EVERY == 0):
+                    log_to_trackers(trainer, metrics.write(step, trainer.skipped_steps))
+                if last or step.stop or step.step == 1 or step.step % training.checkpoint_every == 0:
+                    self.save(trainer, metrics)
+                if last or step.step % training.preview_every == 0:
+                    if main or trainer.is_sharded:
+                        self.preview(trainer)
+                    if main:
+                        plot(metrics.read(), self.path / "loss.png")
+                yield step
+                if step.stop and not last:
+                    raise Interrupted(max(signals), step.step)
+        trainer.accelerator.end_training()
+
+    def save(self, trainer: Trainer, metrics: Metrics) -> None:
+        """Write a checkpoint, then the averaged weights, each whole or not at all; every process must call it.
+
+        The first one of a training is read back and compared, so that what is wrong with the disk shows at once.
+        """
+        tensors, facts = trainer.state()
+        weights = trainer.averaged_weights(tensors)
+        if not trainer.accelerator.is_main_process:
+            return
+        metrics.sync()
+        facts |= metrics.state()
+        path = self.checkpoints.write(tensors, facts)
+        if trainer.step == 1:
+            self.checkpoints.verify(path, tensors, facts)
+        self.process.save_pretrained(self.path / "model")
+        write_pretrained(self.path / "model", self.model.to_dict(), weights)
+        if trainer.config.lora_rank:
+            lora = {name.removeprefix("ema."): t for name, t in tensors.items() if name.startswith("ema.")}
+            save_lora(lora, self.model, self.path / "lora.safetensors")
+        self.checkpoints.prune(trainer.config)
 
     def preview(self, trainer: Trainer) -> Path:
-        """Sample with fixed seeds from the averaged weights into `samples/`; training is not touched."""
+        """Sample with fixed seeds from the averaged weights into `samples/`; training is not touched.
+
+        Every process must call it where the weights are in shards.
+        """
         count = 16 if self.class_names is None else min(40, 4 * len(self.class_names))
         labels = None if self.class_names is None else self.labels(count)
         with trainer.ema.swapped():
             x = sample(trainer.model, self.process, seeds=range(count), class_labels=labels)
-        return self.save_grid(x, self.path / "samples" / f"step-{trainer.step:08d}.png")
-
-    def _log(self, step: TrainingStep) -> None:
-        line = {"step": step.step, "loss": float(step.loss), "grad_norm": float(step.grad_norm)}
-        with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(line | {"learning_rate": step.learning_rate}) + "\n")
-
-    def _cut_metrics(self, step: int) -> None:
-        """Drop what was logged after the checkpoint that training goes on from."""
-        path = self.path / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        write_atomically(path, lambda p: p.write_text("".join(kept)))
+        path = self.path / "samples" / f"step-{trainer.step:08d}.png"
+        return self.save_grid(x, path) if trainer.accelerator.is_main_process else path
 
     # ---- sampling --------------------------------------------------------------------------------------------------
 
-    def load_model(self) -> UNet:
-        """The averaged weights of the latest checkpoint, in evaluation mode."""
-        if not (self.path / "model").is_dir():
+    def load_model(self, checkpoint: str = "latest") -> UNet:
+        """The averaged weights of a checkpoint, in evaluation mode.
+
+        Args:
+            checkpoint: "latest", "best" (see `keep_best`) or a step's number.
+
+        Raises:
+            FileNotFoundError: there is none, or it is no longer kept.
+        """
+        if not (self.path / "model" / "model.safetensors").is_file():
             raise FileNotFoundError(f"{self.path} has no model yet: its first checkpoint was not reached")
-        return UNet.from_pretrained(self.path / "model")
+        if checkpoint == "latest":
+            return UNet.from_pretrained(self.path / "model")
+        tensors, _ = read_checkpoint(self.checkpoints.find(checkpoint))
+        model = UNet.from_pretrained(self.path / ("init" if self.training.lora_rank else "model"))
+        averages = {name.removeprefix("ema."): tensors[name] for name in tensors if name.startswith("ema.")}
+        model.load_state_dict(merged(model.state_dict() | averages))
+        return model
 
     def save_pipeline(self, path: Path) -> None:
         """Write a `DDPMPipeline` folder, which diffusers' `DiffusionPipeline.from_pretrained` opens.
@@ -192,8 +236,7 @@ class Run:
     @property
     def class_names(self) -> list[str] | None:
         """Names of the classes in label order, or None for a run without classes."""
-        names: list[str] | None = self.data["class_names"] if self.model.num_classes else None
-        return names
+        return list(self.data.class_names) if self.model.num_classes and self.data.class_names else None
 
     def labels(self, count: int, names: Sequence[str] = ()) -> Tensor:
         """(count,) labels that go round the classes `names` (default: all), so that label i does not depend on count.
@@ -219,3 +262,7 @@ class Run:
     def with_training(self, **changes: Any) -> Run:
         """The same run with other training options."""
         return replace(self, training=replace(self.training, **changes))
+
+    def with_data(self, **changes: Any) -> Run:
+        """The same run with other options of the data."""
+        return replace(self, data=replace(self.data, **changes))

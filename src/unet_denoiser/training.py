@@ -2,39 +2,64 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from pathlib import Path
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.utils import gather_object
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from unet_denoiser.config import UNetConfig
-from unet_denoiser.data import ArrayData, EndlessSampler, ImageData
+from unet_denoiser.data import ImageData, make_loader
 from unet_denoiser.diffusion import Diffusion
+from unet_denoiser.distribution import is_sharded, make_accelerator, shard_like, whole
 from unet_denoiser.ema import EMA
+from unet_denoiser.finetuning import add_lora, merged
 from unet_denoiser.inputs import CONDITIONS
-from unet_denoiser.recipe import DeviceName, TrainingConfig
+from unet_denoiser.objectives import Losses
+from unet_denoiser.recipe import TrainingConfig
+from unet_denoiser.safety import NotFinite, first_bad_gradient, first_bad_module
 from unet_denoiser.unet import UNet
+
+DROPPABLE = [*CONDITIONS, "concat"]
 
 
 class TrainingStep(NamedTuple):
-    """What one optimizer step did: its number from 1, mean loss and gradient norm (before clipping), learning rate."""
+    """What one optimizer step did.
+
+    step: its number, from 1. loss: mean over the batch. grad_norm: before clipping. losses: those of all samples, of
+    all processes, in the order of the data. skipped: it was not finite and changed nothing. stop: a process was asked
+    to stop. data_wait: share of the step's time in which the next batch was waited for.
+    """
 
     step: int
     loss: Tensor
     grad_norm: Tensor
     learning_rate: float
+    losses: Losses
+    skipped: bool
+    stop: bool
+    data_wait: float
+
+
+class Part(NamedTuple):
+    """One of the parts a batch is computed in, with all that is random in it."""
+
+    x0: Tensor
+    inputs: dict[str, Any]
+    first: int  # position of its first sample in the endless stream
 
 
 class Trainer:
     """A network in training: model, process and data with optimizer, learning rate and averaged weights.
 
-    It runs through Accelerate: in one process as it is, on many with `accelerate launch`.
+    It runs through Accelerate: in one process as it is, on many with `accelerate launch`. The timestep, the noise and
+    the dropped conditions of a sample depend on the seed and its position in the endless stream of samples alone. So
+    neither the number of processes nor that of a batch's parts changes the training, and resuming is exact.
 
     Args:
         model: trained in place, on the device of `config`; its weights are the start.
@@ -42,92 +67,225 @@ class Trainer:
     """
 
     def __init__(self, model: UNet, process: Diffusion, data: ImageData, config: TrainingConfig) -> None:
-        resolve_device(config.device)
         _check_fit(model.config, data)
         self.process, self.data, self.config = process, data, config
-        self.step = 0
-        # batch_size is that of all processes together, so that their number does not change the training
-        loading = DataLoaderConfiguration(split_batches=True)
-        self.accelerator = Accelerator(cpu=config.device == "cpu", dataloader_config=loading)
+        self.step, self.skipped_steps, self.bad_in_a_row = 0, 0, 0
+        self.stop = False  # set it from a signal handler, for example: all processes then see `stop` after this step
+        self.accelerator = make_accelerator(config)
         model.gradient_checkpointing = config.gradient_checkpointing
+        if config.lora_rank:
+            add_lora(model, config.lora_rank)
+        if model.time_cond is not None:
+            model.time_cond.requires_grad_(False)  # nothing feeds it here, and DDP waits for every weight's gradient
+        trained = [p for p in model.parameters() if p.requires_grad]
         options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
-        optimizer = torch.optim.AdamW(model.parameters(), **options)
+        optimizer = torch.optim.AdamW(trained, **options)
         self.prepared, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.model: UNet = self.accelerator.unwrap_model(self.prepared)
-        # not prepared: Accelerate would advance it once per process
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._learning_rate_factor)
         self.ema = EMA(self.model, config.ema_decay)
-        self.accelerator.register_for_checkpointing(self.schedule, self.ema)
 
     def steps(self) -> Iterator[TrainingStep]:
-        """Train from the current step to the last, yielding after each optimizer step."""
-        for batch in self._batches():
+        """Train from the current step to the last, yielding after each optimizer step.
+
+        Raises:
+            NotFinite: `max_bad_steps` in a row had a loss or gradients that are not finite; where it began.
+        """
+        batches = iter(self._batches())
+        while self.step < self.config.steps:
+            started = time.perf_counter()
             self.prepared.train()
-            self._seed_step()
-            x0, conditions = self._inputs(batch)
-            loss = self.process.loss(self.prepared, x0, drop=self._drop(conditions), **conditions).mean()
-            self.accelerator.backward(loss)
-            grad_norm = self.accelerator.clip_grad_norm_(self.prepared.parameters(), self.config.max_grad_norm)
-            self.optimizer.step()
+            learning_rate = self.config.learning_rate * self._learning_rate_factor(self.step)
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+            parts, losses, waited = [], [], 0.0
+            for index in range(self.config.gradient_accumulation_steps):
+                asked = time.perf_counter()
+                batch = next(batches)
+                waited += time.perf_counter() - asked
+                parts.append(self._part(batch, index))
+                losses.append(self._backward(parts[-1], index))
+            grad_norm = self._clip()
+            everyone, stop = self._gather(losses)
+            bad = not bool(torch.isfinite(everyone.loss).all() & torch.isfinite(grad_norm))
+            if bad:
+                self._skip(parts, everyone)
+            else:
+                self.optimizer.step()
+                self.ema.update()
+                self.bad_in_a_row = 0
             self.optimizer.zero_grad()
-            learning_rate = self.schedule.get_last_lr()[0]
-            self.schedule.step()
-            self.ema.update()
             self.step += 1
-            yield TrainingStep(self.step, loss.detach(), torch.as_tensor(grad_norm), float(learning_rate))
+            share = waited / (time.perf_counter() - started)
+            loss = everyone.loss.mean()
+            yield TrainingStep(self.step, loss, grad_norm, learning_rate, everyone, bad, stop, share)
 
-    def save(self, directory: Path) -> None:
-        """Write everything that training needs to go on into `directory`."""
-        self.accelerator.save_state(str(directory), safe_serialization=True)
-        (directory / "step").write_text(str(self.step))
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything that training needs to go on: whole tensors by name, and plain facts (JSON).
 
-    def restore(self, directory: Path) -> None:
-        """Go on from what `save` wrote: weights, averages, optimizer, learning rate, place in the data."""
-        try:
-            self.accelerator.load_state(str(directory))
-            self.step = int((directory / "step").read_text())
-        except Exception as error:  # each of the libraries behind it has exceptions of its own
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise ValueError(
-                f"{directory} cannot be read ({reason}); delete it to go on from the one before"
-            ) from error
+        Every process must call it; the tensors are on the CPU of the main one, the others get none.
+        """
+        named = {f"model.{name}": p for name, p in self._trained()}
+        named |= {f"ema.{name}": average for name, average in self.ema.averages().items()}
+        for name, p in self._trained():
+            named |= {f"optimizer.{key}.{name}": value for key, value in self.optimizer.state[p].items()}
+        facts: dict[str, Any] = {
+            "step": self.step,
+            "skipped_steps": self.skipped_steps,
+            "bad_in_a_row": self.bad_in_a_row,
+        }
+        facts |= {"ema_updates": self.ema.updates, "scaler": self._scaler.state_dict() if self._scaler else None}
+        return whole(named, keep=self.accelerator.is_main_process), facts
+
+    def averaged_weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The whole network's averaged weights under its own names, a LoRA merged; every process must call it.
+
+        Args:
+            tensors: those of `state`.
+        """
+        averages = {name.removeprefix("ema."): t for name, t in tensors.items() if name.startswith("ema.")}
+        frozen = {name: t for name, t in self.model.state_dict().items() if name not in self.ema.averages()}
+        return merged(whole(frozen, keep=self.accelerator.is_main_process) | averages)
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Go on from a `state`, of any number of processes."""
+        trained = dict(self._trained())
+        groups: dict[str, dict[str, Tensor]] = {name: {} for name in trained}
+        for name in tensors:
+            if name.startswith("optimizer."):
+                _, key, parameter = name.split(".", 2)
+                groups[parameter][key] = tensors[name]
+        for name, p in trained.items():
+            p.copy_(shard_like(tensors[f"model.{name}"], p))
+            self.ema.averages()[name].copy_(shard_like(tensors[f"ema.{name}"], p))
+            for key, value in groups[name].items():
+                self.optimizer.state[p][key] = shard_like(value, p) if value.ndim else value.to(p.device)
+        self.step, self.skipped_steps = facts["step"], facts["skipped_steps"]
+        self.bad_in_a_row, self.ema.updates = facts["bad_in_a_row"], facts["ema_updates"]
+        if self._scaler and facts["scaler"]:
+            self._scaler.load_state_dict(facts["scaler"])
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process has a shard of every weight only, so that all of them must run the network."""
+        return is_sharded(self.accelerator)
+
+    def _trained(self) -> list[tuple[str, Any]]:
+        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
+    @property
+    def _scaler(self) -> Any:
+        return self.accelerator.scaler
+
+    # ---- one step --------------------------------------------------------------------------------------------------
 
     def _batches(self) -> Any:
-        c = self.config
-        sampler = EndlessSampler(len(self.data), c.seed, self.step * c.batch_size, c.steps * c.batch_size)
-        workers = c.num_workers
-        if workers is None:
-            workers = 0 if isinstance(self.data, ArrayData) else min(4, os.cpu_count() or 1)
-        pin = self.accelerator.device.type == "cuda"
-        loader = DataLoader(self.data, c.batch_size, sampler=sampler, num_workers=workers, pin_memory=pin)
-        return self.accelerator.prepare(loader)
+        c, accelerator = self.config, self.accelerator
+        parts = c.gradient_accumulation_steps
+        return make_loader(
+            self.data,
+            c.batch_size // parts,
+            seed=c.seed,
+            start=self.step * parts,
+            stop=c.steps * parts,
+            num_processes=accelerator.num_processes,
+            process_index=accelerator.process_index,
+            num_workers=c.num_workers,
+            pin_memory=accelerator.device.type == "cuda",
+        )
 
-    def _seed_step(self) -> None:
-        """Seed what this step draws (timesteps, noise, dropout) by its number, so that resuming is exact.
-
-        Nothing that happens between steps, a preview or a save, can then change the training.
-        """
-        entropy = [self.config.seed, self.step, self.accelerator.process_index]
-        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
-
-    def _inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The images, checked once against the range that samples will be clipped to, and the network's conditions."""
+    def _part(self, batch: dict[str, Tensor], index: int) -> Part:
+        """A loaded batch as what the loss takes, its timesteps, noise and dropped conditions drawn."""
+        device = self.accelerator.device
+        batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
         x0, bounds = batch["image"], self.process.data_range
         if self.step == 0 and bounds is not None and (x0.min() < bounds[0] - 1e-3 or x0.max() > bounds[1] + 1e-3):
             found = f"[{x0.min():g}, {x0.max():g}]"
             raise ValueError(f"the images lie in {found}; the process has {list(bounds)}, set by clip_sample_range")
         given = [name for name, option in CONDITIONS.items() if getattr(self.model.config, option) is not None]
-        given += ["context_mask"] * ("context" in given and "context_mask" in batch)
-        return x0, {name: batch[name] for name in given}
+        inputs: dict[str, Any] = {name: batch[name] for name in given}
+        optional = ["concat"] + ["context_mask"] * ("context" in given)
+        inputs |= {name: batch[name] for name in optional if name in batch}
+        size = self.config.batch_size // self.config.gradient_accumulation_steps
+        first = self.step * self.config.batch_size + index * size + self.accelerator.process_index * len(x0)
+        t, chances, noise = self._draw(first, x0)
+        inputs |= {"t": t, "noise": noise}
+        if drop := self._drop(inputs, chances):
+            inputs["drop"] = drop
+        return Part(x0, inputs, first)
 
-    def _drop(self, conditions: dict[str, Tensor]) -> dict[str, Tensor] | None:
-        """The samples that lose all their conditions in this step."""
-        names = [name for name in CONDITIONS if name in conditions]
-        if not names or not self.model.config.learned_null:
-            return None
-        values = conditions[names[0]]
-        dropped = torch.rand(len(values), device=values.device) < self.config.condition_dropout
-        return dict.fromkeys(names, dropped)
+    def _draw(self, first: int, x0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Timesteps (B,), chances (B, 1 + conditions) and noise of the samples from position `first` on, from that."""
+        generator, noise = torch.Generator(x0.device), torch.empty_like(x0)
+        t, chances = [], []
+        for i in range(len(x0)):
+            random = np.random.default_rng([self.config.seed, first + i, 1])
+            t.append(int(random.integers(self.process.num_train_timesteps)))
+            chances.append(random.random(1 + len(DROPPABLE)))
+            noise[i].normal_(generator=generator.manual_seed(int(random.integers(2**63))))
+        return torch.tensor(t, device=x0.device), torch.tensor(np.array(chances), device=x0.device), noise
+
+    def _drop(self, inputs: Mapping[str, Tensor], chances: Tensor) -> dict[str, Tensor]:
+        """The samples that lose conditions in this step.
+
+        A share `condition_dropout` loses all (Ho and Salimans 2022). Where there are several, each is lost alone as
+        well, as often (Brooks et al. 2023), so that samples can be guided by any of them, or go without.
+        """
+        names = [name for name in DROPPABLE if name in inputs and (name == "concat" or self.model.config.learned_null)]
+        dropped = chances < self.config.condition_dropout
+        if len(names) == 1:
+            return {names[0]: dropped[:, 0]}
+        return {name: dropped[:, 0] | dropped[:, 1 + DROPPABLE.index(name)] for name in names}
+
+    def _losses(self, part: Part, network: Any) -> Losses:
+        # dropout's masks and what else is drawn inside
+        entropy = [self.config.seed, part.first, 2]
+        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
+        return self.process.losses(network, part.x0, **part.inputs)
+
+    def _backward(self, part: Part, index: int) -> Losses:
+        """Add the part's gradients; processes exchange them with the last part alone."""
+        last = index == self.config.gradient_accumulation_steps - 1
+        with nullcontext() if last else self.accelerator.no_sync(self.prepared):
+            losses = self._losses(part, self.prepared)
+            self.accelerator.backward(losses.loss.mean() / self.config.gradient_accumulation_steps)
+        return Losses(*(value.detach() for value in losses))
+
+    def _clip(self) -> Tensor:
+        norm = self.accelerator.clip_grad_norm_(self.prepared.parameters(), self.config.max_grad_norm)
+        norm = torch.as_tensor(norm)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+    def _gather(self, losses: list[Losses]) -> tuple[Losses, bool]:
+        """The losses of all processes in the order of the samples' positions, and whether one of them is to stop."""
+        own = torch.stack([torch.stack([x.double() for x in part]) for part in losses])  # (parts, 3, samples)
+        flag = torch.full_like(own[:, :1], float(self.stop))
+        all_of_them = self.accelerator.gather(torch.cat([own, flag], 1)[None])  # (processes, parts, 4, samples)
+        loss, error, t, stop = all_of_them.permute(2, 1, 0, 3).flatten(1)
+        return Losses(loss.float(), error.float(), t.long()), bool(stop.any())
+
+    def _skip(self, parts: list[Part], losses: Losses) -> None:
+        """Leave weights and averages as they are; after `max_bad_steps` in a row say where it begins."""
+        self.skipped_steps, self.bad_in_a_row = self.skipped_steps + 1, self.bad_in_a_row + 1
+        if self._scaler:
+            self._scaler.update()  # to a lower scale
+        if self.bad_in_a_row < self.config.max_bad_steps:
+            return
+        found = first_bad_gradient(self.model) if bool(torch.isfinite(losses.loss).all()) else None
+        for part in parts:
+            place = first_bad_module(self.model, partial(self._losses, part, self.prepared))
+            found = found or (place and f"{place}, samples {self._indices(part)} of the data")
+        where = next((place for place in gather_object([found]) if place), "the loss")
+        raise NotFinite(
+            f"{self.bad_in_a_row} steps in a row were not finite, the last of them step {self.step + 1}; first: {where}"
+        )
+
+    def _indices(self, part: Part) -> str:
+        """The items of a part, by the place in the data that the endless stream took them from."""
+        size = len(self.data)
+        places = [divmod(part.first + i, size) for i in range(len(part.x0))]
+        orders = {e: np.random.default_rng([self.config.seed, e]).permutation(size) for e in {e for e, _ in places}}
+        return ", ".join(str(orders[epoch][offset]) for epoch, offset in places)
 
     def _learning_rate_factor(self, step: int) -> float:
         """Linear warm-up, then half a cosine down to zero at the last step."""
@@ -136,7 +294,7 @@ class Trainer:
         if step < warmup:
             return (step + 1) / (warmup + 1)
         progress = (step - warmup) / max(1, c.steps - warmup)
-        return float(0.5 + 0.5 * torch.cos(torch.tensor(torch.pi * min(1.0, progress), dtype=torch.float64)))
+        return float(0.5 + 0.5 * np.cos(np.pi * min(1.0, progress)))
 
 
 def _check_fit(config: UNetConfig, data: ImageData) -> None:
@@ -151,13 +309,3 @@ def _check_fit(config: UNetConfig, data: ImageData) -> None:
     for name, option in CONDITIONS.items():
         if getattr(config, option) is not None and name not in data[0]:
             raise ValueError(f"{option}={getattr(config, option)}, but the data have no {name}; give None")
-
-
-def resolve_device(name: DeviceName) -> str:
-    """The device that a choice means here; ValueError for one that is not available."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return next(device for device, is_here in available.items() if is_here)
-    if not available[name]:
-        raise ValueError(f"device={name!r} is not available here; 'auto' takes what there is, or give 'cpu'")
-    return name

@@ -27,6 +27,7 @@ from unet_denoiser.layers import (
     ResBlock,
     TimeMLP,
     TransposedUpsample,
+    full_precision,
     group_norm,
     zero,
 )
@@ -83,6 +84,10 @@ class UNet(Pretrained, nn.Module):
                 if level > 0 and j == c.num_res_blocks:
                     block.append(build.upsample(ch))
                 self.decoder.append(block)
+
+        # what FSDP gathers and frees as one
+        parts = [*self.encoder, *self.bottleneck, *self.decoder]
+        self._no_split_modules = sorted({type(part).__name__ for part in parts})
 
         conv_out = zero(CONV[c.dims](ch, c.out_channels, 3, padding=1))
         self.output = nn.Sequential(group_norm(ch, c.norm_groups, c.norm_eps), nn.SiLU(), conv_out)
@@ -153,7 +158,8 @@ class UNet(Pretrained, nn.Module):
         conditions = {"class_labels": class_labels, "vector": vector, "context": context}
         residuals = (skip_residuals, bottleneck_residual)
         check_inputs(self.config, self.dtype, x, t, conditions, context_mask, time_cond, drop, *residuals)
-        emb, attended = self._embed(t, conditions, context_mask, time_cond, drop or {})
+        with full_precision(x.device.type):
+            emb, attended = self._embed(t, conditions, context_mask, time_cond, drop or {})
 
         h = self.input_conv(channels_last(x))
         skips = [h]

@@ -44,8 +44,8 @@ def merge_lora(model: nn.Module, source: str | Path | Mapping[str, Tensor], scal
     Args:
         model: a `UNet`, changed in place.
         source: a .safetensors file or its tensors, with the names of diffusers ("unet.down_blocks...lora_A.weight") or
-            of kohya ("lora_unet_..."), in diffusers' or the LDM layout. What it has for text encoders is left alone.
-            Alphas are read from the tensors or, as diffusers saves them, from the file's header.
+            of kohya ("lora_unet_..."), in diffusers' or the LDM layout, or under our own
+            names. What it has for text encoders is left alone. Alphas are read from the tensors or, as diffusers saves them, from the file's header.
         scale: strength; 0 changes nothing, and the negative takes a merged LoRA out again.
 
     Returns:
@@ -120,6 +120,7 @@ def _modules(model: nn.Module) -> dict[str, str]:
     for ours, _ in model.named_parameters():
         if not ours.endswith(".weight") or ours.startswith(("time_cond", "null_")):
             continue
+        found[ours.removesuffix(".weight").replace(".", "_")] = ours
         for layout in ("diffusers", "compvis"):
             source = LAYOUTS[layout](ours, bones)
             if source.part is None:

@@ -13,8 +13,10 @@ from typing import Annotated, Any, Literal, NoReturn
 import tyro
 
 from unet_denoiser.config import UNetConfig
+from unet_denoiser.memory_config import MemoryConfig
 from unet_denoiser.options import (
     DataOptions,
+    MemoryOptions,
     ModelOptions,
     OptionalName,
     OptionalNumber,
@@ -230,28 +232,68 @@ def sample(
             print(folder)
 
 
-def info(
-    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME_OR_RUN")], *, diagram: OptionalPath = None
+def doctor(
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
+    *,
+    data: OptionalPath = None,
+    num_images: int = 128,
+    num_samples: int = 32,
+    device: DeviceName = "auto",
 ) -> None:
-    """Show a network: its levels with sizes, widths, heads, parameters and FLOPs.
+    """Look at a run: why are its samples grey, noisy or copies? Writes RUN/doctor.
+
+    Args:
+        run: a run directory.
+        data: the data it was trained on, where they are now (default: as trained).
+        num_images: images that the loss per noise level is measured on.
+        num_samples: samples to make and to look for among the training images.
+        device: "auto" takes a GPU where there is one.
+    """
+    from tqdm import tqdm
+
+    with one_line_errors():
+        from unet_denoiser.data import load_data
+        from unet_denoiser.doctor import SAMPLING_STEPS, examine
+        from unet_denoiser.run import Run
+        from unet_denoiser.distribution import resolve_device
+
+        loaded = Run.load(run)
+        images = None if data is None else load_data(loaded.with_data(source=str(data)).data)
+        with tqdm(total=num_samples * SAMPLING_STEPS, unit="step", disable=None) as bar:
+            report = examine(
+                loaded,
+                images,
+                num_images=num_images,
+                num_samples=num_samples,
+                device=resolve_device(device),
+                on_step=lambda step: bar.update(len(step.x)),
+            )
+    print(report.text())
+
+
+def info(
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME_OR_RUN")],
+    *,
+    diagram: OptionalPath = None,
+    memory: bool = False,
+    step: MemoryOptions = {},  # noqa: B006
+    device: DeviceName = "auto",
+) -> None:
+    """Show a network: its levels with sizes, widths, heads, parameters and FLOPs; with --memory, what training needs.
 
     Args:
         name: a preset's name, a run directory, or a directory with a saved model.
         diagram: also draw the network into this .svg file.
+        memory: estimate the memory and the operations of a training step instead; the options below describe it, and
+            a run has its own defaults for them.
+        device: what it would be trained on; "auto" is a GPU where there is one here.
     """
+    if memory:
+        return _show_memory(name, step, device)
     with one_line_errors():
-        from unet_denoiser.files import read_json
-        from unet_denoiser.presets import PRESETS, preset
-        from unet_denoiser.run import Run
-
-        if name in PRESETS:
-            config = preset(name)
-        elif (Path(name) / "model").is_dir() or (Path(name) / "metrics.jsonl").exists():
-            config = Run.load(name).model
-        elif (Path(name) / "config.json").is_file():
-            config = UNetConfig.from_dict(read_json(Path(name) / "config.json"))
-        else:
-            raise ValueError(f"{name!r} is neither a run or model directory nor a preset: {', '.join(PRESETS)}")
+        if step:
+            raise ValueError(f"{next(iter(step))}: the options of a training step need --memory")
+        config, _ = _network(name)
         if diagram is not None:
             if diagram.suffix != ".svg":
                 raise ValueError(f"diagram={diagram}: give a name that ends in .svg")
@@ -263,6 +305,35 @@ def info(
 
     print(table(summarize(config)))
     print("\n" + ", ".join(f"{k}={show(v)}" for k, v in asdict(config).items()))
+
+
+def _network(name: str) -> tuple[UNetConfig, Any]:
+    """The architecture that a name means, and the run it is of, if any."""
+    from unet_denoiser.files import read_json
+    from unet_denoiser.presets import PRESETS, preset
+    from unet_denoiser.run import Run
+
+    if name in PRESETS:
+        return preset(name), None
+    if (Path(name) / "model").is_dir() or (Path(name) / "metrics.jsonl").exists():
+        run = Run.load(name)
+        return run.model, run
+    if (Path(name) / "config.json").is_file():
+        return UNetConfig.from_dict(read_json(Path(name) / "config.json")), None
+    raise ValueError(f"{name!r} is neither a run or model directory nor a preset: {', '.join(PRESETS)}")
+
+
+def _show_memory(name: str, options: dict[str, Any], device: DeviceName) -> None:
+    with one_line_errors():
+        from unet_denoiser.memory import estimate, table
+        from unet_denoiser.distribution import resolve_device
+
+        config, run = _network(name)
+        shared = ("batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "mixed_precision")
+        given = {} if run is None else {key: getattr(run.training, key) for key in shared}
+        about = MemoryConfig(**given | options)
+        place = resolve_device("auto") if device == "auto" else device
+        print(table(estimate(config, about, place), about, place))
 
 
 def convert(
@@ -338,7 +409,13 @@ def _exit(message: str, code: int) -> NoReturn:
     raise SystemExit(code) from None
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"train": train, "sample": sample, "info": info, "convert": convert}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "train": train,
+    "sample": sample,
+    "doctor": doctor,
+    "info": info,
+    "convert": convert,
+}
 
 
 def main(args: Sequence[str] | None = None) -> None:

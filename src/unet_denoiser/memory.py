@@ -193,3 +193,26 @@ def _training_flops(config: UNetConfig, memory: MemoryConfig, size: tuple[int, .
         inputs = example_inputs(config, batch=1, context_tokens=memory.context_tokens, size=size)
         forward = count_flops(model, inputs).get_total_flops()
     return memory.batch_size * forward * (4 if memory.gradient_checkpointing else 3)
+
+
+def table(found: Estimate, memory: MemoryConfig, device: str) -> str:
+    """An estimate as aligned text."""
+    where = "each process" if memory.num_processes > 1 else f"the {device}"
+    batch = memory.batch_size // (memory.num_processes * memory.gradient_accumulation_steps)
+    rows = [
+        ("parameters (float32)", found.parameters),
+        (f"optimizer, {memory.optimizer_states} numbers a parameter", found.optimizer),
+        ("averaged weights", found.ema),
+        ("gradients, after the backward pass", found.gradients),
+        ({"ddp": "buckets of DDP", "fsdp": "layers gathered by FSDP"}.get(memory.sharding, ""), found.buffers),
+        (f"activations kept for the backward pass, {batch} images at a time", found.activations),
+        ("peak", found.peak),
+    ]
+    width = max(len(name) for name, size in rows if size)
+    lines = [f"memory of a training step on {where}:"]
+    lines += [f"  {name.ljust(width)}  {size / 2**20:10,.1f} MiB" for name, size in rows if size]
+    lines.append(f"  {'operations of the whole step'.ljust(width)}  {found.flops / 1e12:10,.2f} TFLOP")
+    lines.append("The peak is not the sum: gradients come while activations go.")
+    if device != "cpu":
+        lines.append("Not in it: what the device's libraries take for themselves, often 1 to 2 GiB.")
+    return "\n".join(lines)

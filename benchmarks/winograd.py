@@ -1,6 +1,7 @@
 """Where Winograd's filtering pays: single 3x3 convolutions, its time as a share of torch's own in its better layout.
 
-"kept" is inference with transformed weights kept, "anew" transforms them in each call, as training does.
+"kept" is inference with transformed weights kept, "anew" transforms them in each call, "train" is that with all
+gradients. Beside each, what `winograd_share` expects; at 0.95 or less the filtering is used.
 Run: python benchmarks/winograd.py
 """
 
@@ -9,36 +10,60 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from measure import fastest
+from torch import Tensor
 
-from unet_denoiser.conv import _convolve
+from unet_denoiser.conv import convolve_3x3, convolve_3x3_backward, winograd_share
 
-SHAPES = ((64, 64, 32), (128, 128, 32), (256, 128, 32), (256, 256, 16), (512, 256, 16), (256, 256, 8), (512, 512, 8))
+# batch, channels in and out, size
+SHAPES = (
+    *((16, 64, 64, 32), (16, 64, 128, 32), (1, 96, 96, 32), (4, 96, 96, 32), (16, 96, 96, 32)),
+    *((1, 128, 128, 16), (1, 128, 128, 32), (2, 128, 128, 16), (4, 128, 128, 16), (16, 128, 128, 32)),
+    *((1, 128, 128, 28), (16, 128, 128, 14), (16, 128, 128, 9), (64, 128, 128, 7), (4, 128, 128, 30)),
+    *((1, 256, 256, 8), (1, 256, 256, 16), (2, 256, 256, 16), (4, 256, 256, 16), (16, 256, 256, 8)),
+    *((16, 256, 256, 14), (16, 256, 256, 7), (16, 256, 256, 9), (1, 512, 256, 16), (16, 512, 256, 16)),
+    *((1, 512, 512, 8), (4, 512, 512, 8), (16, 512, 512, 8), (16, 512, 512, 16), (1, 320, 320, 64)),
+    *((1, 640, 640, 16), (1, 640, 640, 32), (2, 1280, 1280, 8), (16, 1280, 1280, 8)),
+)
+NEEDS = (True, True, True)
 
 
+def torchs(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> None:
+    F.conv2d(x, weight, bias, padding=1)
+    sizes = [[1, 1], [1, 1], [1, 1], False, [0, 0], 1, NEEDS]
+    torch.ops.aten.convolution_backward(grad, x, weight, [len(weight)], *sizes)
+
+
+def ours(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> None:
+    convolve_3x3(x, weight, bias)
+    convolve_3x3_backward(grad, x, weight, NEEDS)
+
+
+@torch.no_grad()
 def main() -> None:
-    """One row for each shape and batch."""
-    print("| batch | in | out | size | pixels | torch, ms | kept | anew |\n|---|---|---|---|---|---|---|---|")
-    for batch in (1, 4, 16):
-        for in_ch, out_ch, size in SHAPES:
-            x = torch.randn(batch, in_ch, size, size)
-            last = x.to(memory_format=torch.channels_last)
-            weight, bias = torch.nn.Parameter(torch.randn(out_ch, in_ch, 3, 3)), torch.randn(out_ch)
-            calls = {
-                "contiguous": partial(F.conv2d, x, weight, bias, padding=1),
-                "channels last": partial(F.conv2d, last, weight, bias, padding=1),
-                "kept": partial(_convolve, last, weight, bias, cache=True),
-                "anew": partial(_convolve, last, weight, bias, cache=False),
-            }
-            with torch.no_grad():
-                for call in calls.values():
-                    call()
-                times = fastest(calls, rounds=3, at_least=0.05)
-            torchs = min(times["contiguous"], times["channels last"])
-            shares = " | ".join(f"{times[name] / torchs:.2f}" for name in ("kept", "anew"))
-            print(
-                f"| {batch} | {in_ch} | {out_ch} | {size} | {batch * size**2} | {torchs * 1e3:.2f} | {shares} |",
-                flush=True,
-            )
+    """One row for each shape."""
+    print("| batch | in | out | size | torch, ms | kept | expected | anew | expected | train |\n|" + "---|" * 10)
+    for batch, in_ch, out_ch, size in SHAPES:
+        x, grad = torch.randn(batch, in_ch, size, size), torch.randn(batch, out_ch, size, size)
+        last, grad_last = (tensor.to(memory_format=torch.channels_last) for tensor in (x, grad))
+        weight, bias = torch.nn.Parameter(torch.randn(out_ch, in_ch, 3, 3)), torch.randn(out_ch)
+        calls = {
+            "contiguous": partial(F.conv2d, x, weight, bias, padding=1),
+            "channels last": partial(F.conv2d, last, weight, bias, padding=1),
+            "kept": partial(convolve_3x3, last, weight, bias, cache=True),
+            "anew": partial(convolve_3x3, last, weight, bias),
+            "torch's training": partial(torchs, x, weight, bias, grad),
+            "torch's, channels last": partial(torchs, last, weight, bias, grad_last),
+            "train": partial(ours, last, weight, bias, grad_last),
+        }
+        for call in calls.values():
+            call()
+        times = fastest(calls, rounds=3, at_least=0.05)
+        forward = min(times["contiguous"], times["channels last"])
+        training = min(times["torch's training"], times["torch's, channels last"])
+        kept, anew = (winograd_share(in_ch, out_ch, x.shape, is_kept) for is_kept in (True, False))
+        shares = (times["kept"] / forward, kept, times["anew"] / forward, anew, times["train"] / training)
+        columns = (batch, in_ch, out_ch, size, f"{forward * 1e3:.2f}", *(f"{share:.2f}" for share in shares))
+        print(f"| {' | '.join(map(str, columns))} |", flush=True)
 
 
 if __name__ == "__main__":

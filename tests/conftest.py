@@ -7,6 +7,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network; read wh
 import pytest
 import torch
 
+from unet_denoiser.conv import _WORTH as WORTH
+
 torch.set_num_threads(1)
 
 
@@ -26,3 +28,15 @@ def pytest_collection_modifyitems(config, items):
 def _seed():
     """Every test draws the same random numbers, whichever tests ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def narrow_winograd(monkeypatch):
+    """The filtering also where it is slower: with 64 channels, which tests can afford."""
+    monkeypatch.setattr("unet_denoiser.conv._WORTH", 2.5)
+
+
+@pytest.fixture
+def as_measured(monkeypatch, narrow_winograd):
+    """The rule as it is for users, in a file whose other tests use `narrow_winograd`."""
+    monkeypatch.setattr("unet_denoiser.conv._WORTH", WORTH)

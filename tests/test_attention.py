@@ -6,12 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import Transformer2DModel
+from torch.autograd import gradgradcheck
+from torch.autograd.graph import saved_tensors_hooks
 from torch.testing import assert_close
 
 import specification
 from helpers import as_multihead, randomise, relative_error
 from unet_denoiser import CrossAttention, SelfAttention
-from unet_denoiser.attention import ContextAttention, SpatialTransformer, to_grid, to_tokens
+from unet_denoiser.attention import ContextAttention, FeedForward, SpatialTransformer, to_grid, to_tokens
+from unet_denoiser.conv import plain_convolutions
 from unet_denoiser.layers import Context
 
 SIZES = [(1,), (7,), (1, 1), (4, 3), (2, 3, 5)]
@@ -143,3 +146,29 @@ def test_spatial_transformer_equals_diffusers(context_dim, depth):
 def test_a_new_layer_is_the_identity(layer):
     x = torch.randn(2, 8, 3, 3)
     assert torch.equal(layer(x, None, Context(torch.randn(2, 4, 5))), x)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_feed_forward_layer_computes_its_gate_again_and_equals_the_plain_one(autocast):
+    layer = randomise(FeedForward(8))
+    x, weights = torch.randn(2, 5, 8, requires_grad=True), torch.randn(2, 5, 8)
+
+    def run():
+        kept = []
+        layer.zero_grad()
+        with torch.autocast("cpu", enabled=autocast), saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            out = layer(x)
+        grads = torch.autograd.grad((out.float() * weights).sum(), [x, *layer.parameters()])
+        widths = [t.shape[-1] for t in kept if t.shape[:2] == x.shape[:2] or t.shape[0] == 10]
+        return [out, *grads], widths
+
+    (ours, kept), (plain, kept_plainly) = run(), plain_convolutions()(run)()
+    for a, b in zip(ours, plain, strict=True):
+        assert a.dtype == b.dtype
+        assert relative_error(a.float(), b.float()) < (2e-2 if autocast else 1e-6)
+    assert kept.count(32) == 0 < kept_plainly.count(32)  # the gate, and its product with the value
+
+
+def test_second_derivatives_of_the_feed_forward_layer():
+    layer = randomise(FeedForward(3)).double()
+    assert gradgradcheck(layer, torch.randn(1, 2, 3, dtype=torch.float64, requires_grad=True))

@@ -127,8 +127,8 @@ def test_info(run, capsys):
     ("args", "message"),
     [
         ("train", "give either DATA or --resume RUN"),
-        ("train ''", "DATA= is not 'digits'"),
-        ("train nowhere", "DATA=nowhere is not 'digits'"),
+        ("train ''", "source=''"),
+        ("train nowhere", "nowhere is not 'digits'"),
         ("train digits --steps 0", "steps=0"),
         ("train digits --model.num-heads 7", "num_heads=7"),
         ("train digits --model.norm-groups 0", "norm_groups=0 must be at least 1"),
@@ -174,7 +174,7 @@ def test_damaged_runs_are_one_line(run, capsys, tmp_path):
     assert "model.safetensors is not a readable safetensors file" in error(capsys, "sample", run)
     config = (run / "config.json").read_text()
     (run / "config.json").write_text(config.replace('"steps"', '"stepz"'))
-    assert "training option of another version" in error(capsys, "sample", run)
+    assert "option of another version" in error(capsys, "sample", run)
     (run / "config.json").write_text(config[:50])
     assert "config.json is not valid JSON" in error(capsys, "sample", run)
 

@@ -114,7 +114,9 @@ def test_previews_and_saves_do_not_change_training(tmp_path):
     plain = make_trainer()
     list(plain.steps())
     watched = make_trainer()
-    run = Run(tmp_path, {"class_names": ["low", "high"]}, watched.model.config, watched.process, watched.config)
+    run = Run(
+        tmp_path, DataConfig("x", class_names=("low", "high")), watched.model.config, watched.process, watched.config
+    )
     for _ in watched.steps():
         before = weights(watched.model)
         run.preview(watched)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unet_denoiser.layers import Context, Emb, Size, group_norm, zero
+from unet_denoiser.recompute import recomputed
 
 
 def to_tokens(x: Tensor) -> Tensor:
@@ -149,5 +150,9 @@ class FeedForward(nn.Module):
         self.out = nn.Linear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return self.out(value * F.gelu(gate))
+        return recomputed(_gated, self.out, self.proj(x))
+
+
+def _gated(x: Tensor) -> Tensor:
+    value, gate = x.chunk(2, dim=-1)
+    return value * F.gelu(gate)

@@ -77,6 +77,7 @@ def train(
             text = f"step {step.step}/{run.training.steps}, loss {float(step.loss):.4f}{skipped}"
             bar.set_postfix_str(text, refresh=False)
             bar.update(run.training.batch_size)
+    trainer.accelerator.end_training()
     say(f"{run.path}: trained; to sample: unet-denoiser sample {run.path}")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -28,6 +29,8 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
             f"mixed_precision={config.mixed_precision!r}, but accelerate launch was told {launched!r}: "
             f"give --mixed-precision {launched} to train"
         )
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
+        AcceleratorState._reset_state()  # of an earlier training in this process, which keeps what it prepared
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision=config.mixed_precision)
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if sharded and not is_sharded(accelerator) and accelerator.num_processes > 1:

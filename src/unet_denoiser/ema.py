@@ -31,6 +31,7 @@ class EMA:
             raise ValueError(f"ema_decay={decay} must be in [0, 1), for example 0.999")
         self.decay = decay
         self.updates = 0
+        self._model = model
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self._names = [name for name, _ in trained]
         self._parameters = [p for _, p in trained]
@@ -65,6 +66,8 @@ class EMA:
 
     @torch.no_grad()
     def _set(self, values: list[Tensor]) -> None:
+        if any(isinstance(p, DTensor) for p in self._parameters):
+            _forget_gathered(self._model)
         for p, value in zip(self._parameters, values, strict=True):
             p.copy_(value)
 
@@ -88,3 +91,12 @@ class EMA:
 def _local(t: Tensor) -> Tensor:
     """This process's shard of a tensor that is in shards."""
     return t.to_local() if isinstance(t, DTensor) else t
+
+
+def _forget_gathered(model: nn.Module) -> None:
+    """Have FSDP gather all weights anew: without a backward pass it keeps those of the outermost module."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

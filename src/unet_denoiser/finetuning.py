@@ -36,9 +36,9 @@ def read_start(source: Path) -> tuple[UNet, dict[str, Any] | None]:
 def at_size(config: UNetConfig, image_size: tuple[int, ...]) -> UNetConfig:
     """The same network for samples of another size: attention stays at the levels that have it."""
     levels = range(len(config.widths))
-    moved = replace(config, image_size=image_size[0] if len(set(image_size)) == 1 else image_size)
-    attended = tuple(moved.resolutions[level] for level in levels if config.has_attention(level))
-    moved = replace(moved, attention_resolutions=attended)
+    attended = tuple(-(-max(image_size) // 2**level) for level in levels if config.has_attention(level))
+    size = image_size[0] if len(set(image_size)) == 1 else image_size
+    moved = replace(config, image_size=size, attention_resolutions=attended)
     same = [moved.has_attention(level) == config.has_attention(level) for level in levels]
     return moved if all(same) else config
 

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unet_denoiser.conv import CONV, is_channels_last, recomputed, watched
+from unet_denoiser.conv import CONV, is_channels_last
+from unet_denoiser.recompute import recomputed, watched
 
 CONV_TRANSPOSE = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 AVG_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d}
@@ -73,7 +74,8 @@ def _may_overwrite(source: nn.Module) -> bool:
 
 def full_precision(device: str) -> AbstractContextManager[Any]:
     """Out of autocast, which would compute the embeddings' matrix products in half precision."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    used = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if used else nullcontext()
 
 
 def zero(module: nn.Module) -> nn.Module:

@@ -151,10 +151,9 @@ class TrainingConfig:
 
 
 # what a resumed training may be told anew, as it does not change what is learned, but for steps and precision
-TRAINING_CHANGEABLE = frozenset(
-    ("steps", "gradient_accumulation_steps", "gradient_checkpointing", "mixed_precision", "max_bad_steps", "keep_last")
-    + ("keep_every", "keep_best", "checkpoint_every", "preview_every", "num_workers", "device", "track")
-)
+_SPEED = ("gradient_accumulation_steps", "gradient_checkpointing", "mixed_precision", "num_workers", "device")
+_SAVING = ("checkpoint_every", "keep_last", "keep_every", "keep_best", "preview_every", "track")
+TRAINING_CHANGEABLE = frozenset(["steps", "max_bad_steps", *_SPEED, *_SAVING])
 
 
 @dataclass(frozen=True)

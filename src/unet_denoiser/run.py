@@ -162,7 +162,8 @@ class Run:
                 yield step
                 if step.stop and not last:
                     raise Interrupted(max(signals), step.step)
-        trainer.accelerator.end_training()
+        for tracker in trainer.accelerator.trackers:
+            tracker.finish()
 
     def save(self, trainer: Trainer, metrics: Metrics) -> None:
         """Write a checkpoint, then the averaged weights, each whole or not at all; every process must call it.

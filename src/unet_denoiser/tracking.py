@@ -104,7 +104,7 @@ def start_trackers(trainer: Trainer, folder: Path, config: Mapping[str, Any]) ->
     name = trainer.config.track
     if name is None:
         return
-    from accelerate.tracking import GeneralTracker, get_available_trackers
+    from accelerate.tracking import get_available_trackers
 
     if name not in map(str, get_available_trackers()):
         raise ImportError(f"track={name!r} needs a package that is not installed: pip install {name}")
@@ -113,10 +113,9 @@ def start_trackers(trainer: Trainer, folder: Path, config: Mapping[str, Any]) ->
     accelerator.project_configuration.set_directories(str(folder))
     accelerator.project_configuration.logging_dir = str(folder)
     options = {"tensorboard": {"purge_step": trainer.step + 1}, "wandb": {"dir": str(folder), "name": folder.name}}
-    accelerator.init_trackers("unet-denoiser", init_kwargs={name: options[name]})
-    trackers: list[GeneralTracker] = accelerator.trackers
-    for tracker in trackers:
-        tracker.store_init_configuration(dict(config))
+    # TensorBoard would make a folder of its own for them, and takes no nested ones
+    told = dict(config) if name == "wandb" else None
+    accelerator.init_trackers("unet-denoiser", config=told, init_kwargs={name: options[name]})
 
 
 def log_to_trackers(trainer: Trainer, line: Mapping[str, Any]) -> None:

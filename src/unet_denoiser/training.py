@@ -17,6 +17,7 @@ from unet_denoiser.config import UNetConfig
 from unet_denoiser.data import ImageData, make_loader
 from unet_denoiser.diffusion import Diffusion
 from unet_denoiser.distribution import is_sharded, make_accelerator, shard_like, whole
+from unet_denoiser.draws import DROPPABLE, draw, dropped, seed_layers
 from unet_denoiser.ema import EMA
 from unet_denoiser.finetuning import add_lora, merged
 from unet_denoiser.inputs import CONDITIONS
@@ -24,8 +25,6 @@ from unet_denoiser.objectives import Losses
 from unet_denoiser.recipe import TrainingConfig
 from unet_denoiser.safety import NotFinite, first_bad_gradient, first_bad_module
 from unet_denoiser.unet import UNet
-
-DROPPABLE = [*CONDITIONS, "concat"]
 
 
 class TrainingStep(NamedTuple):
@@ -208,39 +207,14 @@ class Trainer:
         inputs |= {name: batch[name] for name in optional if name in batch}
         size = self.config.batch_size // self.config.gradient_accumulation_steps
         first = self.step * self.config.batch_size + index * size + self.accelerator.process_index * len(x0)
-        t, chances, noise = self._draw(first, x0)
-        inputs |= {"t": t, "noise": noise}
-        if drop := self._drop(inputs, chances):
-            inputs["drop"] = drop
-        return Part(x0, inputs, first)
-
-    def _draw(self, first: int, x0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Timesteps (B,), chances (B, 1 + conditions) and noise of the samples from position `first` on, from that."""
-        generator, noise = torch.Generator(x0.device), torch.empty_like(x0)
-        t, chances = [], []
-        for i in range(len(x0)):
-            random = np.random.default_rng([self.config.seed, first + i, 1])
-            t.append(int(random.integers(self.process.num_train_timesteps)))
-            chances.append(random.random(1 + len(DROPPABLE)))
-            noise[i].normal_(generator=generator.manual_seed(int(random.integers(2**63))))
-        return torch.tensor(t, device=x0.device), torch.tensor(np.array(chances), device=x0.device), noise
-
-    def _drop(self, inputs: Mapping[str, Tensor], chances: Tensor) -> dict[str, Tensor]:
-        """The samples that lose conditions in this step.
-
-        A share `condition_dropout` loses all (Ho and Salimans 2022). Where there are several, each is lost alone as
-        well, as often (Brooks et al. 2023), so that samples can be guided by any of them, or go without.
-        """
-        names = [name for name in DROPPABLE if name in inputs and (name == "concat" or self.model.config.learned_null)]
-        dropped = chances < self.config.condition_dropout
-        if len(names) == 1:
-            return {names[0]: dropped[:, 0]}
-        return {name: dropped[:, 0] | dropped[:, 1 + DROPPABLE.index(name)] for name in names}
+        t, noise, chances = draw(self.config.seed, first, x0, self.process.num_train_timesteps)
+        names = [n for n in DROPPABLE if n in inputs and (n == "concat" or self.model.config.learned_null)]
+        if names:
+            inputs["drop"] = dropped(names, chances, self.config.condition_dropout)
+        return Part(x0, inputs | {"t": t, "noise": noise}, first)
 
     def _losses(self, part: Part, network: Any) -> Losses:
-        # dropout's masks and what else is drawn inside
-        entropy = [self.config.seed, part.first, 2]
-        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
+        seed_layers(self.config.seed, part.first)
         return self.process.losses(network, part.x0, **part.inputs)
 
     def _backward(self, part: Part, index: int) -> Losses:
@@ -271,7 +245,12 @@ class Trainer:
             self._scaler.update()  # to a lower scale
         if self.bad_in_a_row < self.config.max_bad_steps:
             return
-        found = first_bad_gradient(self.model) if bool(torch.isfinite(losses.loss).all()) else None
+        found = None
+        if bool(torch.isfinite(losses.loss).all()):
+            self.optimizer.zero_grad()  # clipping has spread it to all gradients
+            for index, part in enumerate(parts):
+                self._backward(part, index)
+            found = first_bad_gradient(self.model)
         for part in parts:
             place = first_bad_module(self.model, partial(self._losses, part, self.prepared))
             found = found or (place and f"{place}, samples {self._indices(part)} of the data")

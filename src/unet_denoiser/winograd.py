@@ -14,6 +14,7 @@ Images are channels last in here: (N, H, W, C).
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -50,26 +51,43 @@ class _Block(NamedTuple):
 
 
 class _Buffers:
-    """Memory that the blocks of one call use one after the other."""
+    """Memory that is used again, by name: for the blocks of one call, or from call to call."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self) -> None:
         self.named: dict[str, Tensor] = {}
 
-    def __call__(self, name: str, *shape: int) -> Tensor:
+    def __call__(self, name: str, like: Tensor, *shape: int) -> Tensor:
         size = torch.Size(shape).numel()
-        if name not in self.named or self.named[name].numel() < size:
-            self.named[name] = torch.empty(size, dtype=self.dtype)
-        return self.named[name][:size].view(shape)
+        found = self.named.get(name)
+        if found is None or found.numel() < size or found.dtype != like.dtype:
+            with torch.inference_mode(False):  # whose tensors could not be written to in training
+                self.named[name] = found = torch.empty(size, dtype=like.dtype)
+        return found[:size].view(shape)
 
 
-def transform_weight(weight: Tensor, *, turned: bool = False) -> Tensor:
-    """G w G^T of all channels: (K, C, 3, 3) -> (36, C, K); `turned`, for the gradient of the input, (36, K, C)."""
+class _Scratch(threading.local):
+    """What has four times the size of a layer's weights. Fresh from the system, which hands out memory of more than
+    32 MiB page by page, it would cost three times as much as what is computed into it."""
+
+    def __init__(self) -> None:
+        self.buffer = _Buffers()
+
+
+_scratch = _Scratch()
+
+
+def transform_weight(weight: Tensor, *, turned: bool = False, keep: bool = True) -> Tensor:
+    """G w G^T of all channels: (K, C, 3, 3) -> (36, C, K); `turned`, for the gradient of the input, (36, K, C).
+
+    Args:
+        keep: the result may be kept; without it, this thread's next call writes over it.
+    """
     out_ch, in_ch = weight.shape[:2]
-    g = torch.tensor(_G, dtype=weight.dtype)
+    g = _matrix(_G, weight)
     g = torch.kron(g, g)
+    out = None if keep else _scratch.buffer("weights", weight, 36, out_ch * in_ch)
     # turned by 180 degrees, the nine weights are in reverse order
-    u = ((g.flip(1) if turned else g) @ weight.reshape(-1, 9).t()).view(36, out_ch, in_ch)
+    u = torch.mm(g.flip(1) if turned else g, weight.detach().reshape(-1, 9).t(), out=out).view(36, out_ch, in_ch)
     return u if turned else u.transpose(1, 2)
 
 
@@ -78,16 +96,16 @@ def convolve(x: Tensor, transformed: Tensor, bias: Tensor | None = None) -> Tens
     images, height, width, in_ch = x.shape
     rows, columns, out_ch = -(-height // 4), -(-width // 4), transformed.shape[2]
     out = x.new_empty(images, 4 * rows, 4 * columns, out_ch)
-    at, bt, buffers = torch.tensor(_A, dtype=x.dtype).t(), torch.tensor(_BT, dtype=x.dtype), _Buffers(x.dtype)
+    at, bt, buffers = _matrix(_A, x).t(), _matrix(_BT, x), _Buffers()
     for block in _blocks(images, rows, columns):
         i, m, a, r, _ = block
         v = _input_places(x, block, bt, buffers).view(36, block.tiles, in_ch)
-        places = torch.bmm(v, transformed, out=buffers("product", 36, block.tiles, out_ch))
+        places = torch.bmm(v, transformed, out=buffers("product", x, 36, block.tiles, out_ch))
         if bias is not None:
             places[_CONSTANT] += bias
         # the columns of each place's row, those side by side, then the rows, straight into the output
-        y = _times(at, places.view(6, 6, -1), buffers("y", 6, 4, block.tiles * out_ch))
-        bands = buffers("bands", m, r, 6, columns, 4, out_ch)
+        y = _times(at, places.view(6, 6, -1), buffers("y", x, 6, 4, block.tiles * out_ch))
+        bands = buffers("bands", x, m, r, 6, columns, 4, out_ch)
         bands.copy_(y.view(6, 4, m, r, columns, out_ch).permute(2, 3, 0, 4, 1, 5))
         _times(at, bands.view(m * r, 6, -1), out[i : i + m, 4 * a : 4 * (a + r)].view(m * r, 4, -1))
     return out[:, :height, :width].contiguous()
@@ -101,15 +119,15 @@ def weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
     images, height, width, in_ch = x.shape
     rows, columns, out_ch = -(-height // 4), -(-width // 4), grad.shape[3]
     grad = F.pad(grad, (0, 0, 0, -width % 4, 0, -height % 4)).contiguous()
-    total = x.new_empty(36, out_ch, in_ch)
-    a_, bt, buffers = torch.tensor(_A, dtype=x.dtype), torch.tensor(_BT, dtype=x.dtype), _Buffers(x.dtype)
+    total = _scratch.buffer("weights", x, 36, out_ch, in_ch)
+    a_, bt, buffers = _matrix(_A, x), _matrix(_BT, x), _Buffers()
     for block in _blocks(images, rows, columns):
         i, m, a, r, _ = block
         v = _input_places(x, block, bt, buffers).view(36, block.tiles, in_ch)
         bands = grad[i : i + m, 4 * a : 4 * (a + r)].view(m * r, 4, -1)
         z = _places(a_, bands, block, (m, r, 6, 4 * columns, out_ch), buffers, "z").view(36, block.tiles, out_ch)
         total.baddbmm_(z.transpose(1, 2), v, beta=0 if i == a == 0 else 1)
-    g = torch.tensor(_G, dtype=x.dtype)
+    g = _matrix(_G, x)
     # (9, KC), then turned: as (KC, 36) @ (36, 9), the library takes ten times as long
     return (torch.kron(g, g).t() @ total.view(36, -1)).t().contiguous().view(out_ch, in_ch, 3, 3)
 
@@ -128,7 +146,7 @@ def _input_places(x: Tensor, block: _Block, bt: Tensor, buffers: _Buffers) -> Te
     _, height, width, channels = x.shape
     i, m, a, r, columns = block
     # the images of a block are below each other, four rows more than they have: so all bands are four rows apart
-    padded = buffers("padded", (m * (r + 1) * 4 + 2) * (4 * columns + 2) * channels)
+    padded = buffers("padded", x, (m * (r + 1) * 4 + 2) * (4 * columns + 2) * channels)
     line = (4 * columns + 2) * channels
     rows = padded[: m * (r + 1) * 4 * line].view(m, 4 * r + 4, 4 * columns + 2, channels)
     top = 4 * a - 1  # the image's row that is a block's first
@@ -149,10 +167,14 @@ def _places(matrix: Tensor, bands: Tensor, block: _Block, shape: Sequence[int], 
     """
     _, m, _, r, columns = block
     s = matrix.shape[1]
-    lines = _times(matrix, bands, buffers(f"{name} lines", len(bands), 6, bands.shape[2]))
-    tiles = buffers(f"{name} tiles", 6, s, m, r, columns, shape[-1])
+    lines = _times(matrix, bands, buffers(f"{name} lines", bands, len(bands), 6, bands.shape[2]))
+    tiles = buffers(f"{name} tiles", bands, 6, s, m, r, columns, shape[-1])
     tiles.copy_(lines.view(shape)[:, :r].unfold(3, s, 4).permute(2, 5, 0, 1, 3, 4))
-    return _times(matrix, tiles.view(6, s, -1), buffers(name, 6, 6, block.tiles * shape[-1]))
+    return _times(matrix, tiles.view(6, s, -1), buffers(name, bands, 6, 6, block.tiles * shape[-1]))
+
+
+def _matrix(rows: Sequence[Sequence[float]], like: Tensor) -> Tensor:
+    return torch.tensor(rows, dtype=like.dtype)
 
 
 def _times(matrix: Tensor, batch: Tensor, out: Tensor) -> Tensor:

@@ -45,7 +45,8 @@ def merge_lora(model: nn.Module, source: str | Path | Mapping[str, Tensor], scal
         model: a `UNet`, changed in place.
         source: a .safetensors file or its tensors, with the names of diffusers ("unet.down_blocks...lora_A.weight") or
             of kohya ("lora_unet_..."), in diffusers' or the LDM layout, or under our own
-            names. What it has for text encoders is left alone. Alphas are read from the tensors or, as diffusers saves them, from the file's header.
+            names. What it has for text encoders is left alone. Alphas are read from the tensors or, as diffusers
+            saves them, from the file's header.
         scale: strength; 0 changes nothing, and the negative takes a merged LoRA out again.
 
     Returns:
@@ -122,7 +123,10 @@ def _modules(model: nn.Module) -> dict[str, str]:
             continue
         found[ours.removesuffix(".weight").replace(".", "_")] = ours
         for layout in ("diffusers", "compvis"):
-            source = LAYOUTS[layout](ours, bones)
+            try:
+                source = LAYOUTS[layout](ours, bones)
+            except ValueError:  # a layer that the layout has not
+                continue
             if source.part is None:
                 found[source.name.removesuffix(".weight").replace(".", "_")] = ours
     return found

@@ -1,0 +1,53 @@
+"""What tests/test_distribution.py runs in two processes: DDP, going on exactly with DDP, and FSDP2.
+
+On CPUs Accelerate does not shard; here its own way of doing so is switched on all the same.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+import accelerate
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.tensor import DTensor
+
+from unet_denoiser import Run, distribution
+from unet_denoiser.checkpoints import step_of
+
+
+def sharding(**options):
+    accelerator = accelerate.Accelerator(**options)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    return accelerator
+
+
+def finish(path, start):
+    run = Run.load(path)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    assert [step_of(file) for file in run.checkpoints.paths()] == [start]
+    trainer = run.trainer()
+    assert trainer.accelerator.num_processes == 2
+    for _ in run.train(trainer):
+        pass
+    trainer.accelerator.wait_for_everyone()
+    return trainer
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    first = finish(folder / "ddp", 2)
+    assert type(first.prepared).__name__ == "DistributedDataParallel"
+    if first.accelerator.is_main_process:
+        shutil.copy(Run.load(folder / "ddp").checkpoints.find("3"), folder / "again" / "checkpoints")
+    finish(folder / "again", 3)
+    distribution.Accelerator = sharding
+    sharded = finish(folder / "fsdp", 2)
+    assert all(isinstance(p, DTensor) for p in sharded.model.parameters())
+    assert all(isinstance(a, DTensor) for a in sharded.ema.averages().values())
+    torch.distributed.destroy_process_group()

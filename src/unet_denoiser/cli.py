@@ -254,9 +254,9 @@ def doctor(
 
     with one_line_errors():
         from unet_denoiser.data import load_data
+        from unet_denoiser.distribution import resolve_device
         from unet_denoiser.doctor import SAMPLING_STEPS, examine
         from unet_denoiser.run import Run
-        from unet_denoiser.distribution import resolve_device
 
         loaded = Run.load(run)
         images = None if data is None else load_data(loaded.with_data(source=str(data)).data)
@@ -326,8 +326,8 @@ def _network(name: str) -> tuple[UNetConfig, Any]:
 
 def _show_memory(name: str, options: dict[str, Any], device: DeviceName) -> None:
     with one_line_errors():
-        from unet_denoiser.memory import estimate, table
         from unet_denoiser.distribution import resolve_device
+        from unet_denoiser.memory import estimate, table
 
         config, run = _network(name)
         shared = ("batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "mixed_precision")

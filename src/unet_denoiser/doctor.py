@@ -20,7 +20,7 @@ from unet_denoiser.findings import Finding, Measures, judge, likely_cause
 from unet_denoiser.images import save_grid
 from unet_denoiser.inputs import CONDITIONS
 from unet_denoiser.run import Run
-from unet_denoiser.sampling import sample
+from unet_denoiser.sampling import Step, sample
 from unet_denoiser.unet import UNet
 
 BATCH = 32
@@ -57,7 +57,7 @@ def examine(
     num_images: int = 128,
     num_samples: int = 32,
     device: str = "cpu",
-    on_step: Callable[[object], object] | None = None,
+    on_step: Callable[[Step], object] | None = None,
 ) -> Report:
     """Measure a run with its averaged weights and write RUN/doctor: report.json and pictures.
 
@@ -113,7 +113,10 @@ def examine(
 
 
 def _write(report: Report, path: Path) -> None:
-    content = {"likely_cause": likely_cause(report.findings), "findings": [f._asdict() for f in report.findings]}
+    content: dict[str, Any] = {
+        "likely_cause": likely_cause(report.findings),
+        "findings": [f._asdict() for f in report.findings],
+    }
     content |= {"measures": report.measures}
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
@@ -148,6 +151,7 @@ def _statistics(x: Tensor, bounds: tuple[float, float] | None) -> dict[str, Any]
         "min": float(x.min()),
         "max": float(x.max()),
         "mean": x.mean(dim=[0, *range(2, x.ndim)]).tolist(),
+        "mean_error": float(x.flatten(2).mean(2).std(0).max()) / math.sqrt(len(x)),
         "std": float(variance.sqrt()),
         "roughness": float(rough),
         "saturated": float(ends),
@@ -215,7 +219,9 @@ def _levels(errors: Tensor, process: Diffusion, x0: Tensor) -> list[dict[str, fl
         scale = {"epsilon": (alpha / sigma) ** 2, "v_prediction": sigma**-2, "sample": torch.ones(())}
         trivial = float(of_x0 * scale[process.prediction_type])
         error = float(row.mean())
-        found.append({"t": t, "error": error, "trivial": trivial, "ratio": error / max(trivial, 1e-12)})
+        signal = float((alpha / sigma) ** 2 * variance.mean())
+        found.append({"t": t, "signal": signal, "error": error, "trivial": trivial})
+        found[-1]["ratio"] = error / max(trivial, 1e-12)
     return found
 
 
@@ -236,11 +242,11 @@ def _against_raw(run: Run, model: UNet, errors: Tensor, images: Images) -> float
     return ratio if math.isfinite(ratio) else None
 
 
-def _sample(model: UNet, process: Diffusion, images: Images, on_step: Callable[[object], object] | None) -> Tensor:
+def _sample(model: UNet, process: Diffusion, images: Images, on_step: Callable[[Step], object] | None) -> Tensor:
     count = len(images["image"])
     options: dict[str, Any] = {"image_size": images["image"].shape[2:], "num_inference_steps": SAMPLING_STEPS}
-    options |= {"batch_size": BATCH, "on_step": on_step}
-    return sample(model, process, seeds=range(count), **options, **_conditions(model, images)).cpu()
+    options |= {"batch_size": BATCH, "on_step": on_step} | _conditions(model, images)
+    return sample(model, process, seeds=range(count), **options).cpu()
 
 
 def _neighbours(x: Tensor, images: Tensor) -> tuple[dict[str, Any], Tensor]:

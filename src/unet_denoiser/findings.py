@@ -35,15 +35,15 @@ def judge(m: Measures) -> list[Finding]:
 
 
 def likely_cause(findings: list[Finding]) -> str:
-    """One sentence: how the samples look, and the gravest finding that explains it."""
+    """One sentence: how the samples look, and the gravest finding that may explain it."""
     looks = [f.name for f in findings if f.is_symptom and f.severity != "note"]
     causes = [f for f in findings if not f.is_symptom and f.severity != "note"]
     if not looks and not causes:
         return "Nothing wrong was found."
-    seen = f"The samples are {' and '.join(looks)}" if looks else "The samples look as they should, but"
-    if not causes:
-        return f"{seen}; none of the checks below explains it."
-    return f"{seen}; the likely cause: {causes[0].text}" if looks else f"{seen} {causes[0].text}"
+    if not looks:
+        return f"Contrast, grain and colours of the samples are like the data's; but look at: {causes[0].name}."
+    seen = f"The samples are {' and '.join(looks)}"
+    return f"{seen}; the likely cause: {causes[0].name}." if causes else f"{seen}; no cause was found."
 
 
 # ---- causes ----------------------------------------------------------------------------------------------------------
@@ -52,7 +52,7 @@ def likely_cause(findings: list[Finding]) -> str:
 def _weights(m: Measures) -> Iterator[Finding]:
     if m["bad_weights"]:
         text = f"weights are not finite numbers, first {m['bad_weights'][0]} ({len(m['bad_weights'])} tensors)"
-        yield Finding("error", "bad weights", text, "go back to an earlier checkpoint; train with a lower learning_rate")
+        yield Finding("error", "bad weights", text, "go on from an earlier checkpoint, with a lower learning_rate")
 
 
 def _data(m: Measures) -> Iterator[Finding]:
@@ -84,7 +84,7 @@ def _schedule(m: Measures) -> Iterator[Finding]:
     left = m["signal_at_end"]
     if left > 0.03:
         text = f"the last timestep still has {left:.0%} of the image in it, but sampling starts from pure noise"
-        advice = "rescale_betas_zero_snr=True with v_prediction, or beta_schedule='squaredcos_cap_v2', or a larger beta_end"
+        advice = "rescale_betas_zero_snr=True with v_prediction, or a larger beta_end, or 'squaredcos_cap_v2'"
         yield Finding("error" if left > 0.2 else "warning", "schedule end", text, advice)
 
 
@@ -92,24 +92,24 @@ def _levels(m: Measures) -> Iterator[Finding]:
     levels = m["levels"]
     if not levels:
         return
-    ratios = sorted(level["ratio"] for level in levels)
+    # where hardly any signal is left, the best network is no better than a trivial guess
+    ratios = sorted(level["ratio"] for level in levels if level["signal"] > 0.1) or [levels[0]["ratio"]]
     typical = ratios[len(ratios) // 2]
     step, steps = m["training"]["step"], m["training"]["steps"]
     short = step is not None and step < max(2000, steps)
-    advice = f"train longer (now step {step} of {steps})" if short else "check data and learning rate, then train longer"
+    advice = f"train longer (now step {step} of {steps})" if short else "look at data and learning rate; train longer"
     if typical > 0.9:
         text = f"the network is hardly better than no network: {typical:.0%} of the loss of a trivial guess"
         yield Finding("error", "undertrained", text, advice)
     elif typical > 0.6:
         text = f"the network has learned little yet: {typical:.0%} of the loss of a trivial guess"
         yield Finding("warning", "undertrained", text, advice)
-    elif worse := [level for level in levels if level["ratio"] > 1.3]:
-        noisy = sum(level["t"] for level in worse) / len(worse) > m["timesteps"] / 2
-        where = "where there is much noise, which decides layout and brightness" if noisy else (
-            "where there is little noise, which decides fine detail and grain"
-        )  # fmt: skip
-        text = f"the loss is above that of a trivial guess at t = {', '.join(str(level['t']) for level in worse)}, {where}"
-        yield Finding("warning", "a bad noise level", text, "train longer, or weight these timesteps more")
+    # where almost all is noise, even a tiny error in it is more than a trivial guess makes; clipping sees to those
+    elif worse := [level["t"] for level in levels if level["ratio"] > 1.3 and level["error"] > 0.01]:
+        much = sum(worse) / len(worse) > m["timesteps"] / 2
+        where = "layout and brightness are decided" if much else "fine detail and grain are decided"
+        text = f"the loss is above that of a trivial guess at t = {', '.join(map(str, worse))}, where {where}"
+        yield Finding("warning", "bad at some noise levels", text, advice)
 
 
 def _average(m: Measures) -> Iterator[Finding]:
@@ -159,7 +159,10 @@ def _neighbours(m: Measures) -> Iterator[Finding]:
             f"samples lie {n['ratio']:.0%} as far from the nearest training image as training images from each other "
             f"({n['samples']:.3g} and {n['data']:.3g}, root mean square, of {n['searched']} images)"
         )
-        yield Finding("error", "copied", text, "see doctor/neighbours.png; more images, fewer steps, dropout, flips", True)
+        yield Finding("error", "copies", text, "see doctor/neighbours.png; more images, fewer steps, dropout", True)
+    elif n.get("ratio", 0) > 1.5 and n["samples"] > 0.3 * m["data"]["std"]:
+        text = f"samples lie {n['ratio']:.1f} times as far from the training images as those from each other"
+        yield Finding("warning", "unlike the data", text, "see doctor/neighbours.png", True)
 
 
 def _samples(m: Measures) -> Iterator[Finding]:
@@ -173,13 +176,14 @@ def _samples(m: Measures) -> Iterator[Finding]:
         text = f"their standard deviation is {s['std']:.2g}, that of the data {d['std']:.2g}"
         yield Finding("error" if s["std"] < 0.4 * d["std"] else "warning", "grey", text, "see the causes above", True)
     if s["roughness"] > max(1.5 * d["roughness"], d["roughness"] + 0.1):
-        text = f"neighbouring pixels differ by {s['roughness']:.0%} of what unrelated ones would, in the data by {d['roughness']:.0%}"
-        yield Finding("error" if s["roughness"] > 0.7 > d["roughness"] else "warning", "noisy", text, "see the causes above", True)
+        share = f"{s['roughness']:.0%} of what unrelated ones would, in the data by {d['roughness']:.0%}"
+        severity: Severity = "error" if s["roughness"] > 0.7 > d["roughness"] else "warning"
+        yield Finding(severity, "noisy", f"neighbouring pixels differ by {share}", "see the causes above", True)
     if s["saturated"] > d["saturated"] + 0.25:
         text = f"{s['saturated']:.0%} of their values are at the ends of the range, of the data's {d['saturated']:.0%}"
         yield Finding("warning", "oversaturated", text, "a lower guidance_scale; else see the causes above", True)
     shift = max(abs(a - b) for a, b in zip(s["mean"], d["mean"], strict=True))
-    if shift > 0.35 * d["std"]:
+    if shift > 0.35 * d["std"] + 3 * s["mean_error"]:
         text = f"their mean is {_list(s['mean'])}, that of the data {_list(d['mean'])}"
         yield Finding("warning", "off in brightness or colour", text, "see the causes above", True)
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -20,12 +21,16 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from unet_denoiser import conv, unet, winograd
+from unet_denoiser import conv, inputs, recompute, unet, winograd
 from unet_denoiser.config import UNetConfig
 from unet_denoiser.memory_config import MemoryConfig
 from unet_denoiser.summary import count_flops, example_inputs
 from unet_denoiser.unet import UNet
 
+# glibc's heap keeps holes between longer-lived tensors: this share of what comes and goes, and at most so many bytes, as
+# blocks of 32 MiB and more are never in it. Fitted to the six measurements of docs/scaling.md; there are none with
+# MALLOC_MMAP_THRESHOLD_=65536, for twice the time
+HOLES, MOST_HOLES = 0.9, 370 * 2**20
 FLOAT = 4  # bytes: weights, gradients, moments and averages are float32, whatever autocast computes in
 
 
@@ -40,6 +45,7 @@ class Estimate:
         activations: what the forward pass keeps for the backward one.
         peak: the most of all together at any moment. Less than the sum, as activations go while gradients come; or
             more, by what single operations need for themselves.
+        resident: on a CPU under Linux, the process's memory at the peak, which is more: see `HOLES`. Else the peak.
         flops: forward and backward pass of the whole batch; a multiplication and an addition count as two.
     """
 
@@ -50,6 +56,7 @@ class Estimate:
     buffers: int
     activations: int
     peak: int
+    resident: int
     flops: int
 
 
@@ -62,22 +69,18 @@ def estimate(config: UNetConfig, memory: MemoryConfig, device: str = "cpu") -> E
     Raises:
         ValueError: an image size that is not one of the network's.
     """
-    size = _size(config, memory)
-    keep_gradients = memory.sharding != "fsdp" and memory.gradient_accumulation_steps == 1
-    # FSDP gathers the weights in autocast's precision, so that autocast has no copies of them to keep
-    dtype = torch.bfloat16 if memory.sharding == "fsdp" and memory.mixed_precision == "bf16" else torch.float32
-    with FakeTensorMode(), _convolutions_of(device), _default_dtype(dtype):
-        model = UNet.from_config(config).train()
-        activations, moving = _walk(model, memory, size, keep_gradients)
-    parameters = sum(p.numel() for p in model.parameters())
-    fsdp = memory.sharding == "fsdp"
-    share = FLOAT * -(-parameters // (memory.num_processes if fsdp else 1))
-    buffers = FLOAT * parameters if memory.sharding == "ddp" else 0
+    size, fsdp, half = _size(config, memory), memory.sharding == "fsdp", memory.mixed_precision != "no"
+    keep_gradients = not fsdp and memory.gradient_accumulation_steps == 1
+    batch = memory.batch_size // (memory.num_processes * memory.gradient_accumulation_steps)
+    tokens, checkpointing = memory.context_tokens, memory.gradient_checkpointing
+    step = _Step(config, batch, size, tokens, checkpointing, half, half and fsdp, keep_gradients, device)
+    walk = _walk(step)
+    share = FLOAT * -(-walk.parameters // (memory.num_processes if fsdp else 1))
+    buffers = FLOAT * walk.parameters if memory.sharding == "ddp" else 0
     if fsdp:
-        blocks = (*model.encoder, *model.bottleneck, *model.decoder)
-        largest = max(sum(p.numel() for p in block.parameters()) for block in blocks)
         # weights of the block that runs and of the next, gradients of it and of the one before; in autocast's precision
-        buffers = 4 * largest * dtype.itemsize
+        buffers = 4 * walk.largest_block * (FLOAT // 2 if half else FLOAT)
+    moving = walk.peak + buffers + (0 if keep_gradients else share)
     always = share * (1 + memory.optimizer_states + memory.ema)
     return Estimate(
         parameters=share,
@@ -85,8 +88,9 @@ def estimate(config: UNetConfig, memory: MemoryConfig, device: str = "cpu") -> E
         ema=share * memory.ema,
         gradients=share,
         buffers=buffers,
-        activations=activations,
-        peak=always + buffers + moving + (0 if keep_gradients else share),
+        activations=walk.kept,
+        peak=always + moving,
+        resident=always + moving + (min(int(HOLES * moving), MOST_HOLES) if device == "cpu" else 0),
         flops=_training_flops(config, memory, size),
     )
 
@@ -99,35 +103,63 @@ def _size(config: UNetConfig, memory: MemoryConfig) -> tuple[int, ...] | None:
     return size
 
 
-def _walk(model: UNet, memory: MemoryConfig, size: tuple[int, ...] | None, keep_gradients: bool) -> tuple[int, int]:
-    """Bytes that the forward pass keeps, and the peak of all but the parameters, of one process and one backward pass.
+class _Step(NamedTuple):
+    """What one process does between two releases of its activations.
 
-    keep_gradients: else each gradient goes when it is done, as where it is added to one that is there or sent away.
+    half_weights: they are in autocast's precision, as FSDP gathers them, so that autocast has no copies to keep.
+    keep_gradients: else each goes when it is done, as where it is added to one that is there, or sent away.
     """
-    batch = memory.batch_size // (memory.num_processes * memory.gradient_accumulation_steps)
-    bf16 = memory.mixed_precision == "bf16"
-    model.gradient_checkpointing = memory.gradient_checkpointing
+
+    config: UNetConfig
+    batch: int
+    size: tuple[int, ...] | None
+    context_tokens: int
+    checkpointing: bool
+    half: bool
+    half_weights: bool
+    keep_gradients: bool
+    device: str
+
+
+class _Walk(NamedTuple):
+    """Numbers of parameters, of all and of the largest block; bytes kept by the forward pass, and at the peak."""
+
+    parameters: int
+    largest_block: int
+    kept: int
+    peak: int
+
+
+@lru_cache(maxsize=32)
+def _walk(step: _Step) -> _Walk:
+    """Both passes of a network without storage; the parameters' own bytes are left out."""
     saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor
 
-    own = {p.untyped_storage()._cdata for p in model.parameters()}
-    if not keep_gradients:
-        for p in model.parameters():
-            p.register_post_accumulate_grad_hook(_drop_gradient)
-    with _Live(own) as live:
-        inputs = example_inputs(model.config, batch=batch, context_tokens=memory.context_tokens, size=size)
-        held = [torch.zeros_like(inputs["x"]) for _ in ("clean data", "noise")]
-        autocast = torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext()
-        with autocast, saved_tensors_hooks(pack, lambda tensor: tensor):
-            out = model(**inputs)
-        kept = sum(storage.nbytes() for address, storage in saved.items() if address not in own)
-        saved.clear()
-        out.float().square().mean().backward()
-        del held, out
-    return kept, live.peak
+    dtype = torch.bfloat16 if step.half_weights else torch.float32
+    with FakeTensorMode(), _convolutions_of(step.device), _default_dtype(dtype):
+        model = UNet.from_config(step.config).train()
+        model.gradient_checkpointing = step.checkpointing
+        own = {p.untyped_storage()._cdata for p in model.parameters()}
+        if not step.keep_gradients:
+            for p in model.parameters():
+                p.register_post_accumulate_grad_hook(_drop_gradient)
+        with _Live(own) as live:
+            given = example_inputs(step.config, batch=step.batch, context_tokens=step.context_tokens, size=step.size)
+            held = [torch.zeros_like(given["x"]) for _ in ("clean data", "noise")]
+            autocast = torch.autocast("cpu", torch.bfloat16) if step.half else nullcontext()
+            with autocast, saved_tensors_hooks(pack, lambda tensor: tensor):
+                out = model(**given)
+            kept = sum(storage.nbytes() for address, storage in saved.items() if address not in own)
+            saved.clear()
+            out.float().square().mean().backward()
+            del held, out
+    blocks = (*model.encoder, *model.bottleneck, *model.decoder)
+    largest = max(sum(p.numel() for p in block.parameters()) for block in blocks)
+    return _Walk(sum(p.numel() for p in model.parameters()), largest, kept, live.peak)
 
 
 def _drop_gradient(parameter: Tensor) -> None:
@@ -173,25 +205,27 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 @contextmanager
 def _convolutions_of(device: str) -> Iterator[None]:
     """The tensors claim to be on a CPU; what conv.py does there only must be as on the device that is meant."""
-    if device == "cpu":
-        # blocks of tiles follow each other in the same memory: the first, which is the largest, stands for all
-        first = winograd._blocks
-        with patch.object(winograd, "_blocks", lambda *args: [next(first(*args))]):
-            yield
-    else:
-        with (
-            patch.object(conv, "winograd_pays", lambda *args, **kwargs: False),
-            patch.object(unet, "channels_last", lambda x: x),
-        ):
-            yield
+    with ExitStack() as patches:
+        # tensors without storage have no label values to look at
+        patches.enter_context(patch.object(inputs, "_check_labels", lambda *args: None))
+        if device == "cpu":
+            # blocks of tiles follow each other in the same memory: the first, which is the largest, stands for all
+            blocks = winograd._blocks
+            patches.enter_context(patch.object(winograd, "_blocks", lambda *args: [next(blocks(*args))]))
+            patches.enter_context(patch.object(winograd, "_scratch", winograd._Scratch()))  # not to mix with real ones
+        else:
+            patches.enter_context(patch.object(conv, "winograd_pays", lambda *args, **kwargs: False))
+            patches.enter_context(patch.object(recompute, "winograd_pays", lambda *args, **kwargs: False))
+            patches.enter_context(patch.object(unet, "channels_last", lambda x: x))
+        yield
 
 
 def _training_flops(config: UNetConfig, memory: MemoryConfig, size: tuple[int, ...] | None) -> int:
     """The backward pass has two products for each of the forward one's; checkpointing runs that twice."""
     with torch.device("meta"):
         model = UNet.from_config(config).eval()
-        inputs = example_inputs(config, batch=1, context_tokens=memory.context_tokens, size=size)
-        forward = count_flops(model, inputs).get_total_flops()
+        given = example_inputs(config, batch=1, context_tokens=memory.context_tokens, size=size)
+        forward = count_flops(model, given).get_total_flops()
     return memory.batch_size * forward * (4 if memory.gradient_checkpointing else 3)
 
 
@@ -207,6 +241,7 @@ def table(found: Estimate, memory: MemoryConfig, device: str) -> str:
         ({"ddp": "buckets of DDP", "fsdp": "layers gathered by FSDP"}.get(memory.sharding, ""), found.buffers),
         (f"activations kept for the backward pass, {batch} images at a time", found.activations),
         ("peak", found.peak),
+        ("the same in the process's size, with the holes of Linux's heap", found.resident * (device == "cpu")),
     ]
     width = max(len(name) for name, size in rows if size)
     lines = [f"memory of a training step on {where}:"]

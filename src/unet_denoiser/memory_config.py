@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from unet_denoiser.recipe import check_choice
+from unet_denoiser.recipe import MixedPrecision, check_choice
 
-Precision = Literal["no", "bf16"]
 Sharding = Literal["none", "ddp", "fsdp"]
 
 
@@ -20,7 +19,7 @@ class MemoryConfig:
         gradient_accumulation_steps: parts that a process computes its share of the batch in, one after the other.
         image_size: one number or height and width, if not the network's own.
         context_tokens: tokens of text that a network with cross-attention sees.
-        mixed_precision: "no" (float32) or "bf16" (autocast: the weights stay float32).
+        mixed_precision: "no" (float32), "bf16" or "fp16" (autocast: the weights stay float32).
         gradient_checkpointing: less memory for more time.
         sharding: "none" (one process), "ddp" (a full copy on each) or "fsdp" (FSDP2: each holds a share).
         num_processes: GPUs, over all machines.
@@ -35,7 +34,7 @@ class MemoryConfig:
     gradient_accumulation_steps: int = 1
     image_size: tuple[int, ...] | None = None
     context_tokens: int = 77
-    mixed_precision: Precision = "no"
+    mixed_precision: MixedPrecision = "no"
     gradient_checkpointing: bool = False
     sharding: Sharding = "none"
     num_processes: int = 1
@@ -43,7 +42,7 @@ class MemoryConfig:
     ema: bool = True
 
     def __post_init__(self) -> None:
-        check_choice("mixed_precision", self.mixed_precision, Precision)
+        check_choice("mixed_precision", self.mixed_precision, MixedPrecision)
         check_choice("sharding", self.sharding, Sharding)
         for name in ("batch_size", "gradient_accumulation_steps", "context_tokens", "num_processes"):
             if getattr(self, name) < 1:

@@ -85,7 +85,7 @@ def example_inputs(
     """What a network's `forward` takes, all of its conditions included; zeros, on the current default device."""
     inputs = {"x": torch.zeros(batch, config.in_channels, *(size or spatial_size(config))), "t": torch.zeros(batch)}
     if config.num_classes is not None:
-        inputs["class_labels"] = torch.tensor([0] * batch)  # whose values a tensor without storage can tell
+        inputs["class_labels"] = torch.zeros(batch, dtype=torch.long)
     if config.vector_dim is not None:
         inputs["vector"] = torch.zeros(batch, config.vector_dim)
     if config.context_dim is not None:

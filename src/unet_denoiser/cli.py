@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import tyro
 
-from unet_denoiser.config import UNetConfig
+from unet_denoiser.cli_networks import convert, info
+from unet_denoiser.endings import one_line_ends, one_line_errors
 from unet_denoiser.options import (
     DataOptions,
     ModelOptions,
     OptionalName,
-    OptionalNumber,
-    OptionalOrder,
     OptionalPath,
     OptionalSize,
     ProcessOptions,
     TrainingOptions,
     chosen,
-    show,
 )
-from unet_denoiser.recipe import CheckpointFormat, DeviceName, SamplerName
+from unet_denoiser.recipe import DeviceName, SamplerName
 
 
 def train(
@@ -67,7 +63,7 @@ def train(
         images = f"{len(trainer.data):,} images" if hasattr(trainer.data, "__len__") else "a stream of images"
         say = print if trainer.accelerator.is_main_process else lambda text: None
         say(f"{run.path}: {images}, {total:,} parameters, on {trainer.accelerator.device}")
-    with _one_line_ends(run.path), _progress(run, trainer) as bar:
+    with one_line_ends(run.path), _progress(run, trainer) as bar:
         for step in run.train(trainer):
             skipped = f", {trainer.skipped_steps} steps skipped" if trainer.skipped_steps else ""
             text = f"step {step.step}/{run.training.steps}, loss {float(step.loss):.4f}{skipped}"
@@ -187,115 +183,52 @@ def sample(
             print(folder)
 
 
-def info(
-    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME_OR_RUN")], *, diagram: OptionalPath = None
+def doctor(
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
+    *,
+    data: OptionalPath = None,
+    num_images: int = 128,
+    num_samples: int = 32,
+    device: DeviceName = "auto",
 ) -> None:
-    """Show a network: its levels with sizes, widths, heads, parameters and FLOPs.
+    """Look at a run: why are its samples grey, noisy or copies? Writes RUN/doctor.
 
     Args:
-        name: a preset's name, a run directory, or a directory with a saved model.
-        diagram: also draw the network into this .svg file.
+        run: a run directory.
+        data: the data it was trained on, where they are now (default: as trained).
+        num_images: images that the loss per noise level is measured on.
+        num_samples: samples to make and to look for among the training images.
+        device: "auto" takes a GPU where there is one.
     """
+    from tqdm import tqdm
+
     with one_line_errors():
-        from unet_denoiser.files import read_json
-        from unet_denoiser.presets import PRESETS, preset
+        from unet_denoiser.data import load_data
+        from unet_denoiser.distribution import resolve_device
+        from unet_denoiser.doctor import SAMPLING_STEPS, examine
         from unet_denoiser.run import Run
 
-        if name in PRESETS:
-            config = preset(name)
-        elif (Path(name) / "model").is_dir() or (Path(name) / "metrics.jsonl").exists():
-            config = Run.load(name).model
-        elif (Path(name) / "config.json").is_file():
-            config = UNetConfig.from_dict(read_json(Path(name) / "config.json"))
-        else:
-            raise ValueError(f"{name!r} is neither a run or model directory nor a preset: {', '.join(PRESETS)}")
-        if diagram is not None:
-            if diagram.suffix != ".svg":
-                raise ValueError(f"diagram={diagram}: give a name that ends in .svg")
-            from unet_denoiser.diagram import diagram as draw
-            from unet_denoiser.files import write_atomically
-
-            write_atomically(diagram, lambda path: path.write_text(draw(config), encoding="utf-8"))
-    from unet_denoiser.summary import summarize, table
-
-    print(table(summarize(config)))
-    print("\n" + ", ".join(f"{k}={show(v)}" for k, v in asdict(config).items()))
+        loaded = Run.load(run)
+        images = None if data is None else load_data(loaded.with_data(source=str(data)).data)
+        with tqdm(total=num_samples * SAMPLING_STEPS, unit="step", disable=None) as bar:
+            report = examine(
+                loaded,
+                images,
+                num_images=num_images,
+                num_samples=num_samples,
+                device=resolve_device(device),
+                on_step=lambda step: bar.update(len(step.x)),
+            )
+    print(report.text())
 
 
-def convert(
-    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")],
-    target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")],
-    *,
-    to: CheckpointFormat = "unet-denoiser",
-    ema: bool = False,
-    num_heads: OptionalNumber = None,
-    head_dim: OptionalNumber = None,
-    qkv_order: OptionalOrder = None,
-    variant: OptionalName = None,
-    lora: OptionalPath = None,
-    lora_scale: float = 1.0,
-    verify: bool = False,
-) -> None:
-    """Convert a checkpoint of DDPM, ADM, EDM, LDM, Stable Diffusion or diffusers to this library's format, or back.
-
-    Args:
-        source: a run, a model directory, a diffusers folder, or a .safetensors, .ckpt or .pt file; its layout and
-            architecture are recognised.
-        target: what to write: a folder for "unet-denoiser", "diffusers" and "pipeline", else a .safetensors file.
-        to: the format to write; "pipeline" is a run's network and schedule together, for diffusers' DiffusionPipeline.
-        ema: take the averaged weights of a file that has both.
-        num_heads: attention heads, where the file does not tell and the network is none of the known ones.
-        head_dim: channels per head instead.
-        qkv_order: how an ADM file packs its attention, likewise ("new" is use_new_attention_order).
-        variant: the weights to take of a diffusers folder that has several, for example fp16.
-        lora: a LoRA file (.safetensors of diffusers or kohya) to merge into the weights.
-        lora_scale: strength of the LoRA.
-        verify: first run the checkpoint in its own code too (diffusers or guided-diffusion) and compare the outputs.
-    """
-    with one_line_errors():
-        from unet_denoiser.conversion import convert_checkpoint
-
-        options = {"num_heads": num_heads, "head_dim": head_dim, "qkv_order": qkv_order, "variant": variant}
-        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-        given |= {"ema": True} if ema else {}
-        print(convert_checkpoint(source, target, to, lora=lora, lora_scale=lora_scale, verify=verify, **given))
-
-
-@contextmanager
-def one_line_errors(
-    kinds: tuple[type[Exception], ...] = (ValueError, TypeError, OSError, ImportError),
-) -> Iterator[None]:
-    """Print what the user can mend as one line and exit with code 2; leave anything else alone."""
-    try:
-        yield
-    except kinds as error:
-        _exit(f"error: {error}", 2)
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        _exit("interrupted", 130)
-
-
-@contextmanager
-def _one_line_ends(path: Path) -> Iterator[None]:
-    """The ways in which training may end before its last step: asked to, in trouble, or without a disk."""
-    from unet_denoiser.interrupts import Interrupted
-    from unet_denoiser.safety import NotFinite
-
-    with one_line_errors((OSError, ImportError)):
-        try:
-            yield
-        except Interrupted as stop:
-            _exit(f"{path}: {stop}; to go on: unet-denoiser train --resume {path}", 128 + stop.number)
-        except NotFinite as error:
-            _exit(f"error: {error}; {path} has the last good checkpoint", 1)
-
-
-def _exit(message: str, code: int) -> NoReturn:
-    print(f"unet-denoiser: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(code) from None
-
-
-COMMANDS: dict[str, Callable[..., None]] = {"train": train, "sample": sample, "info": info, "convert": convert}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "train": train,
+    "sample": sample,
+    "doctor": doctor,
+    "info": info,
+    "convert": convert,
+}
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -36,13 +36,8 @@ def summarize(config: UNetConfig) -> list[Part]:
     """
     with torch.device("meta"):
         model = UNet.from_config(config).eval()
-        size = config.image_size if isinstance(config.image_size, tuple) else (config.image_size,) * config.dims
-        conditions = {} if config.num_classes is None else {"class_labels": torch.zeros(1, dtype=torch.long)}
-        if config.vector_dim is not None:
-            conditions["vector"] = torch.zeros(1, config.vector_dim)
-        context = None if config.context_dim is None else torch.zeros(1, 1, config.context_dim)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(torch.zeros(1, config.in_channels, *size), torch.zeros(1), context, **conditions)
+        counter = count_flops(model, example_inputs(config, batch=1, context_tokens=1))
+    size = spatial_size(config)
     flops = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
     names = {module: name for name, module in model.named_modules()}
 
@@ -77,6 +72,32 @@ def summarize(config: UNetConfig) -> list[Part]:
     parts.append(part("output", 0, config.out_channels, 0, [model.output], False))
     nulls = sum(p.numel() for p in model.parameters(recurse=False))
     return [parts[0]._replace(parameters=parts[0].parameters + nulls), *parts[1:]]
+
+
+def spatial_size(config: UNetConfig) -> tuple[int, ...]:
+    """`image_size`, one int per axis."""
+    return config.image_size if isinstance(config.image_size, tuple) else (config.image_size,) * config.dims
+
+
+def example_inputs(
+    config: UNetConfig, *, batch: int, context_tokens: int, size: tuple[int, ...] | None = None
+) -> dict[str, torch.Tensor]:
+    """What a network's `forward` takes, all of its conditions included; zeros, on the current default device."""
+    inputs = {"x": torch.zeros(batch, config.in_channels, *(size or spatial_size(config))), "t": torch.zeros(batch)}
+    if config.num_classes is not None:
+        inputs["class_labels"] = torch.zeros(batch, dtype=torch.long)
+    if config.vector_dim is not None:
+        inputs["vector"] = torch.zeros(batch, config.vector_dim)
+    if config.context_dim is not None:
+        inputs["context"] = torch.zeros(batch, context_tokens, config.context_dim)
+    return inputs
+
+
+def count_flops(model: UNet, inputs: dict[str, torch.Tensor]) -> FlopCounterMode:
+    """The counter of one forward pass; for a model on the meta device, where attention is made of matrix products."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**inputs)
+    return counter
 
 
 def table(parts: list[Part]) -> str:

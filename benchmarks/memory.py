@@ -1,0 +1,145 @@
+"""The estimates of `unet-denoiser info --memory` beside measured peaks on a CPU, and tables for clusters.
+
+python benchmarks/memory.py [measured|clusters]
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import torch
+from measure import progress, reset_peak, resident, table
+
+from unet_denoiser import Diffusion, Trainer, TrainingConfig, UNet, UNetConfig, preset
+from unet_denoiser.data import ArrayData
+from unet_denoiser.memory import Estimate, estimate
+from unet_denoiser.memory_config import MemoryConfig
+
+# name: network, size of the images, images per step
+MEASURED: dict[str, tuple[UNetConfig, int, int]] = {
+    "DDPM, CIFAR-10": (preset("ddpm-cifar10"), 32, 16),
+    "SD's shape, 320 -> 96 channels": (
+        replace(preset("sd-1.5"), model_channels=96, channel_mult=(1, 2, 4), context_dim=768),
+        32,
+        12,
+    ),
+    "ADM's shape, 64 pixels, 192 -> 64 channels": (
+        replace(preset("edm-imagenet64-cond"), model_channels=64, head_dim=32),
+        64,
+        8,
+    ),
+}
+
+
+class Random(ArrayData):
+    """As many random images as a step takes, with the conditions that a network was built for."""
+
+    def __init__(self, config: UNetConfig, size: int, count: int) -> None:
+        images = np.random.default_rng(0).uniform(-1, 1, (count, config.in_channels, size, size)).astype(np.float32)
+        super().__init__(images, np.arange(count) if config.num_classes else None)
+        self.context_dim = config.context_dim
+
+    def __getitem__(self, index: int) -> dict[str, object]:
+        context = {} if self.context_dim is None else {"context": torch.zeros(77, self.context_dim)}
+        return super().__getitem__(index) | context
+
+
+def probe(name: str, checkpointing: str) -> None:
+    """Resident memory of a new process: what a trainer adds, and its peak in the third step."""
+    config, size, batch = MEASURED[name]
+    options = TrainingConfig(batch_size=batch, steps=3, gradient_checkpointing=checkpointing == "yes", device="cpu")
+    small = replace(config, model_channels=64, context_dim=config.context_dim and 8, norm_groups=32)
+    for warm_up in (True, False):
+        base = reset_peak()
+        torch.manual_seed(0)
+        model = UNet.from_config(small if warm_up else config)
+        data = Random(small if warm_up else config, size, 2 if warm_up else batch)
+        steps = replace(options, batch_size=2) if warm_up else options
+        trainer = Trainer(model, Diffusion(), data, steps)
+        for step in trainer.steps():
+            if step.step == 2:
+                rest = reset_peak()
+        found = {"peak": resident("VmHWM") - base, "held": rest - base}
+        del trainer, model, data, step
+    print(json.dumps(found))
+
+
+def measured() -> str:
+    """Estimate beside measurement, with and without checkpointing."""
+    rows = []
+    for name, (config, size, batch) in MEASURED.items():
+        for checkpointing in ("no", "yes"):
+            about = MemoryConfig(batch_size=batch, image_size=(size,), gradient_checkpointing=checkpointing == "yes")
+            said = estimate(config, about)
+            command = [sys.executable, __file__, "probe", name, checkpointing]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            found = json.loads(done.stdout.splitlines()[-1])
+            progress(f"{name}, checkpointing {checkpointing}:", found)
+            rows.append([name, str(batch), checkpointing, *_compare(said, found)])
+    head = ("network", "batch", "checkpointing", "activations", "peak", "resident", "measured", "resident / measured",
+            "holes")  # fmt: skip
+    return table(head, rows)
+
+
+def _compare(said: Estimate, found: dict[str, float]) -> list[str]:
+    held = said.parameters + said.optimizer + said.ema
+    holes = (found["peak"] - found["held"]) / (said.peak - held)
+    mebibytes = said.activations, said.peak, said.resident, found["peak"]
+    return [*(f"{b / 2**20:.0f} MiB" for b in mebibytes), f"{said.resident / found['peak']:.2f}", f"{holes:.2f}"]
+
+
+# GPUs: gigabytes of each, how many, dense bf16 TFLOP/s of one (RTX 4090, A100)
+CLUSTERS = {
+    "1 x 24 GB": (24, 1, 165),
+    "1 x 80 GB": (80, 1, 312),
+    "8 x 80 GB": (80, 8, 312),
+    "64 x 80 GB": (80, 64, 312),
+}
+UTILISATION = 0.35
+CONTEXT, FRAGMENTS = 1.5 * 2**30, 0.08  # what the libraries take, and the share that the allocator loses
+
+
+def clusters() -> str:
+    """The largest power of two of images per GPU that fits, in bf16, for SD- and SDXL-sized training."""
+    rows = []
+    for name in ("sd-1.5", "sdxl-base"):
+        for cluster, (gigabytes, count, speed) in CLUSTERS.items():
+            for sharding in ("none",) if count == 1 else ("ddp", "fsdp"):
+                for checkpointing in (False, True):
+                    room = (gigabytes * 1e9 - CONTEXT) * (1 - FRAGMENTS)
+                    batch, found = _largest(name, sharding, count, checkpointing, room)
+                    progress(f"{name} {cluster} {sharding} {checkpointing}: {batch}")
+                    fits = (
+                        [str(batch), f"{found.peak / 1e9:.1f}"] if batch else ["none", f"{found.peak / 1e9:.1f} for 1"]
+                    )
+                    seconds = found.flops / (count * speed * 1e12 * UTILISATION)
+                    timing = [f"{found.flops / 1e12:,.0f}", f"{seconds:.2f}"] if batch else ["", ""]
+                    how = [sharding, "yes" if checkpointing else "no", *fits, str(batch * count or ""), *timing]
+                    rows.append([f"{name}, {cluster}", *how])
+    head = ("network, GPUs", "sharding", "checkpointing", "images per GPU", "GB per GPU", "batch_size",
+            "TFLOP a step", "s a step")  # fmt: skip
+    return table(head, rows)
+
+
+def _largest(name: str, sharding: str, count: int, checkpointing: bool, room: float) -> tuple[int, Estimate]:
+    """How many images fit on each GPU (0: not even one), and the estimate for them (or for one)."""
+    options = {"mixed_precision": "bf16", "gradient_checkpointing": checkpointing, "sharding": sharding}
+
+    def of(batch: int) -> Estimate:
+        about = MemoryConfig(batch_size=batch * count, num_processes=count, **options)
+        return estimate(preset(name), about, "cuda")
+
+    batch, found = 0, of(1)
+    while found.peak <= room and batch < 256:
+        batch, fitting = batch * 2 or 1, found
+        found = of(2 * batch)
+    return (batch, fitting) if batch else (0, found)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["probe"]:
+        probe(*sys.argv[2:])
+    else:
+        print({"measured": measured, "clusters": clusters}[sys.argv[1]]())

@@ -1,0 +1,43 @@
+"""How the command ends where it cannot go on: one line and an exit code, no traceback."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+
+@contextmanager
+def one_line_errors(
+    kinds: tuple[type[Exception], ...] = (ValueError, TypeError, OSError, ImportError),
+) -> Iterator[None]:
+    """Print what the user can mend as one line and exit with code 2; leave anything else alone."""
+    try:
+        yield
+    except kinds as error:
+        _exit(f"error: {error}", 2)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        _exit("interrupted", 130)
+
+
+@contextmanager
+def one_line_ends(path: Path) -> Iterator[None]:
+    """The ways in which training may end before its last step: asked to, in trouble, or without a disk."""
+    from unet_denoiser.interrupts import Interrupted
+    from unet_denoiser.safety import NotFinite
+
+    with one_line_errors((OSError, ImportError)):
+        try:
+            yield
+        except Interrupted as stop:
+            _exit(f"{path}: {stop}; to go on: unet-denoiser train --resume {path}", 128 + stop.number)
+        except NotFinite as error:
+            _exit(f"error: {error}; {path} has the last good checkpoint", 1)
+
+
+def _exit(message: str, code: int) -> NoReturn:
+    print(f"unet-denoiser: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(code) from None

@@ -159,6 +159,10 @@ def sample(
     with one_line_errors():
         if num_images < 1:
             raise ValueError(f"num_images={num_images} must be at least 1")
+        if not -(2**63) <= seed < 2**63 - num_images:
+            raise ValueError(f"seed={seed} must fit 64 bits")
+        if out is not None and out.is_dir():
+            raise ValueError(f"out={out} is a folder; give the picture's name")
         from unet_denoiser.images import save_image, to_uint8
         from unet_denoiser.run import Run
         from unet_denoiser.sampling import sample as generate

@@ -15,16 +15,12 @@ from guided_diffusion.unet import UNetModel
 
 from unet_denoiser import UNet
 
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("tests", "tests/parity")]
+from test_checkpoints import DDPM
+
 DDPM_BLOCKS = {
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-}
-DDPM = {
-    "flip_sin_to_cos": False,
-    "freq_shift": 1,
-    "downsample_padding": 0,
-    "norm_eps": 1e-6,
-    "attention_head_dim": None,
 }
 CIFAR = {"sample_size": 32, "block_out_channels": (128, 256, 256, 256), "layers_per_block": 2}
 ADM64 = {

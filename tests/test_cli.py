@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -180,6 +181,8 @@ def test_mistakes_are_one_line_and_leave_nothing(capsys, tmp_path, args, message
         ("--num-inference-steps", 0, "num_inference_steps=0 must be 1 to 1000"),
         ("--batch-size", 0, "batch_size=0"),
         ("--image-size", 0, "image_size"),
+        ("--seed", 2**63, "seed=9223372036854775808 must fit 64 bits"),
+        ("--out", "run", "out=run is a folder; give the picture's name"),
         ("--class", "cat", "class='cat' is not one of 0, 1, 2"),
     ],
 )
@@ -199,7 +202,11 @@ def test_damaged_runs_are_one_line(run, capsys, tmp_path):
     weights = run / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     assert "model.safetensors is not a readable safetensors file" in error(capsys, "sample", run)
+    shutil.rmtree(run / "model")
+    assert "run has no model yet: its first checkpoint was not reached" in error(capsys, "convert", run, "new")
     config = (run / "config.json").read_text()
+    (run / "config.json").write_text(json.dumps(json.loads(config) | {"model": []}))
+    assert "the U-Net's options are []; they must be an object" in error(capsys, "sample", run)
     (run / "config.json").write_text(config.replace('"steps"', '"stepz"'))
     assert "has an option of another version" in error(capsys, "sample", run)
     (run / "config.json").write_text(config[:50])

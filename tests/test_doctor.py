@@ -29,7 +29,8 @@ def make_run(path, data, steps=1, process=None, **options):
     config = UNetConfig(in_channels=channels, out_channels=channels, num_classes=classes, **TINY)
     options = {"batch_size": 16, "learning_rate": 3e-3, "warmup_steps": 1, "ema_decay": 0.5, "device": "cpu"} | options
     training = TrainingConfig(steps=steps, preview_every=10**6, **options)
-    run = Run(path, as_found(DataConfig("x.npz"), data), config, process or Diffusion(), training)
+    process = process or Diffusion(prediction_type="epsilon", beta_schedule="linear")
+    run = Run(path, as_found(DataConfig("x.npz"), data), config, process, training)
     trainer = run.trainer(data)
     run.write()
     for _ in run.train(trainer):
@@ -135,7 +136,9 @@ def test_data_in_a_wrong_range(tmp_path, scale, offset, options, name, words):
 
 def test_a_schedule_that_ends_before_the_noise(tmp_path):
     data = ArrayData(flat_images(64))
-    report = look(make_run(tmp_path / "run", data, process=Diffusion(num_train_timesteps=100, beta_schedule="linear")), data)
+    report = look(
+        make_run(tmp_path / "run", data, process=Diffusion(num_train_timesteps=100, beta_schedule="linear")), data
+    )
     assert next(f for f in report.findings if f.name == "schedule end").severity == "error"
     assert "the last timestep still has 60% of the image in it" in report.text()
 

@@ -18,6 +18,8 @@ checked = settings(
     deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.too_slow], database=None
 )
 
+costly = settings(checked, max_examples=20)
+
 
 ANY_DIMS, ANY_GROUPS = st.integers(1, 3), st.sampled_from([1, 2, 3, 5, 32])
 
@@ -168,7 +170,7 @@ def test_every_parameter_that_takes_part_gets_a_gradient(call):
         assert (largest > 1e-9) == (id(p) not in exempt), (name, largest)
 
 
-@checked
+@costly
 @given(calls(configs()))
 def test_saving_and_loading_change_nothing(call):
     model, args = call
@@ -205,7 +207,7 @@ def test_channels_last_equals_contiguous(call):
     assert_close(out, expected, rtol=1e-3, atol=1e-4)
 
 
-@checked
+@costly
 @given(calls(configs()))
 def test_gradient_checkpointing_changes_nothing(call):
     model, args = call

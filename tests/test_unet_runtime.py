@@ -145,7 +145,7 @@ def test_compiles_whole_and_once_for_all_values(attention):
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize(("size", "checkpointing"), [((7, 5), False), ((8, 6), True)])
 def test_compiled_gradients_are_equal(checkpointing, size):
-    model = small(**CONDITIONS)
+    model = small(**{"num_classes": 5} if checkpointing else CONDITIONS, attention_resolutions=())
     args = inputs(model.config, size=size)
     out, expected = gradients(model, args)
     if checkpointing:
@@ -190,7 +190,7 @@ def test_inductor_gives_the_same_gradients():
     ],
 )
 def test_exports_with_dynamic_batch_and_size(downsample, upsample, attention, strict):
-    model = small(**CONDITIONS, downsample=downsample, upsample=upsample, attention=attention)
+    model = small(**CONDITIONS, downsample=downsample, upsample=upsample, attention=attention, attention_resolutions=())
     args, dynamic = inputs(model.config, size=(9, 12)), Dim.DYNAMIC  # an error, should an axis turn out to be fixed
     shapes = {name: {0: dynamic} for name in args} | {"x": {0: dynamic, 2: dynamic, 3: dynamic}}
     shapes["context"][1] = dynamic

@@ -131,6 +131,10 @@ def sample(
     with one_line_errors():
         if num_images < 1:
             raise ValueError(f"num_images={num_images} must be at least 1")
+        if not -(2**63) <= seed < 2**63 - num_images:
+            raise ValueError(f"seed={seed} must fit 64 bits")
+        if out is not None and out.is_dir():
+            raise ValueError(f"out={out} is a folder; give the picture's name")
         import torch
 
         from unet_denoiser.distribution import resolve_device

@@ -148,6 +148,8 @@ class UNetConfig:
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> UNetConfig:
         """The inverse of `to_dict`; missing options take their defaults, unknown ones raise ValueError."""
+        if not isinstance(options, Mapping):
+            raise TypeError(f"the U-Net's options are {options!r}; they must be an object of names and values")
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(options) - known):
             raise ValueError(f"unknown U-Net option {unknown[0]!r}; the options are {', '.join(sorted(known))}")

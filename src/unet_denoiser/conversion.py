@@ -17,7 +17,7 @@ from unet_denoiser.convert.diffusers_config import to_diffusers
 from unet_denoiser.convert.files import read_state
 from unet_denoiser.convert.infer import published_order, recognise
 from unet_denoiser.convert.lora import merge_lora
-from unet_denoiser.files import write_atomically
+from unet_denoiser.files import read_json, write_atomically
 from unet_denoiser.recipe import CheckpointFormat, QKVOrder, check_choice
 from unet_denoiser.unet import UNet
 
@@ -69,6 +69,8 @@ def convert_checkpoint(
         write_atomically(target, Run.load(source).save_pipeline)
         return str(target)
     is_run = (source / "model" / "config.json").is_file()
+    if not is_run and (source / "config.json").is_file() and "training" in read_json(source / "config.json"):
+        raise FileNotFoundError(f"{source} has no model yet: its first checkpoint was not reached")
     is_own = is_run or (source / "model.safetensors").is_file()
     if is_own and options:
         raise ValueError(f"{source} is this library's own, which tells all; leave out {', '.join(options)}")

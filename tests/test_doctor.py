@@ -47,8 +47,8 @@ def names(report):
 
 
 def ideal(network):
-    """A UNet that answers with `network(x_t, alpha, sigma)`, the noise, at every timestep of the default process."""
-    process = Diffusion()
+    """A UNet that answers with `network(x_t, alpha, sigma)`, the noise, at every timestep of the process of `make_run`."""
+    process = Diffusion(prediction_type="epsilon", beta_schedule="linear")
 
     class Ideal(UNet):
         def forward(self, x, t, context=None, **conditions):

@@ -56,6 +56,8 @@ def train(
     with one_line_errors():
         if (data is None) == (resume is None):
             raise ValueError("give either DATA or --resume RUN")
+        if out is not None and not out.name:
+            raise ValueError(f"out={str(out)!r} names no new directory; give one, as in runs/pictures")
         from unet_denoiser.starting import resumed, started
 
         run, trainer = resumed(resume, locals()) if resume else started(str(data), locals())
@@ -135,6 +137,8 @@ def sample(
             raise ValueError(f"seed={seed} must fit 64 bits")
         if out is not None and out.is_dir():
             raise ValueError(f"out={out} is a folder; give the picture's name")
+        if out is not None and out.suffix not in (".png", ".npy"):
+            raise ValueError(f"out={out}: pictures are PNG, other samples .npy; give a name that ends so")
         import torch
 
         from unet_denoiser.distribution import resolve_device

@@ -247,7 +247,10 @@ def _against_raw(run: Run, model: UNet, errors: Tensor, images: Images) -> float
 
 def _sample(model: UNet, process: Diffusion, images: Images, on_step: Callable[[Step], object] | None) -> Tensor:
     count = len(images["image"])
-    options: dict[str, Any] = {"image_size": images["image"].shape[2:], "num_inference_steps": SAMPLING_STEPS}
+    options: dict[str, Any] = {
+        "image_size": images["image"].shape[2:],
+        "num_inference_steps": min(SAMPLING_STEPS, process.num_train_timesteps),
+    }
     options |= {"batch_size": BATCH, "on_step": on_step} | _conditions(model, images)
     return sample(model, process, seeds=range(count), **options).cpu()
 

@@ -71,8 +71,10 @@ class DiffusionConfig:
             raise ValueError(f"num_train_timesteps={self.num_train_timesteps} must be at least 1, for example 1000")
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(f"beta_start={self.beta_start} and beta_end={self.beta_end} must be 0 < start <= end < 1")
-        if self.clip_sample_range is not None and not self.clip_sample_range > 0:
-            raise ValueError(f"clip_sample_range={self.clip_sample_range} must be positive, or None for unbounded data")
+        if self.clip_sample_range is not None and not 0 < self.clip_sample_range < math.inf:
+            raise ValueError(
+                f"clip_sample_range={self.clip_sample_range} must be positive and finite, or None for unbounded data"
+            )
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise ValueError(
                 "prediction_type='epsilon' with rescale_betas_zero_snr=True: predicted noise tells nothing of x0 at "
@@ -172,10 +174,12 @@ class TrainingConfig:
             raise ValueError(f"batch_size={self.batch_size} cannot be divided into {parts} equal parts")
         for name in ("warmup_steps", "weight_decay", "seed", "p2_gamma", "noise_offset"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
+                raise ValueError(f"{name}={getattr(self, name)} must be finite and at least 0")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed={self.seed} must fit 63 bits")
         for name in ("learning_rate", "max_grad_norm", "min_snr_gamma"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive and finite")
         for name in ("ema_decay", "condition_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")

@@ -92,7 +92,8 @@ class Run:
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"{path} holds no run: it has no config.json; give a directory that train wrote")
         config = read_json(path / "config.json")
-        if missing := {"data", "model", "process", "training"} - set(config):
+        parts = ("data", "model", "process", "training")
+        if missing := {name for name in parts if not isinstance(config.get(name), dict)}:
             raise ValueError(f"{path / 'config.json'} is not a run's: it lacks {', '.join(sorted(missing))}")
         try:
             data, training = DataConfig.from_dict(config["data"]), TrainingConfig(**config["training"])
@@ -204,7 +205,8 @@ class Run:
             conditions = {"class_labels": self.labels(min(40, 4 * len(self.class_names or [])))}
         count = len(next(iter(conditions.values()), range(PREVIEWED)))
         with trainer.ema.swapped():
-            x = sample(trainer.model, self.process, seeds=range(count), **conditions)
+            steps = min(25, self.process.num_train_timesteps)
+            x = sample(trainer.model, self.process, seeds=range(count), num_inference_steps=steps, **conditions)
         path = self.path / "samples" / f"step-{trainer.step:08d}.png"
         if not trainer.accelerator.is_main_process:
             return path

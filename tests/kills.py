@@ -42,15 +42,11 @@ def train(args, log):
         os._exit(code)
 
 
-def wait_for_checkpoint(path, child):
-    """Until the training has written one more, or has ended."""
-
-    def names():
-        return {file.name for file in path.glob("checkpoints/step-*")}
-
+def wait_for(names, child):
+    """Until there is a file that was not there before, or the training has ended."""
     before = names()
-    while names() == before and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-        time.sleep(0.002)
+    while not names() - before and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        time.sleep(0.0005)
 
 
 def check_readable(path):
@@ -87,9 +83,12 @@ def run(folder, kills, steps, longest, seed=0):
         start = ["--resume", killed] if begun else ["digits", "--out", killed, "--steps", steps, *OPTIONS]
         child = train(start, log)
         if len(fell) < kills:
-            if draw.random() < 0.8:  # the others fall into the start
-                wait_for_checkpoint(killed, child)
-            time.sleep(draw.uniform(0.0, longest))
+            kind = draw.choice(["start", "anywhere", "writing", "writing"])
+            if kind != "start":
+                wait_for(lambda: {file.name for file in killed.glob("checkpoints/step-*")}, child)
+            if kind == "writing":  # of a checkpoint or of the model, whose temporary file has just appeared
+                wait_for(lambda: {file.name for file in killed.rglob(".*.safetensors.*.tmp")}, child)
+            time.sleep(draw.uniform(0.0, 0.01 if kind == "writing" else longest))
             os.kill(child, signal.SIGKILL)
         if os.waitpid(child, 0)[1] == 0:
             assert len(fell) >= kills, f"finished after {len(fell)} kills; give it more steps"

@@ -14,14 +14,14 @@ from torch.testing import assert_close
 
 from unet_denoiser import Run, UNet, UNetConfig, sample
 from unet_denoiser.cli import main
-from unet_denoiser.recipe import TrainingConfig
+from unet_denoiser.recipe import DataConfig, TrainingConfig
 
 TINY = "--model.model-channels 8 --model.num-res-blocks 1 --batch-size 4 --steps 3 --device cpu".split()  # noqa: SIM905
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("UNET_DENOISER_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
 
 
@@ -78,6 +78,7 @@ def test_resumes_to_more_steps(run, capsys):
     ]
     assert "to sample: unet-denoiser sample" in capsys.readouterr().out
     assert "seed cannot change with --resume" in error(capsys, "train", "--resume", run, "--seed", 1)
+    assert "image_size cannot change" in error(capsys, "train", "--resume", run, "--image-size", 4)
     assert "model cannot change" in error(capsys, "train", "--resume", run, "--model.dropout", 0)
     assert "steps=2" in error(capsys, "train", "--resume", run, "--steps", 2)
 
@@ -127,8 +128,8 @@ def test_info(run, capsys):
     ("args", "message"),
     [
         ("train", "give either DATA or --resume RUN"),
-        ("train ''", "source=''"),
-        ("train nowhere", "nowhere is not 'digits'"),
+        ("train ''", "source='' names no data"),
+        ("train nowhere", "DATA=nowhere is not 'digits'"),
         ("train digits --steps 0", "steps=0"),
         ("train digits --model.num-heads 7", "num_heads=7"),
         ("train digits --model.norm-groups 0", "norm_groups=0 must be at least 1"),
@@ -136,6 +137,8 @@ def test_info(run, capsys):
         ("train digits --process.clip-sample-range -1", "clip_sample_range=-1.0"),
         ("train digits --preset sd-9", "preset='sd-9' is not one of specification"),
         ("train digits --image-size 4 4 4", "image_size"),
+        ("train digits --shuffle-buffer 0", "shuffle_buffer=0 must be at least 1"),
+        ("train digits --aspect-buckets", "aspect_buckets=True means nothing for arrays"),
         ("train --resume nowhere", "nowhere holds no run"),
         ("sample nowhere", "nowhere holds no run"),
     ],
@@ -174,7 +177,7 @@ def test_damaged_runs_are_one_line(run, capsys, tmp_path):
     assert "model.safetensors is not a readable safetensors file" in error(capsys, "sample", run)
     config = (run / "config.json").read_text()
     (run / "config.json").write_text(config.replace('"steps"', '"stepz"'))
-    assert "option of another version" in error(capsys, "sample", run)
+    assert "has an option of another version" in error(capsys, "sample", run)
     (run / "config.json").write_text(config[:50])
     assert "config.json is not valid JSON" in error(capsys, "sample", run)
 
@@ -199,9 +202,9 @@ def test_help_has_every_option_with_its_words(capsys):
         main(["train", "--help"])
     assert exit_info.value.code == 0
     text = capsys.readouterr().out
-    for config, prefix in ((UNetConfig, "model."), (TrainingConfig, "")):
+    for config, prefix in ((UNetConfig, "model."), (TrainingConfig, ""), (DataConfig, "")):
         for name in config.__dataclass_fields__:
-            if name != "_":
+            if name not in ("_", "source"):
                 assert f"--{prefix}{name.replace('_', '-')}" in text
     assert "GroupNorm" in text
 

@@ -1,27 +1,26 @@
-"""Data sets: arrays, folders, the digits; the endless order; and every refusal."""
+"""Data sets: arrays, the digits, one's own; the endless order and its loader; and every refusal."""
 
 import pickle
+import random
+import time
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from hypothesis import given
+from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 from torch.testing import assert_close
 
-from unet_denoiser import ArrayData, FolderData, load_data
-from unet_denoiser.data import EndlessBatches, digits
+from unet_denoiser import ArrayData, DataConfig, load_data
+from unet_denoiser.data import DataTimer, EndlessBatches, Place, as_data, digits, make_loader
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def write(path, array, mode=None):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.asarray(array, np.uint8), mode).save(path)
+    monkeypatch.setenv("UNET_DENOISER_CACHE", str(tmp_path / "cache"))
 
 
 # ---- arrays ----------------------------------------------------------------------------------------------------------
@@ -101,106 +100,11 @@ def test_refuses_sources(tmp_path):
         load_data(tmp_path / "pickled.npz")
 
 
-# ---- folders ---------------------------------------------------------------------------------------------------------
-
-
-def test_folder_with_classes_of_mixed_modes(tmp_path):
-    """Sub-folders are classes, whatever they are called; grey, palette, alpha and 16 bits all become RGB."""
-    write(tmp_path / "d" / "train" / "red.png", np.full((8, 8, 3), (255, 0, 0)))
-    write(tmp_path / "d" / "test" / "grey.png", np.full((8, 8), 51))
-    half = np.zeros((8, 8, 4))
-    half[:4] = (0, 0, 255, 255)  # the lower half is transparent black: white once it is laid on white
-    write(tmp_path / "d" / "Ünïcode name" / "alpha.png", half)
-    deep = Image.fromarray(np.full((8, 8), 65535, np.uint16))
-    deep.save(tmp_path / "d" / "test" / "deep.png")
-    data = load_data(tmp_path / "d")
-    assert data.class_names == ["test", "train", "Ünïcode name"]
-    assert (len(data), data.channels, data.image_size) == (4, 3, (8, 8))
-    found = {(data.class_names[item["class_labels"]], *item["image"].mean((1, 2)).tolist()) for item in data}
-    rounded = {(name, *(round(v, 2) for v in values)) for name, *values in found}
-    assert rounded == {
-        ("train", 1.0, -1.0, -1.0),
-        ("test", -0.6, -0.6, -0.6),
-        ("test", 1.0, 1.0, 1.0),
-        ("Ünïcode name", 0.0, 0.0, 1.0),
-    }
-    assert_close(pickle.loads(pickle.dumps(data))[0]["image"], data[0]["image"])  # for spawned workers
-
-
-def test_folders_of_any_name(tmp_path):
-    """Names that a pattern would take for its own signs."""
-    folder = tmp_path / "my [set] *1"
-    write(folder / "a b" / "1 [x].png", np.zeros((4, 4)))
-    write(folder / "?" / "2.png", np.zeros((4, 4)))
-    data = load_data(folder)
-    assert (len(data), data.class_names) == (2, ["?", "a b"])
-
-
-def test_flat_folder_has_no_classes(tmp_path):
-    for i in range(3):
-        write(tmp_path / "d" / f"{i}.png", np.full((6, 9), 10 * i))
-    data = FolderData(tmp_path / "d")
-    assert (data.class_names, data.labels, data.channels, data.image_size) == (None, None, 1, (6, 9))
-    assert set(data[0]) == {"image"}
-    assert data[0]["image"].shape == (1, 6, 9)
-
-
-def test_sizes(tmp_path):
-    """Large or differing images go to 64 by default; any size is fitted at the centre, without distortion."""
-    wide = np.zeros((50, 150, 3))
-    wide[:, 50:100] = 255  # a white square in the middle
-    write(tmp_path / "d" / "wide.png", wide)
-    data = FolderData(tmp_path / "d")
-    assert data.image_size == (64, 64)
-    assert data[0]["image"].mean() > 0.9
-    write(tmp_path / "d" / "other.png", np.zeros((9, 70, 3)))
-    write(tmp_path / "d" / "small.png", np.zeros((8, 8, 3)))
-    assert FolderData(tmp_path / "d").image_size == (64, 64)
-    for i in range(2):
-        write(tmp_path / "d" / f"small{i}.png", np.zeros((8, 8, 3)))
-    assert FolderData(tmp_path / "d").image_size == (8, 8)  # that of at least half
-    data = FolderData(tmp_path / "d", image_size=(4, 12))
-    assert (data.image_size, data[0]["image"].shape) == ((4, 12), (3, 4, 12))
-
-
-@pytest.mark.parametrize(("channels", "expected"), [(1, 0.302), (3, 1.0), (4, 1.0)])
-def test_one_number_sets_the_channels(tmp_path, channels, expected):
-    write(tmp_path / "d" / "a.png", np.full((4, 4, 4), (255, 0, 0, 255)))
-    data = load_data(tmp_path / "d", channels=channels)
-    assert data[0]["image"].shape == (channels, 4, 4)
-    luma = (expected * 127.5 + 127.5 if channels > 1 else 76) / 127.5 - 1  # ITU-R 601: 0.299 of red
-    assert data[0]["image"][0].mean().item() == pytest.approx(luma, abs=0.01)
-
-
-def test_refuses_folders(tmp_path):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"no images were found in .*empty"):
-        load_data(tmp_path / "empty")
-    write(tmp_path / "d" / "fine.png", np.zeros((4, 4)))
-    (tmp_path / "d" / "broken.png").write_bytes(b"not an image")
-    with pytest.raises(ValueError, match=r"broken\.png cannot be read as an image"):
-        load_data(tmp_path / "d")
-    (tmp_path / "d" / "broken.png").unlink()
-    with pytest.raises(ValueError, match="in_channels=2"):
-        load_data(tmp_path / "d", channels=2)
-    with pytest.raises(ValueError, match="image_size"):
-        load_data(tmp_path / "d", image_size=(4, 4, 4))
-
-
-def test_truncated_image_is_named(tmp_path):
-    write(tmp_path / "d" / "a.png", np.random.default_rng(0).integers(0, 255, (32, 32, 3)))
-    data = load_data(tmp_path / "d")
-    content = (tmp_path / "d" / "a.png").read_bytes()
-    (tmp_path / "d" / "a.png").write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=r"a\.png cannot be read as an image"):
-        data[0]
-
-
 # ---- order -----------------------------------------------------------------------------------------------------------
 
 
 def order(*args, **options):
-    return [place.item for batch in EndlessBatches(*args, **options) for place in batch]
+    return [int(place) for batch in EndlessBatches(*args, **options) for place in batch]
 
 
 def test_each_epoch_is_a_new_permutation_without_gaps():
@@ -225,3 +129,173 @@ def test_processes_share_every_batch():
     assert [a + b for a, b in zip(*parts, strict=True)] == whole
     with pytest.raises(ValueError, match="batch_size=4 must be a multiple of the 3 processes"):
         EndlessBatches(7, 4, 3, 0, 5, 3)
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=4), st.integers(1, 6), st.integers(0, 9), st.integers(0, 30))
+def test_buckets_share_the_stream(sizes, batch_size, seed, start):
+    """One bucket per batch, each item once per epoch of its bucket, buckets in proportion, and any start."""
+    starts = np.cumsum([0, *sizes])
+    buckets = [np.arange(a, b) for a, b in pairwise(starts)]
+    total, stop = sum(sizes), 40
+    batches = list(EndlessBatches(buckets, batch_size, seed, 0, stop))
+    assert [len(batch) for batch in batches] == [batch_size] * stop
+    assert [place.position for batch in batches for place in batch] == list(range(stop * batch_size))
+    of = np.repeat(np.arange(len(sizes)), sizes)
+    assert all(len({of[place] for place in batch}) == 1 for batch in batches)
+    for b, size in enumerate(sizes):
+        seen = [int(place) for batch in batches for place in batch if of[place] == b]
+        assert all(sorted(seen[i : i + size]) == buckets[b].tolist() for i in range(0, len(seen) - size + 1, size))
+        assert abs(len(seen) - stop * batch_size * size / total) <= 2 * batch_size * len(sizes) + size
+    rest = list(EndlessBatches(buckets, batch_size, seed, start, stop))
+    assert [list(map(int, b)) for b in rest] == [list(map(int, b)) for b in batches[start:]]
+
+
+def test_an_epoch_of_buckets_has_each_item_once():
+    buckets = [np.arange(6), np.arange(6, 18)]
+    epochs = np.array(order(buckets, 3, seed=1, start=0, stop=60)).reshape(10, 18)
+    assert [sorted(epoch) for epoch in epochs] == [list(range(18))] * 10
+    small = epochs[:, ::3] < 6  # which batches are of the first bucket
+    assert (small.sum(1) == 2).all()
+    assert len(np.unique(small, axis=0)) > 3  # mixed, not one bucket after the other
+
+
+# ---- loader ----------------------------------------------------------------------------------------------------------
+
+
+def augmented():
+    images = np.random.default_rng(0).integers(0, 255, (10, 3, 8, 12), np.uint8)
+    config = DataConfig("arrays", resize_mode="random_crop", horizontal_flip=True)
+    return ArrayData(images, np.arange(10) % 3, image_size=8, config=config)
+
+
+def batches_of(data, start=0, stop=6, **options):
+    return list(make_loader(data, 4, seed=3, start=start, stop=stop, **{"num_workers": 0} | options))
+
+
+def assert_same(a, b):
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        assert x.keys() == y.keys()
+        assert all(torch.equal(x[key], y[key]) for key in x)
+
+
+@pytest.mark.parametrize("options", [{"num_workers": 2}, {"num_workers": 1, "multiprocessing_context": "spawn"}])
+def test_batches_do_not_depend_on_workers_nor_on_the_start(options):
+    straight = batches_of(augmented())
+    assert_same(batches_of(augmented(), start=2, **options), straight[2:])
+    images = {tuple(batch["image"].flatten().tolist()) for batch in straight}
+    assert len(images) == 6
+
+
+def test_batches_of_processes_are_parts_of_the_whole():
+    parts = [batches_of(augmented(), num_processes=2, process_index=i) for i in range(2)]
+    joined = [{key: torch.cat([a[key], b[key]]) for key in a} for a, b in zip(*parts, strict=True)]
+    assert_same(joined, batches_of(augmented()))
+
+
+def test_array_files_of_any_kind(tmp_path):
+    """uint16 and mapped .npy of many channels, also in another process."""
+    images = np.random.default_rng(0).integers(0, 2**16, (5, 6, 4, 7), np.uint16)
+    np.save(tmp_path / "d.npy", images)
+    data = load_data(tmp_path / "d.npy", horizontal_flip=True)
+    assert (data.channels, data.image_size, len(data)) == (7, (6, 4), 5)
+    expected = torch.from_numpy(images[3].astype(np.float32)).permute(2, 0, 1) / 32767.5 - 1
+    assert_close(data[3]["image"], expected)
+    assert len(pickle.dumps(data)) < 3000  # not the images
+    assert torch.equal(pickle.loads(pickle.dumps(data))[3]["image"], data[3]["image"])
+    assert {torch.equal(data[Place(3, i, 0)]["image"], data[3]["image"]) for i in range(20)} == {True, False}
+    assert load_data(tmp_path / "d.npy", image_size=3)[0]["image"].shape == (7, 3, 3)
+    np.savez(tmp_path / "d.npz", images=images, captions=["a", "b", "c", "d", "ë"], vectors=np.eye(5, 2))
+    data = load_data(tmp_path / "d.npz")
+    assert (data[4]["caption"], data[1]["vector"].tolist(), data.vector_dim) == ("ë", [0.0, 1.0], 2)
+    with pytest.raises(ValueError, match="channels=3, but the arrays have 7"):
+        load_data(tmp_path / "d.npy", channels=3)
+    with pytest.raises(ValueError, match="aspect_buckets=True means nothing for arrays"):
+        load_data(tmp_path / "d.npy", aspect_buckets=True)
+    np.save(tmp_path / "wrong.npy", np.full((3, 4, 4), 2.0))
+    with pytest.raises(ValueError, match=r"go from 2 to 2; floats must be in"):
+        load_data(tmp_path / "wrong.npy")
+
+
+def test_the_timer_warns_once_of_waiting():
+    def slow():
+        for i in range(12):
+            time.sleep(0.004)
+            yield i
+
+    timer = DataTimer(slow(), warm_up=3)
+    with pytest.warns(UserWarning, match=r"waits for data in \d+% .* num_workers") as caught:
+        assert list(timer) == list(range(12))
+    assert len(caught) == 1
+    assert timer.wait_share() > 0.9
+    quick = DataTimer(range(12), warm_up=3)
+    for _ in quick:
+        time.sleep(0.002)
+    assert quick.wait_share() < 0.1
+
+
+# ---- one's own -------------------------------------------------------------------------------------------------------
+
+
+class Own(torch.utils.data.Dataset):
+    """Its own augmentation draws from all three global generators."""
+
+    class_names = ("a", "b")
+
+    def __len__(self):
+        return 7
+
+    def __getitem__(self, index):
+        noise = torch.rand(()) + np.random.rand() + random.random()
+        return {"image": np.full((2, 4, 6), index / 7, np.float32) * float(noise) / 3, "class_labels": index % 2}
+
+
+class OwnStream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return ({"image": torch.full((1, 4, 4), i / 10)} for i in range(10))
+
+
+def test_own_data_sets_are_read_as_they_are():
+    data = as_data(Own())
+    assert (data.channels, data.image_size, data.class_names) == (2, (4, 6), ["a", "b"])
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    assert torch.equal(data[Place(3, 8, 0)]["image"], data[Place(3, 8, 0)]["image"])
+    assert not torch.equal(data[Place(3, 8, 0)]["image"], data[Place(3, 9, 0)]["image"])
+    assert torch.equal(torch.get_rng_state(), before)
+    straight = batches_of(data)
+    assert_same(batches_of(data, start=3, num_workers=2), straight[3:])
+    assert straight[0]["image"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_own_streams_go_on_exactly(workers):
+    data = as_data(OwnStream())
+    straight = batches_of(data)
+    values = torch.cat([batch["image"][:, 0, 0, 0] for batch in straight])
+    assert_close(values, torch.arange(24) % 10 / 10)
+    assert_same(batches_of(data, start=4, num_workers=workers), straight[4:])
+    parts = [batches_of(data, num_processes=2, process_index=i) for i in range(2)]
+    assert_same([{"image": torch.cat([a["image"], b["image"]])} for a, b in zip(*parts, strict=True)], straight)
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        (3, TypeError, "data is a int; give a data set"),
+        ([], ValueError, "no items"),
+        ([torch.zeros(1, 4, 4)], ValueError, "item 0 of the data set is a Tensor; give dicts with 'image'"),
+        ([{"pixels": 1}], ValueError, "item 0 of the data set has the keys pixels"),
+        ([{"image": np.zeros((4, 4, 3), np.uint8)}], ValueError, r"'image' in item 0 is torch.uint8 \(4, 4, 3\)"),
+        ([{"image": "a.png"}], ValueError, "'image' in item 0 is str; give a tensor"),
+    ],
+)
+def test_refuses_own_data(data, error, message):
+    with pytest.raises(error, match=message):
+        as_data(data)
+
+
+def test_refuses_items_of_differing_shapes():
+    data = as_data([{"image": torch.zeros(1, 4, 4)}, {"image": torch.zeros(1, 4, 5)}])
+    with pytest.raises(ValueError, match=r"item 1 has shape \(1, 4, 5\), but the first one has \(1, 4, 4\)"):
+        batches_of(data)

@@ -1,5 +1,6 @@
 """What goes wrong around a training: kills, signals, full and read-only disks, numbers that are not finite."""
 
+import os
 import resource
 import signal
 import subprocess
@@ -30,7 +31,8 @@ def start(tmp_path, *options, limit=None):
     command = [sys.executable, "-m", "unet_denoiser", "train", "digits", "--out", "run", "--steps", "100000"]
     limits = None if limit is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([*command, *kills.NETWORK, *options], cwd=tmp_path, preexec_fn=limits, **pipes)
+    pipes |= {"cwd": tmp_path, "preexec_fn": limits, "start_new_session": True}
+    process = subprocess.Popen([*command, *kills.NETWORK, *options], **pipes)
     while process.poll() is None and not list(tmp_path.glob("run/checkpoints/step-*")) and limit is None:
         time.sleep(0.05)
     return process
@@ -38,8 +40,9 @@ def start(tmp_path, *options, limit=None):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_write_a_checkpoint_and_end(tmp_path, number, code):
-    process = start(tmp_path)
-    process.send_signal(number)
+    """Sent to the workers as well, as a terminal and a job scheduler do."""
+    process = start(tmp_path, "--num-workers", "2")
+    os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code
     message = errors.splitlines()[-1]
@@ -99,7 +102,7 @@ def test_training_stops_and_names_the_batch():
     assert message.startswith(
         "3 steps in a row were not finite, the last of them step 3; first: the output of input_conv"
     )
-    first = np.random.default_rng([0, 0]).permutation(32)[16:20]
+    first = np.random.default_rng([0, 0, 0]).permutation(32)[16:20]
     assert f"samples {', '.join(map(str, first))} of the data" in message
 
 

@@ -16,7 +16,7 @@ from unet_denoiser.training import TrainingStep
 
 def step(number, loss, t, skipped=False):
     losses = Losses(torch.tensor(loss), torch.tensor(loss), torch.tensor(t))
-    return TrainingStep(number, losses.loss.mean(), torch.tensor(2.0 * number), 0.1, losses, skipped, False, 0.25)
+    return TrainingStep(number, losses.loss.mean(), torch.tensor(2.0 * number), 0.1, losses, skipped, False)
 
 
 STEPS = [
@@ -30,7 +30,7 @@ def test_lines_are_means_without_the_skipped_steps(tmp_path):
     metrics = Metrics(tmp_path / "metrics.jsonl", 1000)
     for one in STEPS:
         metrics.add(one)
-    metrics.write(STEPS[-1], skipped_steps=1)
+    metrics.write(STEPS[-1], skipped_steps=1, data_wait=0.25)
     (line,) = metrics.read()
     assert (line["step"], line["loss"], line["grad_norm"], line["skipped_steps"]) == (3, 2.75, 4.0, 1)
     assert line["loss_per_level"] == [1.5, *[None] * 6, 4.0]
@@ -46,7 +46,7 @@ def test_state_goes_on_in_the_middle_of_a_line(tmp_path):
     second.restore(json.loads(json.dumps(first.state())))
     for one in STEPS[1:]:
         second.add(one)
-    lines = [{**metrics.write(STEPS[-1], 1), "data_wait": 0} for metrics in (straight, second)]
+    lines = [metrics.write(STEPS[-1], 1, 0.25) for metrics in (straight, second)]
     assert lines[0] == lines[1]
     assert straight.state() == second.state()
 

@@ -114,9 +114,8 @@ def test_previews_and_saves_do_not_change_training(tmp_path):
     plain = make_trainer()
     list(plain.steps())
     watched = make_trainer()
-    run = Run(
-        tmp_path, DataConfig("x", class_names=("low", "high")), watched.model.config, watched.process, watched.config
-    )
+    data = DataConfig("two", class_names=("low", "high"))
+    run = Run(tmp_path, data, watched.model.config, watched.process, watched.config)
     for _ in watched.steps():
         before = weights(watched.model)
         run.preview(watched)
@@ -257,6 +256,7 @@ def test_run_directory_describes_itself(run):
         "config.json",
         "loss.png",
         "metrics.jsonl",
+        "model/class_names.json",
         "model/config.json",
         "model/model.safetensors",
         "model/scheduler_config.json",
@@ -267,12 +267,23 @@ def test_run_directory_describes_itself(run):
     again = Run.load(run.path)
     assert (again.data, again.model, again.training) == (run.data, run.model, run.training)
     assert again.process.to_dict() == run.process.to_dict()
-    assert again.class_names == ["low", "high"]
+    assert again.class_names == json.loads((run.path / "model" / "class_names.json").read_text()) == ["low", "high"]
     with trainer.ema.swapped():  # model/ has the averages
         assert_equal(weights(UNet.from_pretrained(run.path / "model")), weights(trainer.model))
     logged = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in logged] == [10, 20, 25]
     assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in logged)
+
+
+def test_runs_of_before_the_data_had_options_are_read(run):
+    path = run.path / "config.json"
+    config = json.loads(path.read_text())
+    config["data"] = {name: config["data"][name] for name in ("source", "image_size", "channels", "class_names")}
+    path.write_text(json.dumps(config))
+    assert Run.load(run.path).data == run.data
+    path.write_text(json.dumps(config | {"data": config["data"] | {"colour": 1}}))
+    with pytest.raises(ValueError, match="unknown option of the data 'colour'"):
+        Run.load(run.path)
 
 
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(run, tmp_path):

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -55,8 +55,9 @@ def train(
     fields. The defaults of --model.* below are those of the class, before that choice.
 
     Args:
-        data: "digits" (8x8 handwritten digits), a folder of images whose sub-folders are the classes, or an .npz with
-            `images` (N, H, W[, C]) uint8 or float in [-1, 1] and optionally `labels`.
+        data: "digits" (8x8 handwritten digits); a folder of images whose sub-folders are the classes, or whose
+            metadata.csv or metadata.jsonl has captions, labels or numbers; an .npz with `images` (N, H, W[, C]) and
+            optionally `labels`, `captions` and `vectors`, or an .npy; Parquet files; or hf:NAME.
         out: the run directory to make (default: runs/ and the data's name).
         resume: a run directory to go on with, instead of DATA; options that do not change what is learned may be
             changed: --steps, --device, --num-workers, how often to save, and so on.
@@ -69,8 +70,9 @@ def train(
             raise ValueError("give either DATA or --resume RUN")
         run, trainer = _resumed(resume, locals()) if resume else _started(str(data), locals())
         total = sum(p.numel() for p in trainer.model.parameters())
+        images = f"{len(trainer.data):,} images" if hasattr(trainer.data, "__len__") else "a stream of images"
         say = print if trainer.accelerator.is_main_process else lambda text: None
-        say(f"{run.path}: {len(trainer.data):,} images, {total:,} parameters, on {trainer.accelerator.device}")
+        say(f"{run.path}: {images}, {total:,} parameters, on {trainer.accelerator.device}")
     with _one_line_ends(run.path), _progress(run, trainer) as bar:
         for step in run.train(trainer):
             skipped = f", {trainer.skipped_steps} steps skipped" if trainer.skipped_steps else ""
@@ -112,14 +114,16 @@ def _started(source: str, given: dict[str, Any]) -> tuple[Any, Any]:
         start, saved = read_start(init)
         base, process = start.config, Diffusion.from_dict((saved or process.to_dict()) | given["process"])
     chosen = {"channels": options.get("in_channels"), "image_size": base and base.image_size}
-    source = source if source == "digits" else str(Path(source).absolute())
     data_config = DataConfig(source, **chosen | given["dataset"])
     data = load_data(data_config)
     classes = None if data.class_names is None else len(data.class_names)
     if start:
         base = at_size(start.config, data.image_size)
-    config = architecture_for(data.channels, data.image_size, classes, options, base)
-    place = Path(source).absolute()
+    conditions = {"vector_dim": data.vector_dim}
+    config = architecture_for(data.channels, data.image_size, classes, conditions | options, base)
+    if source != "digits" and not source.startswith("hf:"):
+        data_config = replace(data_config, source=str(Path(source).absolute()))  # to be found from any directory
+    place = Path(data_config.source.replace(":", "/"))
     out = given["out"] or Path("runs") / (place.name if place.is_dir() else place.stem)
     run = Run(out, as_found(data_config, data), config, process, training)
     run.check_new()

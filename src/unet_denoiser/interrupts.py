@@ -27,8 +27,7 @@ class Interrupted(Exception):  # noqa: N818  # not an error: what was asked for 
 def watch_signals(on_first: Callable[[int], None]) -> Iterator[None]:
     """Within it, the first SIGTERM or SIGINT calls `on_first(number)`; the second ends the process at once.
 
-    Workers that load data inherit it and so survive a Ctrl-C in the terminal, which goes to them as well. Does nothing
-    outside the main thread, where Python cannot handle signals.
+    Does nothing outside the main thread, where Python cannot handle signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -48,3 +47,14 @@ def watch_signals(on_first: Callable[[int], None]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def outlive_signals(worker: int) -> None:
+    """Have a worker that loads data go on serving the step that is to be finished, when it is signalled as well.
+
+    Ctrl-C in a terminal, `timeout` and job schedulers signal all processes of a group. SIGTERM ends it after a while,
+    since that is also how it is told to go. To be a DataLoader's `worker_init_fn`.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(10) and None)

@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"]
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 SamplerName = Literal["ddpm", "ddim", "dpm++", "unipc", "euler", "heun"]
+ResizeMode = Literal["center_crop", "random_crop", "pad", "stretch"]
+OnBad = Literal["raise", "skip"]
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 MixedPrecision = Literal["no", "bf16", "fp16"]
 TrackerName = Literal["tensorboard", "wandb"]
@@ -161,11 +163,27 @@ class DataConfig:
     """What a network is trained on.
 
     Args:
-        source: "digits", a folder of images, or an .npz with `images` (N, H, W[, C]), uint8 or floats in [-1, 1], and
-            optionally `labels` (N,) and `class_names`.
+        source: "digits"; a folder of images; an .npz or .npy of images (N, H, W[, C]), uint8, uint16 or floats in
+            [-1, 1]; a .parquet file or a folder of them; or "hf:NAME" or "hf:NAME:SUBSET" for a Hugging Face data set.
         image_size: resize to this, one int or height and width (default: that of most images up to 64, else 64).
         channels: convert to this number: 1 (grey), 3 (RGB) or 4 (RGBA) for image files (default: what they have).
         class_names: names of the classes in label order (default: those found).
+        split: of a Hugging Face data set.
+        image_column: of Parquet and Hugging Face data sets (default: the first that holds images).
+        label_column: the class, a name or an integer from 0, also in metadata.csv (default: "label" if there is one).
+        caption_column: also in metadata.csv (default: "text", "caption", "captions" or "prompt" if there is one).
+        vector_columns: numbers that condition the network, also in metadata.csv; taken as they are, so that values of
+            about unit size are best.
+        resize_mode: how images get the size: "center_crop" or "random_crop" (scaled to cover it, then cut), "pad"
+            (scaled to fit into it) or "stretch".
+        horizontal_flip: flip half of the images, at random.
+        aspect_buckets: keep each image's aspect ratio up to 1:2, by batches of one shape each with as many pixels as
+            image_size; sides are multiples of an eighth of it, at least of 8.
+        background: colour that transparent images are laid on and "pad" fills with: a name or "#rrggbb".
+        on_bad: what to do with files that cannot be used: "raise" names them, "skip" leaves them out.
+        streaming: read Parquet or Hugging Face data sets from first to last instead of holding them on a disk.
+        shuffle_buffer: images held at a time to shuffle a stream.
+        cache_images: keep the decoded, scaled images in memory.
 
     Raises:
         ValueError: an option that cannot work, with its name, its value and a valid one.
@@ -175,15 +193,34 @@ class DataConfig:
     image_size: int | tuple[int, ...] | None = None
     channels: int | None = None
     class_names: tuple[str, ...] | None = None
+    split: str = "train"
+    image_column: str | None = None
+    label_column: str | None = None
+    caption_column: str | None = None
+    vector_columns: tuple[str, ...] = ()
+    resize_mode: ResizeMode = "center_crop"
+    horizontal_flip: bool = False
+    aspect_buckets: bool = False
+    background: str = "white"
+    on_bad: OnBad = "raise"
+    streaming: bool = False
+    shuffle_buffer: int = 1000
+    cache_images: bool = False
 
     def __post_init__(self) -> None:
+        check_choice("resize_mode", self.resize_mode, ResizeMode)
+        check_choice("on_bad", self.on_bad, OnBad)
         if not self.source:
             raise ValueError("source='' names no data; give 'digits', a folder or a file")
         sizes = self.image_size if isinstance(self.image_size, tuple) else (self.image_size or 1,)
         if self.image_size == 0 or not sizes or min(sizes) < 1:
             raise ValueError(f"image_size={self.image_size} must be positive")
-        if self.channels is not None and self.channels < 1:
-            raise ValueError(f"channels={self.channels} must be at least 1")
+        for name in ("channels", "shuffle_buffer"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name, reason in (("aspect_buckets", "sizes are not known before"), ("cache_images", "it may not fit")):
+            if self.streaming and getattr(self, name):
+                raise ValueError(f"{name}=True with streaming=True: {reason}; give one of them")
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> DataConfig:
@@ -194,4 +231,5 @@ class DataConfig:
         return cls(**values)
 
 
-DATA_CHANGEABLE: frozenset[str] = frozenset()  # what a resumed run may change of its data; none of it changes the items
+# what a resumed run may change; leaving out files that broke since then changes the order of what is to come
+DATA_CHANGEABLE = frozenset({"cache_images", "on_bad"})

@@ -1,7 +1,7 @@
 """A run directory: everything about one training, enough to go on with it or to sample from it.
 
 RUN/config.json       all that was chosen: data, model, process, training
-RUN/model/            the latest averaged weights, for UNet.from_pretrained, with the process beside them
+RUN/model/            the latest averaged weights, for UNet.from_pretrained, with process and class names beside them
 RUN/lora.safetensors  the LoRA alone, where one is trained; model/ has it merged
 RUN/init/             the network that training started from, with --init
 RUN/checkpoints/      training states to go on from, one file each
@@ -25,7 +25,7 @@ from torch import Tensor
 from unet_denoiser.checkpoints import Checkpoints, read_checkpoint, read_facts
 from unet_denoiser.config import UNetConfig
 from unet_denoiser.convert import save
-from unet_denoiser.data import ImageData, load_data
+from unet_denoiser.data import load_data
 from unet_denoiser.diffusion import Diffusion
 from unet_denoiser.files import read_json, remove_leftovers, write_atomically
 from unet_denoiser.finetuning import merged, save_lora
@@ -105,7 +105,7 @@ class Run:
         """The training states."""
         return Checkpoints(self.path / "checkpoints")
 
-    def trainer(self, data: ImageData | None = None, model: UNet | None = None) -> Trainer:
+    def trainer(self, data: Any = None, model: UNet | None = None) -> Trainer:
         """A trainer at the run's latest checkpoint, or at the start where there is none.
 
         Args:
@@ -151,7 +151,9 @@ class Run:
                 last = step.step == training.steps
                 metrics.add(step)
                 if main and (last or step.step % LOG_EVERY == 0):
-                    log_to_trackers(trainer, metrics.write(step, trainer.skipped_steps))
+                    log_to_trackers(
+                        trainer, metrics.write(step, trainer.skipped_steps, trainer.data_timer.wait_share())
+                    )
                 if last or step.stop or step.step == 1 or step.step % training.checkpoint_every == 0:
                     self.save(trainer, metrics)
                 if last or step.step % training.preview_every == 0:
@@ -180,6 +182,9 @@ class Run:
         if trainer.step == 1:
             self.checkpoints.verify(path, tensors, facts)
         self.process.save_pretrained(self.path / "model")
+        if self.class_names is not None:
+            text = json.dumps(self.class_names, ensure_ascii=False) + "\n"
+            write_atomically(self.path / "model" / "class_names.json", lambda p: p.write_text(text, "utf-8"))
         write_pretrained(self.path / "model", self.model.to_dict(), weights)
         if trainer.config.lora_rank:
             lora = {name.removeprefix("ema."): t for name, t in tensors.items() if name.startswith("ema.")}

@@ -34,14 +34,11 @@ class Metrics:
     def __init__(self, path: Path, num_train_timesteps: int) -> None:
         self.path = path
         self.levels = LossPerLevel(num_train_timesteps)
-        self.sums = {"steps": 0.0, "good": 0.0, "loss": 0.0, "grad_norm": 0.0}
-        self.waited = 0.0  # a time: in no checkpoint
+        self.sums = {"good": 0.0, "loss": 0.0, "grad_norm": 0.0}
         self.smoothed, self.weight = 0.0, 0.0
 
     def add(self, step: TrainingStep) -> None:
         """Take in a step."""
-        self.sums["steps"] += 1
-        self.waited += step.data_wait
         if step.skipped:
             return
         self.sums["good"] += 1
@@ -51,16 +48,16 @@ class Metrics:
         self.smoothed = SMOOTHING * self.smoothed + (1 - SMOOTHING) * float(step.loss)
         self.weight = SMOOTHING * self.weight + (1 - SMOOTHING)
 
-    def write(self, step: TrainingStep, skipped_steps: int) -> dict[str, Any]:
+    def write(self, step: TrainingStep, skipped_steps: int, data_wait: float) -> dict[str, Any]:
         """Write the line of the steps since the last one, and begin the next."""
         good = self.sums["good"]
         line: dict[str, Any] = {"step": step.step}
         line |= {name: self.sums[name] / good if good else None for name in ("loss", "grad_norm")}
         line |= {"learning_rate": step.learning_rate, "skipped_steps": skipped_steps}
-        line |= {"loss_per_level": self.levels.means(), "data_wait": round(self.waited / self.sums["steps"], 4)}
+        line |= {"loss_per_level": self.levels.means(), "data_wait": round(data_wait, 4)}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        self.sums, self.waited = dict.fromkeys(self.sums, 0.0), 0.0
+        self.sums = dict.fromkeys(self.sums, 0.0)
         self.levels.reset()
         return line
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -10,11 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from torch import Tensor
 
 from unet_denoiser.config import UNetConfig
-from unet_denoiser.data import ImageData, make_loader
+from unet_denoiser.data import DataTimer, ImageData, StreamData, as_data, first_item, make_loader
+from unet_denoiser.data.loader import EndlessBatches
 from unet_denoiser.diffusion import Diffusion
 from unet_denoiser.distribution import is_sharded, make_accelerator, shard_like, whole
 from unet_denoiser.draws import DROPPABLE, draw, dropped, seed_layers
@@ -32,7 +32,7 @@ class TrainingStep(NamedTuple):
 
     step: its number, from 1. loss: mean over the batch. grad_norm: before clipping. losses: those of all samples, of
     all processes, in the order of the data. skipped: it was not finite and changed nothing. stop: a process was asked
-    to stop. data_wait: share of the step's time in which the next batch was waited for.
+    to stop.
     """
 
     step: int
@@ -42,7 +42,6 @@ class TrainingStep(NamedTuple):
     losses: Losses
     skipped: bool
     stop: bool
-    data_wait: float
 
 
 class Part(NamedTuple):
@@ -62,10 +61,12 @@ class Trainer:
 
     Args:
         model: trained in place, on the device of `config`; its weights are the start.
-        data: items {"image": (C, *spatial) in the process's range, and conditions by the names that `UNet` takes}.
+        data: items {"image": (C, *spatial) in the process's range, and conditions by the names that `UNet` takes}; what
+            `load_data` returns, or any map-style or iterable data set of such dicts.
     """
 
-    def __init__(self, model: UNet, process: Diffusion, data: ImageData, config: TrainingConfig) -> None:
+    def __init__(self, model: UNet, process: Diffusion, data: Any, config: TrainingConfig) -> None:
+        data = as_data(data)
         _check_fit(model.config, data)
         self.process, self.data, self.config = process, data, config
         self.step, self.skipped_steps, self.bad_in_a_row = 0, 0, 0
@@ -89,20 +90,13 @@ class Trainer:
         Raises:
             NotFinite: `max_bad_steps` in a row had a loss or gradients that are not finite; where it began.
         """
-        batches = iter(self._batches())
-        while self.step < self.config.steps:
-            started = time.perf_counter()
+        for batch in self._batches():
             self.prepared.train()
             learning_rate = self.config.learning_rate * self._learning_rate_factor(self.step)
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
-            parts, losses, waited = [], [], 0.0
-            for index in range(self.config.gradient_accumulation_steps):
-                asked = time.perf_counter()
-                batch = next(batches)
-                waited += time.perf_counter() - asked
-                parts.append(self._part(batch, index))
-                losses.append(self._backward(parts[-1], index))
+            parts = self._parts(batch)
+            losses = [self._backward(part, last=part is parts[-1]) for part in parts]
             grad_norm = self._clip()
             everyone, stop = self._gather(losses)
             bad = not bool(torch.isfinite(everyone.loss).all() & torch.isfinite(grad_norm))
@@ -114,9 +108,7 @@ class Trainer:
                 self.bad_in_a_row = 0
             self.optimizer.zero_grad()
             self.step += 1
-            share = waited / (time.perf_counter() - started)
-            loss = everyone.loss.mean()
-            yield TrainingStep(self.step, loss, grad_norm, learning_rate, everyone, bad, stop, share)
+            yield TrainingStep(self.step, everyone.loss.mean(), grad_norm, learning_rate, everyone, bad, stop)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that training needs to go on: whole tensors by name, and plain facts (JSON).
@@ -178,25 +170,25 @@ class Trainer:
 
     # ---- one step --------------------------------------------------------------------------------------------------
 
-    def _batches(self) -> Any:
-        c, accelerator = self.config, self.accelerator
-        parts = c.gradient_accumulation_steps
-        return make_loader(
+    def _batches(self) -> Iterator[dict[str, Tensor]]:
+        """This process's share of every batch from the current step on, on its device."""
+        c, device = self.config, self.accelerator.device
+        loader = make_loader(
             self.data,
-            c.batch_size // parts,
+            c.batch_size,
             seed=c.seed,
-            start=self.step * parts,
-            stop=c.steps * parts,
-            num_processes=accelerator.num_processes,
-            process_index=accelerator.process_index,
+            start=self.step,
+            stop=c.steps,
+            num_processes=self.accelerator.num_processes,
+            process_index=self.accelerator.process_index,
             num_workers=c.num_workers,
-            pin_memory=accelerator.device.type == "cuda",
+            pin_memory=device.type == "cuda",
         )
+        self.data_timer = DataTimer(loader)
+        return (send_to_device(batch, device, non_blocking=True) for batch in self.data_timer)
 
-    def _part(self, batch: dict[str, Tensor], index: int) -> Part:
-        """A loaded batch as what the loss takes, its timesteps, noise and dropped conditions drawn."""
-        device = self.accelerator.device
-        batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    def _parts(self, batch: dict[str, Tensor]) -> list[Part]:
+        """A loaded batch as what the loss takes: timesteps, noise and dropped conditions drawn, divided into parts."""
         x0, bounds = batch["image"], self.process.data_range
         if self.step == 0 and bounds is not None and (x0.min() < bounds[0] - 1e-3 or x0.max() > bounds[1] + 1e-3):
             found = f"[{x0.min():g}, {x0.max():g}]"
@@ -205,21 +197,28 @@ class Trainer:
         inputs: dict[str, Any] = {name: batch[name] for name in given}
         optional = ["concat"] + ["context_mask"] * ("context" in given)
         inputs |= {name: batch[name] for name in optional if name in batch}
-        size = self.config.batch_size // self.config.gradient_accumulation_steps
-        first = self.step * self.config.batch_size + index * size + self.accelerator.process_index * len(x0)
+        first = self.step * self.config.batch_size + self.accelerator.process_index * len(x0)
         t, noise, chances = draw(self.config.seed, first, x0, self.process.num_train_timesteps)
+        inputs |= {"t": t, "noise": noise}
         names = [n for n in DROPPABLE if n in inputs and (n == "concat" or self.model.config.learned_null)]
-        if names:
-            inputs["drop"] = dropped(names, chances, self.config.condition_dropout)
-        return Part(x0, inputs | {"t": t, "noise": noise}, first)
+        drop = dropped(names, chances, self.config.condition_dropout) if names else {}
+        size = len(x0) // self.config.gradient_accumulation_steps
+        return [
+            Part(
+                x0[rows],
+                {name: value[rows] for name, value in inputs.items()}
+                | ({"drop": {name: value[rows] for name, value in drop.items()}} if drop else {}),
+                first + rows.start,
+            )
+            for rows in (slice(start, start + size) for start in range(0, len(x0), size))
+        ]
 
     def _losses(self, part: Part, network: Any) -> Losses:
         seed_layers(self.config.seed, part.first)
         return self.process.losses(network, part.x0, **part.inputs)
 
-    def _backward(self, part: Part, index: int) -> Losses:
+    def _backward(self, part: Part, last: bool) -> Losses:
         """Add the part's gradients; processes exchange them with the last part alone."""
-        last = index == self.config.gradient_accumulation_steps - 1
         with nullcontext() if last else self.accelerator.no_sync(self.prepared):
             losses = self._losses(part, self.prepared)
             self.accelerator.backward(losses.loss.mean() / self.config.gradient_accumulation_steps)
@@ -235,7 +234,7 @@ class Trainer:
         own = torch.stack([torch.stack([x.double() for x in part]) for part in losses])  # (parts, 3, samples)
         flag = torch.full_like(own[:, :1], float(self.stop))
         all_of_them = self.accelerator.gather(torch.cat([own, flag], 1)[None])  # (processes, parts, 4, samples)
-        loss, error, t, stop = all_of_them.permute(2, 1, 0, 3).flatten(1)
+        loss, error, t, stop = all_of_them.permute(2, 0, 1, 3).flatten(1)
         return Losses(loss.float(), error.float(), t.long()), bool(stop.any())
 
     def _skip(self, parts: list[Part], losses: Losses) -> None:
@@ -248,23 +247,27 @@ class Trainer:
         found = None
         if bool(torch.isfinite(losses.loss).all()):
             self.optimizer.zero_grad()  # clipping has spread it to all gradients
-            for index, part in enumerate(parts):
-                self._backward(part, index)
+            for part in parts:
+                self._backward(part, last=part is parts[-1])
             found = first_bad_gradient(self.model)
         for part in parts:
             place = first_bad_module(self.model, partial(self._losses, part, self.prepared))
-            found = found or (place and f"{place}, samples {self._indices(part)} of the data")
+            found = found or (place and f"{place}, samples {self._indices(part)}")
         where = next((place for place in gather_object([found]) if place), "the loss")
         raise NotFinite(
             f"{self.bad_in_a_row} steps in a row were not finite, the last of them step {self.step + 1}; first: {where}"
         )
 
     def _indices(self, part: Part) -> str:
-        """The items of a part, by the place in the data that the endless stream took them from."""
-        size = len(self.data)
-        places = [divmod(part.first + i, size) for i in range(len(part.x0))]
-        orders = {e: np.random.default_rng([self.config.seed, e]).permutation(size) for e in {e for e, _ in places}}
-        return ", ".join(str(orders[epoch][offset]) for epoch, offset in places)
+        """Which items of the data a part has, as the loader chose them."""
+        if isinstance(self.data, StreamData):
+            return f"{part.first} to {part.first + len(part.x0) - 1} of the stream"
+        size = self.config.batch_size
+        batches = EndlessBatches(self.data.buckets or len(self.data), size, self.config.seed, self.step, self.step + 1)
+        start = part.first - self.step * size
+        return (
+            ", ".join(str(int(place)) for place in next(iter(batches))[start : start + len(part.x0)]) + " of the data"
+        )
 
     def _learning_rate_factor(self, step: int) -> float:
         """Linear warm-up, then half a cosine down to zero at the last step."""
@@ -276,7 +279,7 @@ class Trainer:
         return float(0.5 + 0.5 * np.cos(np.pi * min(1.0, progress)))
 
 
-def _check_fit(config: UNetConfig, data: ImageData) -> None:
+def _check_fit(config: UNetConfig, data: ImageData | StreamData) -> None:
     """ValueError for a network that cannot be trained on the data."""
     for name in ("in_channels", "out_channels"):
         if getattr(config, name) != data.channels:
@@ -285,6 +288,7 @@ def _check_fit(config: UNetConfig, data: ImageData) -> None:
         raise ValueError(f"dims={config.dims}, but the data have {len(data.image_size)} axes")
     if config.num_classes is not None and config.num_classes < (classes := len(data.class_names or [])):
         raise ValueError(f"num_classes={config.num_classes}, but the data have {classes} classes; give that, or None")
+    found = first_item(data)
     for name, option in CONDITIONS.items():
-        if getattr(config, option) is not None and name not in data[0]:
+        if getattr(config, option) is not None and name not in found:
             raise ValueError(f"{option}={getattr(config, option)}, but the data have no {name}; give None")

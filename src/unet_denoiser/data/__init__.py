@@ -1,7 +1,7 @@
-"""Data sets as tensors: the digits, folders of images, .npz arrays.
+"""Data sets as tensors: folders, tables and streams of images, arrays, data sets of one's own; and their loader.
 
-Each is a map-style data set of {"image": float32 (C, *spatial) in [-1, 1], "class_labels": int64} and knows its
-channels, size and class names, from which the network's are set.
+`base.py` says what a data set is. folder.py, hub.py (over pictures.py, decode.py and scan.py) and arrays.py are the
+sources, stream.py and own.py the other kinds, loader.py the endless order of training.
 """
 
 from __future__ import annotations
@@ -12,15 +12,21 @@ from typing import Any
 
 from unet_denoiser.data.arrays import ArrayData as ArrayData
 from unet_denoiser.data.arrays import digits as digits
-from unet_denoiser.data.arrays import load_npz
+from unet_denoiser.data.arrays import load_digits_data, load_npy, load_npz
 from unet_denoiser.data.base import ImageData as ImageData
+from unet_denoiser.data.base import Place as Place
+from unet_denoiser.data.base import UnreadableItemError as UnreadableItemError
 from unet_denoiser.data.folder import FolderData as FolderData
+from unet_denoiser.data.folder import list_images
+from unet_denoiser.data.loader import DataTimer as DataTimer
 from unet_denoiser.data.loader import EndlessBatches as EndlessBatches
 from unet_denoiser.data.loader import make_loader as make_loader
+from unet_denoiser.data.own import as_data as as_data
+from unet_denoiser.data.stream import StreamData as StreamData
 from unet_denoiser.recipe import DataConfig
 
 
-def load_data(config: DataConfig | str | Path, **options: Any) -> ImageData:
+def load_data(config: DataConfig | str | Path, **options: Any) -> ImageData | StreamData:
     """The data set that a configuration names.
 
     Args:
@@ -31,18 +37,34 @@ def load_data(config: DataConfig | str | Path, **options: Any) -> ImageData:
         FileNotFoundError, ValueError, TypeError: what is wrong with it, in one line.
     """
     config = replace(config, **options) if isinstance(config, DataConfig) else DataConfig(str(config), **options)
-    if config.source == "digits":
-        images, labels = digits()
-        return ArrayData(images, labels, image_size=config.image_size)
     path = Path(config.source)
+    if config.source == "digits":
+        return load_digits_data(config)
+    if config.source.startswith("hf:") or path.suffix == ".parquet" or _is_table(path):
+        from unet_denoiser.data.hub import load_hub
+
+        return load_hub(config)
     if path.is_dir():
-        return FolderData(path, config.image_size, config.channels)
-    if path.suffix == ".npz" and path.is_file():
-        return load_npz(path, config.image_size)
-    raise FileNotFoundError(f"DATA={config.source} is not 'digits', nor an existing folder of images or .npz file")
+        return FolderData(path, config)
+    if path.is_file() and path.suffix in (".npz", ".npy"):
+        return (load_npz if path.suffix == ".npz" else load_npy)(path, config)
+    raise FileNotFoundError(
+        f"DATA={config.source} is not 'digits', nor an existing folder of images, nor an .npz, .npy or .parquet file, "
+        "nor hf:NAME"
+    )
 
 
-def as_found(config: DataConfig, data: ImageData) -> DataConfig:
+def _is_table(path: Path) -> bool:
+    """A folder of Parquet files and no images."""
+    return path.is_dir() and next(path.rglob("*.parquet"), None) is not None and not list_images(path)
+
+
+def as_found(config: DataConfig, data: ImageData | StreamData) -> DataConfig:
     """The configuration with what was left to the data (size, channels, classes), so that it cannot change later."""
     names = None if data.class_names is None else tuple(data.class_names)
     return replace(config, image_size=tuple(data.image_size), channels=data.channels, class_names=names)
+
+
+def first_item(data: ImageData | StreamData) -> dict[str, Any]:
+    """An item, to see which conditions the data have."""
+    return next(iter(data)) if isinstance(data, StreamData) else data[0]

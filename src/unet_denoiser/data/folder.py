@@ -1,110 +1,169 @@
-"""Images below a folder."""
+"""Images below a folder, with classes, captions and vectors from sub-folders or metadata files."""
 
 from __future__ import annotations
 
-import glob
-from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
+import csv
+import json
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
+from unet_denoiser.data.base import encode_labels, encode_vectors, refuse_options
+from unet_denoiser.data.decode import SUFFIXES
+from unet_denoiser.data.pictures import Pictures, check_config, usable
+from unet_denoiser.data.scan import scan
+from unet_denoiser.recipe import DataConfig
 
-from unet_denoiser.data.base import ImageData, per_axis, to_float
-from unet_denoiser.images import MODES
-
-LARGEST_DEFAULT_SIZE = 64
+METADATA = ("metadata.csv", "metadata.jsonl")
+CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")
 
 
-class FolderData(ImageData):
-    """Images below a folder, sub-folders as classes, decoded when they are asked for.
+class FolderData(Pictures):
+    """Images below a folder, decoded when they are asked for.
 
-    Every image is converted to `channels`, scaled to cover `image_size` and cut to it at the centre.
+    The folder's sub-folders are the classes, whatever lies how deep in them. A metadata.csv or metadata.jsonl, in the
+    folder or in sub-folders of it, names files in its column "file_name" and brings captions, classes and vectors
+    instead; images it does not name are left out. Files that do not end as images do, and hidden ones, are none.
 
     Args:
-        folder: any formats that Pillow reads, at any depth; the folder each file lies in is its class.
-        image_size: default: the size that at least half of the images have if that is at most 64, else 64.
-        channels: 1, 3 or 4 (default: 1 if all images are grey, else 3). Alpha is laid on white unless channels is 4.
+        folder: any formats that Pillow reads.
+        config: every other option of the data, or some of its fields by name.
 
     Raises:
-        FileNotFoundError, ValueError: no folder, no images, or a file that is not an image, by its path.
+        FileNotFoundError, ValueError: no folder, no images, or images that cannot be used, by their paths.
     """
 
-    def __init__(
-        self, folder: Path, image_size: int | Sequence[int] | None = None, channels: int | None = None
-    ) -> None:
-        if channels is not None and channels not in MODES:
-            raise ValueError(f"in_channels={channels}: images in a folder have 1, 3 or 4; use an .npz for others")
-        self.files, self.labels, self.class_names = _list_folder(folder)
-        headers = [_read_header(file) for file in self.files]
-        grey = all(mode in ("1", "L", "I;16", "I", "F") for mode, _ in headers)
-        self.channels = channels or (1 if grey else 3)
-        sizes = Counter(size for _, size in headers)
-        (size, count), *_ = sizes.most_common(1)
-        native = 2 * count >= len(headers) and max(size) <= LARGEST_DEFAULT_SIZE
-        default = size if native else (LARGEST_DEFAULT_SIZE, LARGEST_DEFAULT_SIZE)
-        self.image_size = default if image_size is None else per_axis(image_size, 2)
+    def __init__(self, folder: str | Path, config: DataConfig | None = None, **options: Any) -> None:
+        config = replace(config or DataConfig(str(folder)), **options)
+        check_config(config)
+        refuse_options(config, ("split", "image_column", "streaming"), "a folder of images")
+        self.folder = Path(folder)
+        files = list_images(self.folder)
+        rows = read_metadata(self.folder)
+        if rows is not None:
+            if left_out := len(set(files) - set(rows)):
+                warnings.warn(f"{left_out} images in {folder} are not in its metadata and are left out", stacklevel=2)
+            files = sorted(rows)
+        if not files:
+            raise ValueError(f"no images were found in {folder}")
+        stamps = {file: _stamp(self.folder / file) for file in files}
+        found = scan(str(self.folder.absolute()), stamps, self._path)
+        headers, config = usable(found, config, str(self.folder))
+        self.files = list(headers)
+        if rows is None:
+            self._classes_of_folders(config)
+        else:
+            self._conditions_of_rows([rows[file] for file in self.files], config)
+        self._set_up(config, list(headers.values()))
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        try:
-            with Image.open(self.files[index]) as image:
-                height, width = self.image_size
-                fitted = ImageOps.fit(_to_mode(image, MODES[self.channels]), (width, height), Image.Resampling.BICUBIC)
-        except (OSError, SyntaxError) as error:
-            raise ValueError(f"{self.files[index]} cannot be read as an image: {error}") from None
-        pixels = torch.from_numpy(np.array(fitted))
-        item: dict[str, Any] = {"image": to_float(pixels.view(*self.image_size, self.channels).permute(2, 0, 1))}
-        return item if self.labels is None else item | {"class_labels": self.labels[index]}
+    def source(self, index: int) -> str:
+        return self._path(self.files[index])
+
+    def _path(self, file: str) -> str:
+        return str(self.folder / file)
+
+    def name(self, index: int) -> str:
+        return self.source(index)
+
+    def _classes_of_folders(self, config: DataConfig) -> None:
+        tops = [PurePosixPath(file).parts[0] if "/" in file else None for file in self.files]
+        named = [top for top in tops if top is not None]
+        if len(named) == len(tops):
+            self.labels, self.class_names = encode_labels(named, config.class_names, str(self.folder))
+        elif named:
+            warnings.warn(
+                f"{len(tops) - len(named)} of {len(tops)} images lie beside the sub-folders of {self.folder}, not in "
+                "them; so the sub-folders are not taken as classes",
+                stacklevel=2,
+            )
+        refuse_options(config, ("label_column", "caption_column", "vector_columns"), "a folder without metadata")
+
+    def _conditions_of_rows(self, rows: list[dict[str, Any]], config: DataConfig) -> None:
+        names = set(rows[0])
+        where = f"the metadata of {self.folder}"
+        label = pick_column(names, "label_column", config.label_column, ("label", "labels"), where)
+        caption = pick_column(names, "caption_column", config.caption_column, CAPTION_COLUMNS, where)
+        if label:
+            values = _column(rows, label, where)
+            self.labels, self.class_names = encode_labels(_as_integers(values), config.class_names, where)
+        if caption:
+            self.captions = [str(value) for value in _column(rows, caption, where)]
+        if config.vector_columns:
+            columns = {name: _column(rows, name, where) for name in config.vector_columns}
+            self.vectors = encode_vectors(columns, where)
+            self.vector_dim = len(columns)
 
 
-def _list_folder(folder: Path) -> tuple[list[str], Tensor | None, list[str] | None]:
-    """Files, labels and class names, as Hugging Face `datasets` finds them in a folder of images."""
-    import datasets
+def list_images(folder: Path) -> list[str]:
+    """The files below a folder that are named as images are, hidden ones left out: sorted paths, relative, with "/"."""
+    found = []
+    for root, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        base = Path(root).relative_to(folder)
+        named = [name for name in files if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES]
+        found += [(base / name).as_posix() for name in named]
+    return sorted(found)
 
-    datasets.utils.disable_progress_bars()
+
+def read_metadata(folder: Path) -> dict[str, dict[str, Any]] | None:
+    """The rows of all metadata files below a folder by the path of their image; None where there are no such files."""
+    paths = sorted(path for name in METADATA for path in folder.rglob(name))
+    if not paths:
+        return None
+    rows = {}
+    for path in paths:
+        base = path.parent.relative_to(folder)
+        for number, row in enumerate(_read_rows(path), start=1):
+            if not row.get("file_name"):
+                raise ValueError(f"row {number} of {path} has no file_name; it has {', '.join(map(str, row))}")
+            rows[os.path.normpath(base / str(row.pop("file_name"))).replace(os.sep, "/")] = row
+    return rows
+
+
+def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        # the pattern keeps folders called train or test from being taken for splits
-        found = datasets.load_dataset(
-            "imagefolder", data_files={"train": f"{glob.escape(str(folder))}/**"}, split="train"
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            if path.suffix == ".csv":
+                yield from csv.DictReader(file)
+            else:
+                yield from (json.loads(line) for line in file if line.strip())
+    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+def pick_column(names: set[str], option: str, chosen: str | None, usual: Sequence[str], where: str) -> str | None:
+    """The chosen column, else the first of the usual ones that is there; ValueError for a chosen one that is not."""
+    if chosen is None:
+        return next((name for name in usual if name in names), None)
+    if chosen not in names:
+        raise ValueError(f"{option}={chosen!r} is no column of {where}; it has {', '.join(sorted(map(str, names)))}")
+    return chosen
+
+
+def _column(rows: list[dict[str, Any]], name: str, where: str) -> list[Any]:
+    missing = [i for i, row in enumerate(rows) if row.get(name) in (None, "")]
+    if missing:
+        raise ValueError(
+            f"{where} has no {name!r} in {len(missing)} of {len(rows)} rows; columns: {', '.join(rows[0])}"
         )
-    except (
-        datasets.exceptions.DatasetGenerationError,
-        datasets.exceptions.DataFilesNotFoundError,
-        ValueError,
-    ) as error:
-        raise ValueError(f"no images were found in {folder}: {str(error).splitlines()[0]}") from None
-    found = found.cast_column("image", datasets.Image(decode=False))
-    files = [row["path"] for row in found["image"]]
-    label = found.features.get("label")
-    if not files:
-        raise ValueError(f"no images were found in {folder}")
-    return (
-        files,
-        None if label is None else torch.tensor(found["label"][:]),
-        None if label is None else list(label.names),
-    )
+    return [row[name] for row in rows]
 
 
-def _read_header(file: str) -> tuple[str, tuple[int, int]]:
-    """(mode, (height, width)) from an image's header, without decoding it."""
+def _as_integers(values: list[Any]) -> list[Any]:
+    """Integers where all values are, as a .csv has them as text; otherwise names."""
+    texts = [str(value) for value in values]
+    return [int(text) for text in texts] if all(text.isdecimal() for text in texts) else texts
+
+
+def _stamp(path: Path) -> list[int]:
     try:
-        with Image.open(file) as image:
-            return image.mode, (image.height, image.width)
-    except (OSError, UnidentifiedImageError) as error:
-        raise ValueError(f"{file} cannot be read as an image: {error}") from None
-
-
-def _to_mode(image: Image.Image, mode: str) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits; Pillow would cut them off at 255
-        image = Image.fromarray((np.asarray(image, np.float32) / 257).round().astype(np.uint8))
-    if mode != "RGBA" and ("A" in image.getbands() or "transparency" in image.info):
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert(mode)
+        stat = path.stat()
+    except OSError:
+        return [-1, -1]
+    return [stat.st_size, stat.st_mtime_ns]

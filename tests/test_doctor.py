@@ -136,7 +136,7 @@ def test_data_in_a_wrong_range(tmp_path, scale, offset, options, name, words):
 def test_a_schedule_that_ends_before_the_noise(tmp_path):
     data = ArrayData(flat_images(64))
     report = look(make_run(tmp_path / "run", data, process=Diffusion(num_train_timesteps=100)), data)
-    assert [f for f in report.findings if f.name == "schedule end"][0].severity == "error"
+    assert next(f for f in report.findings if f.name == "schedule end").severity == "error"
     assert "the last timestep still has 60% of the image in it" in report.text()
 
 

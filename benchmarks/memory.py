@@ -4,6 +4,7 @@ python benchmarks/memory.py [measured|clusters]
 """
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -131,11 +132,14 @@ def _largest(name: str, sharding: str, count: int, checkpointing: bool, room: fl
         about = MemoryConfig(batch_size=batch * count, num_processes=count, **options)
         return estimate(preset(name), about, "cuda")
 
-    batch, found = 0, of(1)
-    while found.peak <= room and batch < 256:
-        batch, fitting = batch * 2 or 1, found
-        found = of(2 * batch)
-    return (batch, fitting) if batch else (0, found)
+    one, two = of(1), of(2)
+    if one.peak > room:
+        return 0, one
+    # the peak is the most of several straight lines, so going on straight never finds too few
+    batch = min(256, 2 ** int(math.log2(1 + (room - one.peak) / (two.peak - one.peak))))
+    while (found := of(batch)).peak > room:
+        batch //= 2
+    return batch, found
 
 
 if __name__ == "__main__":

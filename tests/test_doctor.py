@@ -47,7 +47,7 @@ def names(report):
 
 
 def ideal(network):
-    """A UNet that answers with `network(x_t, alpha, sigma)`, the noise, at every timestep of the process of `make_run`."""
+    """A UNet that answers with `network(x_t, alpha, sigma)`, the noise, at every timestep of `make_run`'s process."""
     process = Diffusion(prediction_type="epsilon", beta_schedule="linear")
 
     class Ideal(UNet):

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -87,8 +88,7 @@ def test_peak_is_that_of_the_allocations_of_a_real_step():
 @pytest.mark.parametrize("config", [PLAIN, TEXT])
 def test_operations_are_those_that_torch_counts(config):
     model = UNet.from_config(replace(config, dropout=0.0)).train()
-    attention = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
-    with plain_convolutions(), attention, FlopCounterMode(display=False) as counter:
+    with plain_convolutions(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(**inputs(config, 2)).square().mean().backward()
     found = estimate(config, MemoryConfig(batch_size=2, context_tokens=7))
     assert found.flops == pytest.approx(counter.get_total_flops(), rel=0.02)

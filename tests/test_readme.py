@@ -22,6 +22,7 @@ SHORT = {
     "train": "--steps 2 --batch-size 2 --image-size 8 --device cpu",
     "--resume": "--steps 3 --device cpu",
     "sample": "--num-inference-steps 2 --device cpu",
+    "doctor": "--num-images 2 --num-samples 2 --device cpu",
     "info": "",
 }
 
@@ -82,7 +83,7 @@ def test_commands(tmp_path, monkeypatch, capsys):
             pixels = np.random.default_rng(i).integers(0, 255, (10, 12, 3), np.uint8)
             Image.fromarray(pixels).save(tmp_path / "pictures" / name / f"{i}.png")
     lines = [line for line in blocks("bash")[1].splitlines() if line.startswith("unet-denoiser ")]
-    assert len(lines) == 5
+    assert len(lines) == 7
     for line in lines:
         _, command, *args = shlex.split(line, comments=True)
         short = SHORT["--resume" if "--resume" in args else command]

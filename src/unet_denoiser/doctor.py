@@ -129,13 +129,19 @@ def _write(report: Report, path: Path) -> None:
 # ---- the data --------------------------------------------------------------------------------------------------------
 
 
-def _some(data: ImageData, count: int) -> Images:
+def _some(data: ImageData | StreamData, count: int) -> Images:
     """Up to so many images in a random order, with their conditions; all of one size."""
-    size = len(data) if len(data) <= 512 else BATCH  # whole batches alone are taken
-    loader = make_loader(data, size, seed=0, start=0, stop=max(1, min(count, len(data)) // size), num_workers=0)
+    there = _count(data) or count
+    size = there if there <= 512 else BATCH  # whole batches alone are taken
+    loader = make_loader(data, size, seed=0, start=0, stop=max(1, min(count, there) // size), num_workers=0)
     batches = list(loader)
     batches = [batch for batch in batches if batch["image"].shape[1:] == batches[0]["image"].shape[1:]]
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def _count(data: ImageData | StreamData) -> int | None:
+    """How many images there are; None for a stream, which does not know."""
+    return None if isinstance(data, StreamData) else len(data)
 
 
 def _statistics(x: Tensor, bounds: tuple[float, float] | None) -> dict[str, Any]:
@@ -271,11 +277,11 @@ def _neighbours(x: Tensor, images: Tensor) -> tuple[dict[str, Any], Tensor]:
 # ---- the training ----------------------------------------------------------------------------------------------------
 
 
-def _training(run: Run, data: ImageData) -> dict[str, Any]:
-    paths = run.checkpoints.paths()
+def _training(run: Run, data: ImageData | StreamData) -> dict[str, Any]:
+    paths, images = run.checkpoints.paths(), _count(data)
     step = int(read_checkpoint(paths[-1])[1]["step"]) if paths else None
-    seen = (step or 0) * run.training.batch_size
-    return {"step": step, "steps": run.training.steps, "images": len(data), "epochs": seen / len(data)}
+    epochs = (step or 0) * run.training.batch_size / images if images else None
+    return {"step": step, "steps": run.training.steps, "images": images, "epochs": epochs}
 
 
 def _ema(run: Run) -> dict[str, Any]:

@@ -127,9 +127,10 @@ def _average(m: Measures) -> Iterator[Finding]:
 def _length(m: Measures) -> Iterator[Finding]:
     t = m["training"]
     if t["step"] is not None and t["step"] < t["steps"]:
-        text = f"training is at step {t['step']} of {t['steps']} ({t['epochs']:.1f} times through the data)"
+        text = f"training is at step {t['step']} of {t['steps']}"
+        text += f" ({t['epochs']:.1f} times through the data)" if t["epochs"] else ""
         yield Finding("note", "not finished", text, f"go on with: unet-denoiser train --resume {m['run']}")
-    if 0 < t["images"] < 500 and t["epochs"] > 200:
+    if t["images"] and t["images"] < 500 and t["epochs"] > 200:
         text = f"only {t['images']} images, each seen {t['epochs']:.0f} times: enough to learn them by heart"
         advice = "more images, horizontal flips, dropout, a smaller network or fewer steps"
         yield Finding("warning" if m["neighbours"].get("copies") else "note", "few images", text, advice)

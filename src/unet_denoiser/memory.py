@@ -27,9 +27,9 @@ from unet_denoiser.memory_config import MemoryConfig
 from unet_denoiser.summary import count_flops, example_inputs
 from unet_denoiser.unet import UNet
 
-# glibc's heap keeps holes between longer-lived tensors: this share of what comes and goes, and at most so many bytes,
-# as blocks of 32 MiB and more are never in it. Fitted to the six measurements of docs/scaling.md; there are none with
-# MALLOC_MMAP_THRESHOLD_=65536, for twice the time
+# glibc's heap keeps holes between longer-lived tensors: this share of what comes and goes, at most so many bytes, as
+# large blocks seldom lie in it. Fitted to the measurements of docs/scaling.md; with MALLOC_MMAP_THRESHOLD_=65536 in the
+# environment there are none, for twice the time
 HOLES, MOST_HOLES = 0.9, 370 * 2**20
 FLOAT = 4  # bytes: weights, gradients, moments and averages are float32, whatever autocast computes in
 
@@ -91,7 +91,8 @@ def estimate(config: UNetConfig, memory: MemoryConfig, device: str = "cpu") -> E
         activations=walk.kept,
         peak=always + moving,
         resident=always + moving + (min(int(HOLES * moving), MOST_HOLES) if device == "cpu" else 0),
-        flops=_training_flops(config, memory, size),
+        # the backward pass has two products for each of the forward one's; checkpointing runs that twice
+        flops=memory.batch_size * _forward_flops(config, size, tokens) * (4 if checkpointing else 3),
     )
 
 
@@ -220,13 +221,13 @@ def _convolutions_of(device: str) -> Iterator[None]:
         yield
 
 
-def _training_flops(config: UNetConfig, memory: MemoryConfig, size: tuple[int, ...] | None) -> int:
-    """The backward pass has two products for each of the forward one's; checkpointing runs that twice."""
+@lru_cache(maxsize=32)
+def _forward_flops(config: UNetConfig, size: tuple[int, ...] | None, context_tokens: int) -> int:
+    """Of one sample."""
     with torch.device("meta"):
         model = UNet.from_config(config).eval()
-        given = example_inputs(config, batch=1, context_tokens=memory.context_tokens, size=size)
-        forward = count_flops(model, given).get_total_flops()
-    return memory.batch_size * forward * (4 if memory.gradient_checkpointing else 3)
+        given = example_inputs(config, batch=1, context_tokens=context_tokens, size=size)
+        return count_flops(model, given).get_total_flops()
 
 
 def table(found: Estimate, memory: MemoryConfig, device: str) -> str:

@@ -339,6 +339,8 @@ def _show_memory(name: str, options: dict[str, Any], device: DeviceName) -> None
         about = MemoryConfig(**given | options)
         place = resolve_device("auto") if device == "auto" else device
         print(table(estimate(config, about, place), about, place))
+        if run is not None and run.training.lora_rank:
+            print("This is for training all weights; a LoRA, as this run's, has hardly any gradients and moments.")
 
 
 def convert(

@@ -26,7 +26,7 @@ from unet_denoiser.unet import UNet
 BATCH = 32
 LEVELS = 8
 SAMPLING_STEPS = 25
-SEARCHED = 4096  # training images that samples are compared with, at most
+SEARCHED, VALUES = 4096, 2**27  # training images that samples are compared with, at most, and values in all of them
 Images = dict[str, Tensor]
 
 
@@ -77,7 +77,8 @@ def examine(
     data = load_data(run.data) if data is None else data
     if not isinstance(data, ImageData):
         raise ValueError(f"{run.path} was trained on a stream, which cannot be searched; give data that can be indexed")
-    images = _some(data, max(num_images, num_samples, SEARCHED))
+    searched = min(SEARCHED, VALUES // (data.channels * math.prod(data.image_size)))
+    images = _some(data, max(num_images, num_samples, searched))
     folder = run.path / "doctor"
     bad = [name for name, p in model.state_dict().items() if not torch.isfinite(p).all()]
     bounds = run.process.data_range
@@ -146,7 +147,8 @@ def _count(data: ImageData | StreamData) -> int | None:
 
 def _statistics(x: Tensor, bounds: tuple[float, float] | None) -> dict[str, Any]:
     """Of images or samples: range, mean per channel, spread, share of values at the ends, and how rough they are."""
-    x = x.float()
+    finite = bool(torch.isfinite(x).all())
+    x = x.float().nan_to_num()  # JSON has no other numbers
     variance = x.var(dim=[0, *range(2, x.ndim)], correction=0).mean()
     # half the mean square difference of neighbours is the variance where they have nothing to do with each other
     rough = x.diff(dim=-1).square().mean() / 2 / variance.clamp_min(1e-12) if x.shape[-1] > 1 else torch.tensor(1.0)
@@ -155,7 +157,7 @@ def _statistics(x: Tensor, bounds: tuple[float, float] | None) -> dict[str, Any]
         margin = 0.005 * (bounds[1] - bounds[0])
         ends = ((x <= bounds[0] + margin) | (x >= bounds[1] - margin)).float().mean()
     return {
-        "finite": bool(torch.isfinite(x).all()),
+        "finite": finite,
         "shape": list(x.shape),
         "min": float(x.min()),
         "max": float(x.max()),

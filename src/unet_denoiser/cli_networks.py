@@ -86,9 +86,7 @@ def _show_memory(name: str, options: dict[str, Any], device: DeviceName) -> None
         place = resolve_device("auto") if device == "auto" else device
         print(table(estimate(config, about, place), about, place))
         if run is not None and run.training.lora_rank:
-            print(
-                "This is for training all weights; the run's LoRA needs less, by most of the gradients' and optimizer's."
-            )
+            print("This is for training all weights; a LoRA needs less, by most of the gradients' and optimizer's.")
 
 
 def convert(

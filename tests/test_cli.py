@@ -231,7 +231,7 @@ def test_an_existing_run_is_not_overwritten(run, capsys):
         ("sample", r"Missing from unet-denoiser sample: RUN .*\(see unet-denoiser sample --help\)"),
         ("train digits --bach-size 3", "Unrecognized options: --bach-size, 3; --batch-size is near"),
         ("train digits --steps x", "--steps: invalid literal for int.*'x'"),
-        ("train digits --image-size", "image_size=() must be"),
+        ("train digits --image-size", r"image_size=\(\) must be"),
         ("sample run --sampler foo", "invalid choice 'foo' for argument '--sampler'. Expected one of .*'unipc'"),
         ("convert a b --to onnx", "invalid choice 'onnx' for argument '--to'. Expected one of .*'ldm'"),
     ],

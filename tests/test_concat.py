@@ -118,7 +118,7 @@ def test_sampling_with_the_wrong_concat(concat, options, message):
 
 
 def test_the_loss_sees_it():
-    model, process = small(in_channels=3, out_channels=1), Diffusion()
+    model, process = small(in_channels=3, out_channels=1), Diffusion(prediction_type="epsilon")
     x0, concat = torch.randn(4, 1, 8, 8), torch.randn(4, 2, 8, 8)
     draws = {"t": torch.tensor([1, 10, 100, 900]), "noise": torch.randn(4, 1, 8, 8)}
     seen = process.loss(model, x0, concat=concat, **draws)

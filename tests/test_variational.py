@@ -57,7 +57,7 @@ def test_terms_are_torchs_divergence_and_density():
     predicted, variance = x0 + 0.1 * torch.randn_like(x0), 2 * torch.rand_like(x0) - 1
     terms = bound(x0, xt, t, predicted, variance, None) * math.log(2)
     for i in (0, 2, 4):
-        of_x0, of_xt, low, high = (table[t[i]] for table in (bound.of_x0, bound.of_xt, bound.min_log, bound.max_log))
+        of_x0, of_xt, low, high = bound._tables[[2, 3, 0, 1], t[i]]
         std = (0.5 * (low + (variance[i] + 1) / 2 * (high - low))).exp()
         own = Normal(of_x0 * predicted[i] + of_xt * xt[i], std)
         posterior = Normal(of_x0 * x0[i] + of_xt * xt[i], (0.5 * low).exp())

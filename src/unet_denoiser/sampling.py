@@ -158,7 +158,7 @@ def sample(
     """
     given = {name: value for name, value in conditions.items() if value is not None}
     sizes = _check_request(model, seeds, image_size, batch_size, given)
-    channels = process.check_channels(model.config, concat_channels=_concat_channels(given))
+    channels = _check_channels(model, process, _concat_channels(given))
     make_sampler(sampler, process, num_inference_steps)
     device, samples = model.input_conv.weight.device, []
 
@@ -217,6 +217,16 @@ def _check_request(
     if concat is not None and tuple(concat.shape[2:]) != sizes:
         raise ValueError(f"concat has size {tuple(concat.shape[2:])}; the samples have {sizes}")
     return sizes
+
+
+def _check_channels(model: UNet, process: Diffusion, concat: int) -> int:
+    """The channels of the samples; ValueError for a network of another process, or another number to concatenate."""
+    c = model.config
+    count = c.out_channels // (2 if process.learns_variance else 1)
+    needed = c.in_channels - process.channels(count)["in_channels"]
+    if 0 <= needed != concat and needed != count:
+        raise ValueError(f"concat has {concat} channels; this network was built for {needed}")
+    return process.check_channels(c, concat_channels=concat)
 
 
 def _concat_channels(conditions: dict[str, Tensor]) -> int:

@@ -209,7 +209,9 @@ class UNet(Pretrained, nn.Module):
         drop: Mapping[str, Tensor],
     ) -> tuple[Tensor, Context | None]:
         """The embedding (B, time_dim) that all blocks share, and the context that cross-attention sees."""
-        shift = self.time_cond(time_cond) if self.time_cond is not None and time_cond is not None else None
+        shift = None
+        if self.time_cond is not None and time_cond is not None:
+            shift = self.time_cond(time_cond.to(self.dtype))  # in half precision it may come, under autocast
         emb = self.time_mlp(t, shift)
         for name, embed, null in (
             ("class_labels", self.class_embedding, self.null_class),
@@ -217,6 +219,8 @@ class UNet(Pretrained, nn.Module):
         ):
             if embed is not None:
                 given = conditions[name]
+                if given is not None and given.is_floating_point():
+                    given = given.to(self.dtype)
                 emb = emb + (null if given is None else _replace(embed(given), null, drop.get(name)))
         if self.config.context_dim is None:
             return emb, None

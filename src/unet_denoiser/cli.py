@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from unet_denoiser.cli_networks import convert, info
-from unet_denoiser.endings import one_line_ends, one_line_errors
+from unet_denoiser.endings import one_line_ends, one_line_errors, one_line_warning
 from unet_denoiser.options import (
     DataOptions,
     ModelOptions,
@@ -245,5 +246,9 @@ def main(args: Sequence[str] | None = None) -> None:
         # torch's threads on a CPU wait for each other in a busy loop. On cores that something else uses too, a small
         # network's training step then took 5.5 s instead of 0.6 s with this limit; on free cores it is the same
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    before, warnings.formatwarning = warnings.formatwarning, one_line_warning
     what = "Train a diffusion model on your images, sample from it, look at networks and convert them."
-    chosen(COMMANDS, what, args)()
+    try:
+        chosen(COMMANDS, what, args)()
+    finally:
+        warnings.formatwarning = before

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 @contextmanager
@@ -36,6 +36,11 @@ def one_line_ends(path: Path) -> Iterator[None]:
             _exit(f"{path}: {stop}; to go on: unet-denoiser train --resume {path}", 128 + stop.number)
         except NotFinite as error:
             _exit(f"error: {error}; {path} has the last good checkpoint", 1)
+
+
+def one_line_warning(message: Warning | str, *where: Any, **more: Any) -> str:
+    """A warning as `warnings.formatwarning` makes one, without the place in our code."""
+    return f"unet-denoiser: warning: {' '.join(str(message).split())}\n"
 
 
 def _exit(message: str, code: int) -> NoReturn:

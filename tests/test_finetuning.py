@@ -20,7 +20,7 @@ def test_other_classes_and_more_channels():
     start = small(num_classes=10)
     model = UNet(**SMALL | {"num_classes": 5, "in_channels": 5, "dropout": 0.0}).eval()
     rows = model.class_embedding.weight.detach().clone()
-    report = load_fitting(model, start)
+    report = str(load_fitting(model, start))
     count = len(model.state_dict())
     assert report == (
         f"loaded {count - 1} of {count} tensors; widened with zeros: input_conv.weight (8x3x3x3 there, 8x5x3x3 here); "
@@ -37,7 +37,7 @@ def test_other_classes_and_more_channels():
 def test_more_outputs_begin_with_zeros():
     start = small()
     model = UNet(**SMALL | {"out_channels": 6, "dropout": 0.0}).eval()
-    assert "output.2.weight (3x8x3x3 there, 6x8x3x3 here)" in load_fitting(model, start)
+    assert "output.2.weight (3x8x3x3 there, 6x8x3x3 here)" in str(load_fitting(model, start))
     out = model(**inputs(start.config))
     assert_close(out[:, :3], start(**inputs(start.config)))
     assert not out[:, 3:].any()
@@ -86,6 +86,17 @@ def test_lora_trains_alone_resumes_and_is_read_back(tmp_path, monkeypatch):
     (run.path / "checkpoints" / "step-00000004.safetensors").unlink()
     main(["train", "--resume", "run"])
     assert all(torch.equal(a, b) for a, b in zip(run.load_model().parameters(), merged.parameters(), strict=True))
+
+
+def test_a_lora_is_refused_where_it_would_leave_something_untrained(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    randomise(UNet(**SMALL, in_channels=1, out_channels=1, num_classes=3)).save_pretrained("base")
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", "digits", *TINY, "--init", "base", "--lora-rank", "2", "--out", "run"])
+    message = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert "lora_rank=2: a LoRA would leave class_embedding.weight (3x" in message
+    assert not (tmp_path / "run").exists()
 
 
 def _header(path):

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from unet_denoiser.config import UNetConfig
-from unet_denoiser.convert.layouts import LAYOUTS, Skeleton
+from unet_denoiser.convert.layouts import LAYOUTS, skeleton_of
 from unet_denoiser.files import read_json
 from unet_denoiser.pretrained import write_safetensors
 from unet_denoiser.unet import UNet
@@ -43,15 +43,29 @@ def at_size(config: UNetConfig, image_size: tuple[int, ...]) -> UNetConfig:
     return moved if all(same) else config
 
 
+class Fit(NamedTuple):
+    """What became of a checkpoint's tensors, each with the reason; as text, one line for the user.
+
+    total: tensors of the network. missed: those of them that are as they were drawn. unused: the checkpoint's others.
+    """
+
+    total: int
+    widened: list[str]
+    missed: list[str]
+    unused: list[str]
+
+    def __str__(self) -> str:
+        text = f"loaded {self.total - len(self.missed)} of {self.total} tensors"
+        parts = (("widened with zeros", self.widened), ("not loaded", self.missed), ("not used", self.unused))
+        return text + "".join(f"; {words}: {', '.join(names)}" for words, names in parts if names)
+
+
 @torch.no_grad()
-def load_fitting(model: UNet, start: UNet) -> str:
+def load_fitting(model: UNet, start: UNet) -> Fit:
     """Give `model` the weights of `start` that fit, and say exactly which do not.
 
     Input channels that `start` has not are appended with zero weights, so that the network first does what it did;
     output channels likewise. Everything else of another shape stays as it is.
-
-    Returns:
-        One line for the user.
     """
     old, new = start.state_dict(), model.state_dict()
     widened, missed = [], []
@@ -66,11 +80,7 @@ def load_fitting(model: UNet, start: UNet) -> str:
             widened.append(f"{name} ({_shape(old[name])} there, {_shape(p)} here)")
         else:
             missed.append(f"{name} ({_shape(old[name])} there, {_shape(p)} here)")
-    unused = [name for name in old if name not in new]
-    text = f"loaded {len(new) - len(missed)} of {len(new)} tensors"
-    for words, names in (("widened with zeros", widened), ("not loaded", missed), ("not used", unused)):
-        text += f"; {words}: {', '.join(names)}" if names else ""
-    return text
+    return Fit(len(new), widened, missed, [name for name in old if name not in new])
 
 
 def _is_wider(name: str, old: Tensor, new: Tensor) -> bool:
@@ -116,9 +126,7 @@ def merged(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def save_lora(weights: Mapping[str, Tensor], config: UNetConfig, path: Path) -> None:
     """Write a LoRA as diffusers reads it, and `merge_lora`; under our own names where diffusers has no such network."""
-    levels = range(len(config.widths))
-    attended = tuple(map(config.has_attention, levels))
-    bones = Skeleton(config.num_res_blocks, len(levels), attended, config.attention == "transformer")
+    bones = skeleton_of(config)
     modules = [name.removesuffix(_A) for name in weights if name.endswith(_A)]
     names = {name: name for name in modules}
     if config.attention == "transformer" or config.context_dim is None:

@@ -39,15 +39,22 @@ def started(source: str, given: dict[str, Any]) -> tuple[Run, Trainer]:
     own = process.channels(data.channels, data.concat_channels)
     config = architecture_for(data.channels, data.image_size, classes, conditions | options, base, own)
     run = Run(out, as_found(data_config, data), config, process, training)
-    model, report = (UNet.from_config(config), "") if start else (None, "")
-    if model and start:
-        report = load_fitting(model, start)
-    weights = {name: t.clone() for name, t in model.state_dict().items()} if model else {}
-    trainer = run.trainer(data, model)
-    if trainer.accelerator.is_main_process:
-        if report:
-            print(f"{given['init']}: {report}")
+    if start is None:
+        trainer = run.trainer(data)
+    else:
+        model = UNet.from_config(config)
+        fit = load_fitting(model, start)
+        if training.lora_rank and (changed := fit.widened + fit.missed):
+            raise ValueError(
+                f"lora_rank={training.lora_rank}: a LoRA would leave {changed[0]} untrained; use data that fit the "
+                "checkpoint, or train all weights"
+            )
+        weights = {name: t.clone() for name, t in model.state_dict().items()}  # training changes the network's
+        trainer = run.trainer(data, model)
+        if trainer.accelerator.is_main_process:
+            print(f"{given['init']}: {fit}")
             write_pretrained(out / "init", config.to_dict(), weights)
+    if trainer.accelerator.is_main_process:
         run.write()
     return run, trainer
 

@@ -27,12 +27,7 @@ class OwnData(ImageData):
         if not len(data):
             raise ValueError("the data set has no items")
         first = check_item(data[0], "item 0")
-        self.shape = tuple(first["image"].shape)
-        self.channels, self.image_size = self.shape[0], self.shape[1:]
-        self.class_names = _class_names(data)
-        self.vector_dim = len(first["vector"]) if "vector" in first else None
-        self.context_dim = first["context"].shape[-1] if "context" in first else None
-        self.concat_channels = len(first["concat"]) if "concat" in first else 0
+        self.shape = _describe(self, first)
 
     def __len__(self) -> int:
         return len(self.data)
@@ -55,12 +50,7 @@ class OwnStream(StreamData):
         first = next((check_item(item, "the first item") for item in data), None)
         if first is None:
             raise ValueError("the data set has no items")
-        self.shape = tuple(first["image"].shape)
-        self.channels, self.image_size = self.shape[0], self.shape[1:]
-        self.class_names = _class_names(data)
-        self.vector_dim = len(first["vector"]) if "vector" in first else None
-        self.context_dim = first["context"].shape[-1] if "context" in first else None
-        self.concat_channels = len(first["concat"]) if "concat" in first else 0
+        self.shape = _describe(self, first)
 
     def epoch(self, number: int, seed: int) -> Iterator[Any]:
         if hasattr(self.data, "set_epoch"):
@@ -95,6 +85,17 @@ def as_data(data: Any) -> ImageData | StreamData:
     if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
         raise TypeError(f"data is a {type(data).__name__}; give a data set of dicts with len() and [], or an iterable")
     return OwnData(data)
+
+
+def _describe(described: OwnData | OwnStream, first: Mapping[str, Any]) -> tuple[int, ...]:
+    """Set what a network needs to know of the data, by their first item; the shape of its image."""
+    shape = tuple(first["image"].shape)
+    described.channels, described.image_size = shape[0], shape[1:]
+    described.class_names = _class_names(described.data)
+    described.vector_dim = len(first["vector"]) if "vector" in first else None
+    described.context_dim = first["context"].shape[-1] if "context" in first else None
+    described.concat_channels = len(first["concat"]) if "concat" in first else 0
+    return shape
 
 
 def check_item(item: Any, name: str, shape: tuple[int, ...] | None = None) -> dict[str, Any]:

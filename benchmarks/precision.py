@@ -7,7 +7,7 @@ the difference that chance makes. Run: python benchmarks/precision.py [--steps 1
 import argparse
 
 import torch
-from measure import describe, machine, table
+from measure import describe, machine, progress, table
 
 from unet_denoiser import Diffusion, Trainer, TrainingConfig, UNet, load_data, sample
 
@@ -36,6 +36,7 @@ def main() -> None:
     curves, trainers = {}, {}
     for name, (precision, seed) in kinds.items():
         trainers[name], curves[name] = train(options.steps, precision, seed)
+        progress(f"{name}: mean of the last 100 losses", {"": float(curves[name][-100:].mean())})
     rows = []
     for part in torch.arange(options.steps).chunk(5):
         means = [f"{curve[part].mean():.5f}" for curve in curves.values()]

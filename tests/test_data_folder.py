@@ -210,6 +210,13 @@ def test_refuses_metadata(tmp_path, rows, options, message):
         load_data(tmp_path / "d", **options)
 
 
+def test_rows_of_metadata_that_are_no_objects(tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}\n[1, 2]\n')
+    with pytest.raises(ValueError, match=r"line 2 of .*metadata.jsonl is no object with a file_name: \[1, 2\]"):
+        load_data(str(tmp_path))
+
+
 def test_metadata_that_names_a_missing_file(tmp_path):
     write_metadata(tmp_path / "d", "csv", ROWS)
     (tmp_path / "d" / "b.png").unlink()

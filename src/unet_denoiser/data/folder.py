@@ -132,7 +132,14 @@ def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
             if path.suffix == ".csv":
                 yield from csv.DictReader(file)
             else:
-                yield from (json.loads(line) for line in file if line.strip())
+                for number, line in enumerate(file, start=1):
+                    if line.strip():
+                        row = json.loads(line)
+                        if not isinstance(row, dict):
+                            raise ValueError(
+                                f"line {number} of {path} is no object with a file_name: {line.strip()[:80]}"
+                            )
+                        yield row
     except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
 

@@ -140,25 +140,13 @@ def sample(
             raise ValueError(f"out={out} is a folder; give the picture's name")
         if out is not None and out.suffix not in (".png", ".npy"):
             raise ValueError(f"out={out}: pictures are PNG, other samples .npy; give a name that ends so")
-        import torch
-
         from unet_denoiser.distribution import resolve_device
-        from unet_denoiser.images import save_image, to_uint8
         from unet_denoiser.run import Run
         from unet_denoiser.sampling import sample as generate
 
         loaded = Run.load(run)
         model = loaded.load_model(checkpoint).to(resolve_device(device))
-        all_names = loaded.class_names or []
-        labels = loaded.labels(num_images, classes) if classes or (all_names and not captions) else None
-        conditions: dict[str, Any] = {} if labels is None else {"class_labels": labels}
-        if captions:
-            conditions |= loaded.encode_captions([captions[i % len(captions)] for i in range(num_images)])
-        if vector:
-            conditions["vector"] = torch.tensor(vector).expand(num_images, -1)
-        if concat_image is not None or mask is not None:
-            concat = loaded.read_concat(concat_image, mask)
-            conditions["concat"] = concat.expand(num_images, *concat.shape[1:])
+        conditions = _conditions(loaded, num_images, classes, captions, vector, concat_image, mask)
         if not conditions and guidance_scale != 1:
             raise ValueError(
                 f"guidance_scale={guidance_scale} needs a class, caption, vector or picture to follow; give one, or 1"
@@ -183,13 +171,43 @@ def sample(
         print(picture)
         if separate:
             folder = picture.with_name(f"{picture.stem}-separate")
-            names = (
-                [""] * num_images if labels is None else ["-" + all_names[i].replace("/", "_") for i in labels.tolist()]
-            )
-            for i, (image, name) in enumerate(zip(x, names, strict=True), start=seed):
-                pixels = to_uint8(image, loaded.picture_range) if loaded.picture_range else image
-                save_image(pixels, folder / f"{i:06d}{name}.png")
+            _save_each(loaded, x, seed, conditions.get("class_labels"), folder)
             print(folder)
+
+
+def _conditions(
+    run: Any,
+    count: int,
+    classes: Sequence[str],
+    captions: Sequence[str],
+    vector: Sequence[float],
+    concat_image: Path | None,
+    mask: Path | None,
+) -> dict[str, Any]:
+    """What the samples shall follow, one row each; classes and captions take turns."""
+    import torch
+
+    conditions: dict[str, Any] = {}
+    if classes or (run.class_names and not captions):
+        conditions["class_labels"] = run.labels(count, classes)
+    if captions:
+        conditions |= run.encode_captions([captions[i % len(captions)] for i in range(count)])
+    if vector:
+        conditions["vector"] = torch.tensor(vector).expand(count, -1)
+    if concat_image is not None or mask is not None:
+        concat = run.read_concat(concat_image, mask)
+        conditions["concat"] = concat.expand(count, *concat.shape[1:])
+    return conditions
+
+
+def _save_each(run: Any, x: Any, seed: int, labels: Any, folder: Path) -> None:
+    """Every sample in a file named by its seed, and its class where it has one."""
+    from unet_denoiser.images import save_image, to_uint8
+
+    for i, image in enumerate(x):
+        name = "" if labels is None else "-" + run.class_names[int(labels[i])].replace("/", "_")
+        pixels = to_uint8(image, run.picture_range) if run.picture_range else image
+        save_image(pixels, folder / f"{seed + i:06d}{name}.png")
 
 
 def doctor(

@@ -241,7 +241,9 @@ def test_super_resolution(pictures, tmp_path, capsys):
     sampling = ["sample", str(run), "--num-images", "1", "--num-inference-steps", "1", "--separate"]
     main([*sampling, "--concat-image", str(tmp_path / "small" / "0.png")])
     assert Image.open(run / "samples-separate" / "000000.png").size == (12, 12)
-    assert "with variance_type='fixed_small' and self_conditioning=False it must be 3" in failure(sampling, capsys)
+    assert "concat has 0 channels; this network was built for 3, or for self_conditioning=True" in failure(
+        sampling, capsys
+    )
     assert "takes no mask" in failure([*sampling, "--concat-image", "x.png", "--mask", "x.png"], capsys)
     assert "x.png cannot be read as an image" in failure([*sampling, "--concat-image", "x.png"], capsys)
 

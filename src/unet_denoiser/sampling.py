@@ -224,8 +224,9 @@ def _check_channels(model: UNet, process: Diffusion, concat: int) -> int:
     c = model.config
     count = c.out_channels // (2 if process.learns_variance else 1)
     needed = c.in_channels - process.channels(count)["in_channels"]
-    if 0 <= needed != concat and needed != count:
-        raise ValueError(f"concat has {concat} channels; this network was built for {needed}")
+    if 0 <= needed != concat:
+        perhaps = ", or for self_conditioning=True" if needed == count and not process.self_conditioning else ""
+        raise ValueError(f"concat has {concat} channels; this network was built for {needed}{perhaps}")
     return process.check_channels(c, concat_channels=concat)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -28,7 +31,8 @@ class CrossAttention(nn.Module):
         num_heads: heads; divides `query_dim`.
         qkv_bias: whether the three projections have a bias (Stable Diffusion's have none).
 
-    Shapes: x (B, N, query_dim), context (B, S, context_dim), mask (B, S) bool -> (B, N, query_dim).
+    Shapes: x (B, N, query_dim), context (B, S, context_dim), mask (B, S) bool -> (B, N, query_dim). `projected` are the
+    context's keys and values, as `keys_and_values` has them, where they are there already.
 
     Raises:
         ValueError: num_heads does not divide query_dim.
@@ -45,12 +49,22 @@ class CrossAttention(nn.Module):
         self.to_v = nn.Linear(context_dim, query_dim, bias=qkv_bias)
         self.to_out = nn.Linear(query_dim, query_dim)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        context = x if context is None else context
-        q, k, v = self._split(self.to_q(x)), self._split(self.to_k(context)), self._split(self.to_v(context))
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+        projected: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        q = self._split(self.to_q(x))
+        k, v = projected or self.keys_and_values(x if context is None else context)
         mask = None if mask is None else mask[:, None, None]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.to_out(out.transpose(1, 2).flatten(2))
+
+    def keys_and_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of a context (B, S, context_dim), both (B, heads, S, head_dim)."""
+        return self._split(self.to_k(context)), self._split(self.to_v(context))
 
     def _split(self, x: Tensor) -> Tensor:
         """(B, N, heads * head_dim) -> (B, heads, N, head_dim)."""
@@ -82,7 +96,7 @@ class ContextAttention(nn.Module):
         zero(self.attn.to_out)
 
     def forward(self, x: Tensor, emb: Tensor | None, context: Context, size: Size = None) -> Tensor:
-        return x + to_grid(self.attn(to_tokens(self.norm(x)), context.tokens, context.mask), x)
+        return x + to_grid(self.attn(to_tokens(self.norm(x)), *context.of(self.attn)), x)
 
 
 class SpatialTransformer(nn.Module):
@@ -135,9 +149,9 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(dim)
 
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
-        x = x + self.attn1(self.norm1(x), *(context if self.cross_only and context is not None else ()))
+        x = x + self.attn1(self.norm1(x), *(context.of(self.attn1) if self.cross_only and context is not None else ()))
         if context is not None:
-            x = x + self.attn2(self.norm2(x), context.tokens, context.mask)
+            x = x + self.attn2(self.norm2(x), *context.of(self.attn2))
         return x + self.ff(self.norm3(x))
 
 
@@ -156,3 +170,41 @@ class FeedForward(nn.Module):
 def _gated(x: Tensor) -> Tensor:
     value, gate = x.chunk(2, dim=-1)
     return value * F.gelu(gate)
+
+
+# ---- what is attended to -------------------------------------------------------------------------------------------
+
+
+def context_of(
+    tokens: Tensor | None, mask: Tensor | None, drop: Tensor | None, null: Tensor | None, batch: int
+) -> Context:
+    """The tokens with everything that does not count replaced by the null, and a mask that has no empty row.
+
+    Padding is replaced as well, so that whatever it holds (NaN even) has no effect. A row with nothing left, because
+    it was dropped or is all padding, attends to the null: the learned one, or zeros without learned_null.
+    """
+    if tokens is None:
+        assert null is not None  # check_inputs
+        return Context(null.expand(batch, 1, -1))
+    if mask is None and drop is None:
+        return Context(tokens)
+    counts = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if mask is None else mask
+    if drop is not None:
+        counts = counts & ~drop[:, None]
+    tokens = torch.where(counts[..., None], tokens, torch.zeros_like(tokens[0, 0]) if null is None else null)
+    return Context(tokens, counts | ~counts.any(dim=1, keepdim=True))
+
+
+def project_context(network: nn.Module, context: Context) -> Context:
+    """The context together with the keys and values that the network's layers make of it, whatever they attend from."""
+    layers = [layer for module in network.modules() for layer in _attending_to_context(module)]
+    return context._replace(projected={layer: layer.keys_and_values(context.tokens) for layer in layers})
+
+
+def _attending_to_context(module: nn.Module) -> Iterator[CrossAttention]:
+    if isinstance(module, ContextAttention):
+        yield module.attn
+    if isinstance(module, TransformerBlock) and hasattr(module, "attn2"):
+        yield module.attn2
+        if module.cross_only:
+            yield module.attn1

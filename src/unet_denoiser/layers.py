@@ -11,7 +11,7 @@ Every layer is called the same way, `layer(x, emb, context, size)`, and takes wh
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
@@ -34,11 +34,17 @@ class Context(NamedTuple):
     """What cross-attention attends to.
 
     tokens: (B, S, context_dim). mask: (B, S) bool, True where a token counts, or None when all do; every row of it
-    has at least one True (softmax over nothing is NaN): `UNet` sees to that.
+    has at least one True (softmax over nothing is NaN): `UNet` sees to that. projected: keys and values of the tokens,
+    for the layers whose are there already.
     """
 
     tokens: Tensor
     mask: Tensor | None = None
+    projected: Mapping[nn.Module, tuple[Tensor, Tensor]] = {}  # nobody changes it
+
+    def of(self, layer: nn.Module) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
+        """What `CrossAttention.forward` takes of it."""
+        return self.tokens, self.mask, self.projected.get(layer)
 
 
 class GroupNorm(nn.GroupNorm):

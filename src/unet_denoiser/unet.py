@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from unet_denoiser.attention import ContextAttention, SelfAttention, SpatialTransformer
+from unet_denoiser.attention import ContextAttention, SelfAttention, SpatialTransformer, context_of
 from unet_denoiser.config import UNetConfig
 from unet_denoiser.conv import CONV, channels_last
 from unet_denoiser.convert import read
@@ -159,27 +159,15 @@ class UNet(Pretrained, nn.Module):
         residuals = (skip_residuals, bottleneck_residual)
         check_inputs(self.config, self.dtype, x, t, conditions, context_mask, time_cond, drop, *residuals)
         with full_precision(x.device.type):
-            emb, attended = self._embed(t, conditions, context_mask, time_cond, drop or {})
+            emb = self.embed_time(t, time_cond)
+            added, attended = self.embed_conditions(t.shape[0], conditions, context_mask, drop or {})
+            emb = sum(added, start=emb)
 
-        h = self.input_conv(channels_last(x))
-        skips = [h]
-        for block in self.encoder:
-            h = self._run(block, h, emb, attended)
-            skips.append(h)
-
-        for block in self.bottleneck:
-            h = self._run(block, h, emb, attended)
-
+        skips = self.encode_shallow(x, emb, attended)
+        h = self.deep_features(skips[-1], emb, attended, 1, (skip_residuals or ())[1:], bottleneck_residual)
         if skip_residuals is not None:
-            skips = [skip + residual for skip, residual in zip(skips, skip_residuals, strict=True)]
-        if bottleneck_residual is not None:
-            h = h + bottleneck_residual
-
-        for block in self.decoder:
-            h = torch.cat([h, skips.pop()], dim=1)
-            h = self._run(block, h, emb, attended, (skips[-1] if skips else h).shape[2:])
-
-        out = self.output(h)
+            skips = [skips[0] + skip_residuals[0]]
+        out = self.decode_shallow(h, skips, emb, attended)
         return out.contiguous() if x.is_contiguous() else out
 
     @property
@@ -195,36 +183,79 @@ class UNet(Pretrained, nn.Module):
         """Keep all activations for the backward pass (the default)."""
         self.gradient_checkpointing = False
 
-    def _run(self, block: nn.Module, *args: Any) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False)
-        return block(*args)
+    # ---- the parts of forward, which sampling calls apart (reuse.py) -----------------------------------------------
 
-    def _embed(
-        self,
-        t: Tensor,
-        conditions: Mapping[str, Tensor | None],
-        mask: Tensor | None,
-        time_cond: Tensor | None,
-        drop: Mapping[str, Tensor],
-    ) -> tuple[Tensor, Context | None]:
-        """The embedding (B, time_dim) that all blocks share, and the context that cross-attention sees."""
-        shift = None
-        if self.time_cond is not None and time_cond is not None:
-            shift = self.time_cond(time_cond.to(self.dtype))  # in half precision it may come, under autocast
-        emb = self.time_mlp(t, shift)
+    def embed_time(self, t: Tensor, time_cond: Tensor | None = None) -> Tensor:
+        """The embedding (B, time_dim) of timesteps (B,), without that of conditions."""
+        if self.time_cond is None or time_cond is None:
+            return self.time_mlp(t)
+        return self.time_mlp(t, self.time_cond(time_cond.to(self.dtype)))  # in half precision it may come, in autocast
+
+    def embed_conditions(
+        self, batch: int, given: Mapping[str, Tensor | None], mask: Tensor | None, drop: Mapping[str, Tensor]
+    ) -> tuple[list[Tensor], Context | None]:
+        """What the conditions add to the time's embedding, and the context that cross-attention sees."""
+        added: list[Any] = []
         for name, embed, null in (
             ("class_labels", self.class_embedding, self.null_class),
             ("vector", self.vector_embedding, self.null_vector),
         ):
             if embed is not None:
-                given = conditions[name]
-                if given is not None and given.is_floating_point():
-                    given = given.to(self.dtype)
-                emb = emb + (null if given is None else _replace(embed(given), null, drop.get(name)))
+                value = given.get(name)
+                if value is not None and value.is_floating_point():
+                    value = value.to(self.dtype)
+                added.append(null if value is None else _replace(embed(value), null, drop.get(name)))
         if self.config.context_dim is None:
-            return emb, None
-        return emb, _context(conditions["context"], mask, drop.get("context"), self.null_context, t.shape[0])
+            return added, None
+        return added, context_of(given.get("context"), mask, drop.get("context"), self.null_context, batch)
+
+    def encode_shallow(self, x: Tensor, emb: Tensor, context: Context | None, depth: int = 1) -> list[Tensor]:
+        """The first `depth` skips: those of the decoder's last `depth` blocks."""
+        skips = [self.input_conv(channels_last(x))]
+        for block in list(self.encoder)[: depth - 1]:
+            skips.append(self._run(block, skips[-1], emb, context))
+        return skips
+
+    def deep_features(
+        self,
+        h: Tensor,
+        emb: Tensor,
+        context: Context | None,
+        depth: int = 1,
+        skip_residuals: Sequence[Tensor] = (),
+        bottleneck_residual: Tensor | None = None,
+    ) -> Tensor:
+        """What enters the decoder's last `depth` blocks, from the last shallow skip: most of the network's work."""
+        size, skips = h.shape[2:], []
+        for block in list(self.encoder)[depth - 1 :]:
+            h = self._run(block, h, emb, context)
+            skips.append(h)
+        for block in self.bottleneck:
+            h = self._run(block, h, emb, context)
+        if skip_residuals:
+            skips = [skip + residual for skip, residual in zip(skips, skip_residuals, strict=True)]
+        if bottleneck_residual is not None:
+            h = h + bottleneck_residual
+        return self._decode(list(self.decoder)[:-depth], h, skips, emb, context, size)
+
+    def decode_shallow(self, h: Tensor, skips: list[Tensor], emb: Tensor, context: Context | None) -> Tensor:
+        """The output, from deep features and the shallow skips, with the decoder's last blocks, one for each skip."""
+        size = skips[0].shape[2:]
+        return self.output(self._decode(list(self.decoder)[-len(skips) :], h, skips, emb, context, size))
+
+    def _decode(
+        self, blocks: list[nn.Module], h: Tensor, skips: list[Tensor], emb: Tensor, context: Context | None, size: Any
+    ) -> Tensor:
+        """Blocks with a skip each; an upsampling comes out at the next skip's size, or after the last at `size`."""
+        sizes = [size, *(skip.shape[2:] for skip in skips)]
+        for i, block in zip(reversed(range(len(skips))), blocks, strict=True):
+            h = self._run(block, torch.cat([h, skips[i]], dim=1), emb, context, sizes[i])
+        return h
+
+    def _run(self, block: nn.Module, *args: Any) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
 
 
 class _Builder:
@@ -275,23 +306,3 @@ class _Builder:
 def _replace(value: Tensor, null: Tensor | None, where: Tensor | None) -> Tensor:
     """`value` (B, D), with `null` (D,) in the rows of `where` (B,)."""
     return value if where is None or null is None else torch.where(where[:, None], null, value)
-
-
-def _context(
-    tokens: Tensor | None, mask: Tensor | None, drop: Tensor | None, null: Tensor | None, batch: int
-) -> Context:
-    """The tokens with everything that does not count replaced by the null, and a mask that has no empty row.
-
-    Padding is replaced as well, so that whatever it holds (NaN even) has no effect. A row with nothing left, because
-    it was dropped or is all padding, attends to the null: the learned one, or zeros without learned_null.
-    """
-    if tokens is None:
-        assert null is not None  # check_inputs
-        return Context(null.expand(batch, 1, -1))
-    if mask is None and drop is None:
-        return Context(tokens)
-    counts = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if mask is None else mask
-    if drop is not None:
-        counts = counts & ~drop[:, None]
-    tokens = torch.where(counts[..., None], tokens, torch.zeros_like(tokens[0, 0]) if null is None else null)
-    return Context(tokens, counts | ~counts.any(dim=1, keepdim=True))

@@ -1,0 +1,109 @@
+"""Many samples on disk: files of some hundreds each, written whole, so that a run that is interrupted goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from unet_denoiser.files import read_json, remove_leftovers, write_atomically
+
+SETTINGS = "settings.json"
+
+
+class Shards:
+    """A folder of `.npz` files of equally many samples, named by the first and the last, and what they are made with.
+
+    Several processes may fill it, each its share of what was missing when all of them opened it.
+
+    Args:
+        folder: made where it is not there.
+        count: samples in all.
+        size: samples of a file; that of the folder counts where it has files.
+        settings: what decides how the samples come out, of what JSON knows; kept in `settings.json`.
+
+    Raises:
+        ValueError: the folder holds something else, or samples with other settings, by the name of the first that
+            differs.
+    """
+
+    def __init__(self, folder: Path, count: int, size: int, settings: Mapping[str, Any]) -> None:
+        self.folder, self.count = folder, count
+        wanted = {"num_images": count, **json.loads(json.dumps(settings))}
+        if not (folder / SETTINGS).is_file():
+            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                raise ValueError(f"out={folder} holds something else than samples; give a new folder")
+            folder.mkdir(parents=True, exist_ok=True)
+            text = json.dumps({"shard_size": size, **wanted}, indent=2, ensure_ascii=False) + "\n"
+            write_atomically(folder / SETTINGS, lambda path: path.write_text(text, encoding="utf-8"))
+        found = read_json(folder / SETTINGS)
+        self.size: int = found.pop("shard_size", size)
+        for name in wanted | found:
+            if wanted.get(name) != found.get(name):
+                had, wants = _shortly(found.get(name)), _shortly(wanted.get(name))
+                raise ValueError(f"out={folder} holds samples made with {name}={had}, not {wants}; give another folder")
+        self.missing = [part for part in self.parts() if not self.path(part).exists()]
+
+    def parts(self) -> list[range]:
+        """The numbers of each file's samples."""
+        return [range(i, min(i + self.size, self.count)) for i in range(0, self.count, self.size)]
+
+    def path(self, part: range) -> Path:
+        """The file of such numbers."""
+        return self.folder / f"{part[0]:06d}-{part[-1]:06d}.npz"
+
+    def write(self, part: range, arrays: Mapping[str, np.ndarray]) -> Path:
+        """Write a file, whole or not at all."""
+        path = self.path(part)
+        if wrong := {name: len(array) for name, array in arrays.items() if len(array) != len(part)}:
+            raise ValueError(f"{path.name} is for {len(part)} samples, not {wrong}")
+
+        def save(temporary: Path) -> None:
+            with temporary.open("wb") as file:  # np.savez on a path would add a suffix to the temporary name
+                np.savez(file, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+
+        write_atomically(path, save)
+        return path
+
+    def clean(self) -> None:
+        """Delete what killed processes have left; nobody may be writing."""
+        remove_leftovers(self.folder)
+
+
+def read_shards(folder: Path, name: str = "images") -> np.ndarray:
+    """One array of all files of a finished folder, in order; `images`, `labels` and `seeds` are what `sample` writes.
+
+    Raises:
+        ValueError: files are missing.
+    """
+    settings = read_json(folder / SETTINGS)
+    shards = Shards(folder, settings.pop("num_images"), settings.pop("shard_size"), settings)
+    if shards.missing:
+        raise ValueError(f"{folder} lacks {len(shards.missing)} of its files; `sample` again with --out {folder}")
+    return np.concatenate([np.load(shards.path(part), allow_pickle=False)[name] for part in shards.parts()])
+
+
+def fingerprint(*parts: nn.Module | Tensor | Sequence[Any] | None) -> str:
+    """The same for the same weights and values, and for no others: a SHA-256 sum."""
+    digest = hashlib.sha256()
+    for part in parts:
+        tensors = part.state_dict() if isinstance(part, nn.Module) else part
+        for name, value in tensors.items() if isinstance(tensors, Mapping) else [("", tensors)]:
+            digest.update(name.encode())
+            if isinstance(value, Tensor):
+                value = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+                digest.update(value)
+            else:
+                digest.update(repr(value).encode())
+    return digest.hexdigest()
+
+
+def _shortly(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -22,6 +22,7 @@ from unet_denoiser.recompute import watched
 from unet_denoiser.unet import UNet
 
 DEPTH = 1  # blocks of the decoder that run in every call: with more the error shrinks less than the time grows
+WARM_UP = 0.12  # share of the calls, at the start, that are computed: there features do not follow a line yet
 
 
 def fast_network(
@@ -57,10 +58,10 @@ class FastNetwork:
     Args:
         model: in evaluation mode.
         timesteps: (calls,) all that it will be called with, in turn; without them they are embedded one by one.
-        reuse: compute the deep features in every so many calls, and in the last one; in the others they are forecast
-            from the last two that were computed. Calls are counted, whatever their timesteps: a sampler that calls
-            twice a step computes them in every (reuse / 2)th step. Other rows than before (a guidance interval begins
-            or ends) have them computed. None and 1 compute all, and give the same.
+        reuse: compute the deep features in every so many calls, in the first `WARM_UP` of them and in the last one; in
+            the others they are forecast from two that were computed that far apart. Calls are counted, whatever their
+            timesteps: a sampler that calls twice a step computes them in every (reuse / 2)th step. Other rows than
+            before (a guidance interval begins or ends) have them computed. None and 1 compute all, and give the same.
         compile: run the two entry points, with and without deep features, through torch.compile.
     """
 
@@ -71,6 +72,7 @@ class FastNetwork:
         self.whole: Callable[..., Any] = _compiled(_whole) if compile else _whole
         self.shallow: Callable[..., Any] = _compiled(_shallow) if compile else _shallow
         self.calls, self.call = 0 if timesteps is None else len(timesteps), -1
+        self.warm_up = round(WARM_UP * self.calls)
         self.timesteps = None
         if timesteps is not None:
             self.timesteps = timesteps.to(model.input_conv.weight.device).unique()
@@ -89,17 +91,18 @@ class FastNetwork:
             emb = sum(rows.added, start=self._embed_time(t, inputs.get("time_cond")))
         if rows is not self.rows:
             self.rows, self.features = rows, []
-        if not self.features or self.call - self.features[-1][0] >= self.every or self.call == self.calls - 1:
-            out, deep = self.whole(self.model, x, emb, rows.context)
-            if self.every > 1:
-                self.features = [*self.features[-1:], (self.call, deep)]
-        else:
-            out = self.shallow(self.model, x, emb, rows.context, self._forecast())
+        near = bool(self.features) and self.call - self.features[-1][0] < self.every
+        if near and self.warm_up <= self.call != self.calls - 1:
+            return self.shallow(self.model, x, emb, rows.context, self._forecast()).float()
+        out, deep = self.whole(self.model, x, emb, rows.context)
+        if self.every > 1:
+            # those of neighbouring calls differ too little to tell where they go
+            self.features = [*(self.features[:-1] if near else self.features[-1:]), (self.call, deep)]
         return out.float()
 
     def _forecast(self) -> Tensor:
-        """The deep features of this call on the line through the last two computed; those themselves where one is."""
-        (last, deep) = self.features[-1]
+        """The deep features of this call, on the line through the two that are kept; the one where it is one."""
+        last, deep = self.features[-1]
         if len(self.features) == 1:
             return deep
         before, older = self.features[0]
@@ -108,7 +111,7 @@ class FastNetwork:
     def _embed_time(self, t: Tensor, time_cond: Tensor | None) -> Tensor:
         if self.timesteps is None or time_cond is not None:
             return self.model.embed_time(t, time_cond)
-        return self.times[torch.searchsorted(self.timesteps, t)]
+        return self.times[torch.searchsorted(self.timesteps, t.contiguous())]
 
     def _rows(self, x: Tensor, t: Tensor, inputs: dict[str, Any]) -> _Rows:
         """What the conditions of a call come to, computed when they are seen first."""
@@ -163,7 +166,7 @@ class _Compiled:
         except TorchDynamoException as error:
             if self.run is self.plain:
                 raise
-            reason = " ".join(str(error).split())[:200]
+            reason = " ".join(str(error).split("\n\n")[0].split())
             warnings.warn(f"compile=True: torch.compile fails here, going on without it: {reason}", stacklevel=2)
             self.run = self.plain
             return self.run(*args)

@@ -15,6 +15,7 @@ from unet_denoiser.diffusion import Diffusion, network_input
 from unet_denoiser.guidance import Guidance
 from unet_denoiser.inputs import CONDITIONS, with_concat
 from unet_denoiser.recipe_sampling import SamplingConfig
+from unet_denoiser.reuse import fast_network
 from unet_denoiser.samplers import Sampler
 from unet_denoiser.unet import UNet
 
@@ -130,9 +131,6 @@ def sample(
     sampler = Sampler(config, process, 0 if start is None else start.first_step)
     device, samples = model.input_conv.weight.device, []
 
-    def network(x: Tensor, t: Tensor, **inputs: Any) -> Tensor:
-        return model(x.to(model.dtype), t, **inputs).float()
-
     with _evaluating(model):
         for first in range(0, len(seeds), batch_size):
             rows = slice(first, first + batch_size)
@@ -144,6 +142,7 @@ def sample(
                 name: value[rows].to(device, model.dtype if value.is_floating_point() else None)
                 for name, value in given.items()
             }
+            network = fast_network(model, sampler.timesteps, reuse=config.reuse, compile=config.compile)
             for step in denoise(
                 Guidance(with_concat(network), config, inputs, guided=guided, channels=channels),
                 process,

@@ -66,7 +66,7 @@ class Shards:
 
         def save(temporary: Path) -> None:
             with temporary.open("wb") as file:  # np.savez on a path would add a suffix to the temporary name
-                np.savez(file, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+                np.savez(file, allow_pickle=False, **arrays)
 
         write_atomically(path, save)
         return path
@@ -98,7 +98,7 @@ def fingerprint(*parts: nn.Module | Tensor | Sequence[Any] | None) -> str:
             digest.update(name.encode())
             if isinstance(value, Tensor):
                 value = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-                digest.update(value)
+                digest.update(value.tobytes())
             else:
                 digest.update(repr(value).encode())
     return digest.hexdigest()

@@ -109,7 +109,7 @@ def _inverted(
     process: Diffusion,
     x: Tensor,
     config: SamplingConfig,
-    **options: Any,
+    **others: Any,
 ) -> Iterator[Step]:
     """`denoise` backwards; it also appends each batch's remainder and gap."""
     sampler, x0, worst = Sampler(config, process), x, x.new_zeros(len(x))
@@ -118,7 +118,7 @@ def _inverted(
         noise = (x - after.alpha * x0) / after.sigma if after.sigma else torch.zeros_like(x)
         y, gain = alpha * x0 + sigma * noise, 1 / (alpha * after.alpha + sigma * after.sigma)
         for left in reversed(range(iterations + 1)):
-            step = next(denoise(predict, process, y, config, first_step=i, **options))
+            step = next(denoise(predict, process, y, config, first_step=i))
             gap = x - step.x
             off = gap.abs().flatten(1).amax(1)
             if not left or not (off > tolerance).any():

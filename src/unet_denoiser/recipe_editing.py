@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
 
-Task = Literal["generate", "image_to_image", "inpaint", "outpaint", "upscale", "invert"]
+# what excludes each other, but that seeds and conditions may be interpolated together
+TASKS = ("strength", "mask", "outpaint", "upscale", "invert", "interpolate_seeds")
+TASKS += ("interpolate_classes", "interpolate_captions")
 DEFAULT_STRENGTH = 0.6
 
 
@@ -59,36 +60,21 @@ class EditingConfig:
             raise ValueError(f"upscale={self.upscale} must be at least 2")
 
     def _check_exclusions(self) -> None:
-        given = [name for name in self.__dataclass_fields__ if getattr(self, name) not in (None, False, 1)]
-        of_image = [name for name in given if name != "image" and not name.startswith("interpolate")]
-        if of_image and self.image is None:
-            raise ValueError(f"{of_image[0]}={getattr(self, of_image[0])} needs an image")
-        tasks = [name for name in ("mask", "outpaint", "upscale", "invert", "strength") if name in given]
-        tasks += [name for name in given if name.startswith("interpolate")]
-        if self.image is not None and not self.image_tasks(tasks):
-            raise ValueError(f"image and {tasks[0]} exclude each other; give one of them")
-        alone = [name for name in tasks if name not in ("interpolate_seeds",)]
-        if len(alone) > 1:
-            raise ValueError(f"{alone[0]} and {alone[1]} exclude each other; give one of them")
-        if self.resample > 1 and self.task not in ("inpaint", "outpaint", "upscale"):
+        given = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
+        tasks = [name for name in given if name in TASKS]
+        if self.image is None and (lonely := [name for name in given if not name.startswith("interpolate_")]):
+            raise ValueError(f"{lonely[0]}={getattr(self, lonely[0])} needs an image")
+        if self.image is not None and self.interpolates:
+            tasks.insert(0, "image")
+        if len(tasks) > 1 and tasks != ["interpolate_seeds", tasks[1]]:
+            raise ValueError(f"{tasks[0]} and {tasks[1]} exclude each other; give one of them")
+        if self.resample > 1 and not {"mask", "outpaint", "upscale"} & set(given):
             raise ValueError(f"resample={self.resample} needs a mask, outpaint or upscale")
         for name in ("image_class", "image_caption"):
-            if getattr(self, name) is not None and not self.invert:
+            if name in given and not self.invert:
                 raise ValueError(f"{name}={getattr(self, name)!r} needs invert")
 
-    @staticmethod
-    def image_tasks(tasks: list[str]) -> bool:
-        return not any(name.startswith("interpolate") for name in tasks)
-
     @property
-    def task(self) -> Task:
-        """What is to be done."""
-        if self.image is None:
-            return "generate"
-        if self.mask is not None:
-            return "inpaint"
-        if self.outpaint is not None:
-            return "outpaint"
-        if self.upscale is not None:
-            return "upscale"
-        return "invert" if self.invert else "image_to_image"
+    def interpolates(self) -> bool:
+        """Whether the samples are on the way from one to another."""
+        return bool(self.interpolate_seeds or self.interpolate_classes or self.interpolate_captions)

@@ -29,23 +29,31 @@ class Film:
         self, decode: Callable[[Tensor], Tensor] = lambda x: x, data_range: tuple[float, float] | None = None
     ) -> None:
         self.decode, self.data_range = decode, data_range
-        self.moments: list[tuple[Tensor, Tensor]] = []
-        self._every, self._count, self._done = 1, 0, False
+        self.kept: list[tuple[Tensor, Tensor]] = []
+        self.latest: tuple[Tensor, Tensor] | None = None
+        self._every, self._count = 1, 0
 
     def __call__(self, step: Any) -> None:
-        if self._done:
+        if step.rows.start:  # not among the first
             return
-        if self._count % self._every == 0 or step.last:
-            if len(self.moments) == FRAMES:
-                self.moments, self._every = self.moments[::2], 2 * self._every
-            self.moments.append((step.x[:SHOWN].float().cpu(), step.x0[:SHOWN].float().cpu()))
-        self._count, self._done = self._count + 1, step.last
+        self.latest = (step.x[:SHOWN].float().cpu(), step.x0[:SHOWN].float().cpu())
+        if self._count % self._every == 0:
+            if len(self.kept) == FRAMES:
+                self.kept, self._every = self.kept[::2], 2 * self._every
+            self.kept.append(self.latest)
+        self._count += 1
+
+    @property
+    def moments(self) -> list[tuple[Tensor, Tensor]]:
+        """(x_t, predicted x0) of the moments kept and of the last one."""
+        return self.kept if self.latest is None or self.latest is self.kept[-1] else [*self.kept, self.latest]
 
     def save_strip(self, path: str | Path) -> Path:
         """Up to ten moments from left to right; of each of the first four images x_t above the x0 predicted in it."""
-        chosen = torch.linspace(0, len(self.moments) - 1, min(COLUMNS, len(self.moments))).round().long()
-        moments = torch.stack([torch.stack(self.moments[i])[:, :ROWS] for i in chosen.tolist()])  # moment, 2, B, ...
-        rows = moments.permute(2, 1, 0, *range(3, moments.ndim)).flatten(0, 2)
+        moments = self.moments
+        chosen = torch.linspace(0, len(moments) - 1, min(COLUMNS, len(moments))).round().int().tolist()
+        shown = torch.stack([torch.stack(moments[i])[:, :ROWS] for i in chosen])  # (moment, x_t or x0, sample, ...)
+        rows = shown.permute(2, 1, 0, *range(3, shown.ndim)).flatten(0, 2)
         return save_image(make_grid(self.decode(rows), len(chosen), self.data_range), path)
 
     def save_gif(self, path: str | Path) -> Path:
@@ -65,13 +73,12 @@ class LivePreview:
     def __init__(self, count: int, every: int, save: Callable[[Tensor], object]) -> None:
         self.count, self.every, self.save = count, every, save
         self.samples: Tensor | None = None
-        self._start = self._steps = 0
+        self._steps = 0
 
     def __call__(self, step: Any) -> None:
         if self.samples is None:
             self.samples = torch.zeros(self.count, *step.x0.shape[1:])
-        self.samples[self._start : self._start + len(step.x0)] = step.x0.float().cpu()
-        self._start += len(step.x0) * step.last
+        self.samples[step.rows] = step.x0.float().cpu()
         self._steps += 1
         if self._steps % self.every == 0:
             self.save(self.samples)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from unet_denoiser.data import load_data as load_data
     from unet_denoiser.diffusion import Diffusion as Diffusion
     from unet_denoiser.ema import EMA as EMA
-    from unet_denoiser.guidance import classifier_free_guidance as classifier_free_guidance
+    from unet_denoiser.guidance import Guidance as Guidance
     from unet_denoiser.images import save_grid as save_grid
     from unet_denoiser.layers import ResBlock as ResBlock
     from unet_denoiser.layers import SinusoidalPosEmb as SinusoidalPosEmb
@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from unet_denoiser.recipe import DataConfig as DataConfig
     from unet_denoiser.recipe import DiffusionConfig as DiffusionConfig
     from unet_denoiser.recipe import TrainingConfig as TrainingConfig
+    from unet_denoiser.recipe_sampling import SamplingConfig as SamplingConfig
     from unet_denoiser.run import Run as Run
+    from unet_denoiser.samplers import Sampler as Sampler
+    from unet_denoiser.sampling import Start as Start
     from unet_denoiser.sampling import denoise as denoise
     from unet_denoiser.sampling import sample as sample
     from unet_denoiser.summary import summarize as summarize
@@ -45,7 +48,10 @@ _WHERE = {
     "Diffusion": "diffusion",
     "sample": "sampling",
     "denoise": "sampling",
-    "classifier_free_guidance": "guidance",
+    "Start": "sampling",
+    "Sampler": "samplers",
+    "SamplingConfig": "recipe_sampling",
+    "Guidance": "guidance",
     "load_data": "data",
     "ArrayData": "data",
     "FolderData": "data",

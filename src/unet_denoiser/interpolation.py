@@ -13,9 +13,7 @@ from unet_denoiser.sampling import INPUTS, Start, data_channels, sample
 from unet_denoiser.unet import UNet
 
 
-def interpolate(
-    model: UNet, process: Diffusion, *, seeds: tuple[int, int], count: int = 8, **options: Any
-) -> Tensor:
+def interpolate(model: UNet, process: Diffusion, *, seeds: tuple[int, int], count: int = 8, **options: Any) -> Tensor:
     """Samples on the way from one seed and its conditions to another.
 
     Noises go along the sphere (`slerp`), conditions along the straight line where they enter the network: the

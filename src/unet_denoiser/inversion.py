@@ -35,7 +35,7 @@ def invert(
     process: Diffusion,
     images: Tensor,
     *,
-    iterations: int = 30,
+    iterations: int = 20,
     tolerance: float = 1e-4,
     config: SamplingConfig | None = None,
     **options_and_conditions: Any,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -306,7 +307,7 @@ class Run:
 
     def encode(self, pictures: Tensor) -> Tensor:
         """Pictures (B, C, H, W) as the run's samples: its vae's latents, or as they are."""
-        return pictures if self.data.vae is None else autoencoder(self.data).encode(pictures)
+        return pictures if self.data.vae is None else self._autoencoder.encode(pictures)
 
     def sample_size(self, pixels: Sequence[int] | None) -> tuple[int, ...] | None:
         """`image_size` for `sample` from one in pixels; ValueError where there are no such latents."""
@@ -322,16 +323,20 @@ class Run:
             raise ValueError(f"image_size={size} must be 1 or {self.model.dims} positive numbers{multiples}")
         return size
 
+    @cached_property
+    def _autoencoder(self) -> Any:
+        return autoencoder(self.data)
+
     @property
     def latent_factor(self) -> int:
         """Pixels a side for one of the samples' values: 1, but for latents."""
-        return 1 if self.data.vae is None else autoencoder(self.data).factor
+        return 1 if self.data.vae is None else self._autoencoder.factor
 
     @property
     def picture_channels(self) -> int:
         """Channels of what `decode` gives."""
         if self.data.vae is not None:
-            return autoencoder(self.data).picture_channels
+            return self._autoencoder.picture_channels
         return data_channels(self.model, self.process)
 
     @property
@@ -341,7 +346,7 @@ class Run:
 
     def decode(self, x: Tensor) -> Tensor:
         """Samples as pictures: decoded by the run's vae where it was trained on latents, else as they are."""
-        return x if self.data.vae is None else autoencoder(self.data).decode(x)
+        return x if self.data.vae is None else self._autoencoder.decode(x)
 
     @property
     def picture_range(self) -> tuple[float, float] | None:

@@ -16,9 +16,16 @@ if TYPE_CHECKING:
     from unet_denoiser.data import ImageData as ImageData
     from unet_denoiser.data import load_data as load_data
     from unet_denoiser.diffusion import Diffusion as Diffusion
+    from unet_denoiser.editing import image_to_image as image_to_image
+    from unet_denoiser.editing import inpaint as inpaint
+    from unet_denoiser.editing import outpaint as outpaint
+    from unet_denoiser.editing import upscale as upscale
     from unet_denoiser.ema import EMA as EMA
     from unet_denoiser.guidance import Guidance as Guidance
     from unet_denoiser.images import save_grid as save_grid
+    from unet_denoiser.interpolation import interpolate as interpolate
+    from unet_denoiser.inversion import invert as invert
+    from unet_denoiser.inversion import regenerate as regenerate
     from unet_denoiser.layers import ResBlock as ResBlock
     from unet_denoiser.layers import SinusoidalPosEmb as SinusoidalPosEmb
     from unet_denoiser.presets import list_presets as list_presets
@@ -32,9 +39,11 @@ if TYPE_CHECKING:
     from unet_denoiser.sampling import Start as Start
     from unet_denoiser.sampling import denoise as denoise
     from unet_denoiser.sampling import sample as sample
+    from unet_denoiser.sampling import sample_steps as sample_steps
     from unet_denoiser.summary import summarize as summarize
     from unet_denoiser.training import Trainer as Trainer
     from unet_denoiser.unet import UNet as UNet
+    from unet_denoiser.watching import Film as Film
 
 __version__ = "0.1.0"
 
@@ -52,6 +61,15 @@ _WHERE = {
     "Sampler": "samplers",
     "SamplingConfig": "recipe_sampling",
     "Guidance": "guidance",
+    "image_to_image": "editing",
+    "inpaint": "editing",
+    "outpaint": "editing",
+    "upscale": "editing",
+    "interpolate": "interpolation",
+    "invert": "inversion",
+    "regenerate": "inversion",
+    "sample_steps": "sampling",
+    "Film": "watching",
     "load_data": "data",
     "ArrayData": "data",
     "FolderData": "data",

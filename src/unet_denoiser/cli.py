@@ -12,20 +12,18 @@ from typing import Annotated, Any
 import tyro
 
 from unet_denoiser.cli_networks import convert, info
+from unet_denoiser.cli_sampling import sample
 from unet_denoiser.endings import one_line_ends, one_line_errors, one_line_warning
 from unet_denoiser.options import (
     DataOptions,
     ModelOptions,
     OptionalName,
     OptionalPath,
-    OptionalSize,
     ProcessOptions,
-    SamplingOptions,
     TrainingOptions,
     chosen,
 )
 from unet_denoiser.recipe import DeviceName
-from unet_denoiser.recipe_sampling import SamplingConfig
 
 
 def train(
@@ -86,124 +84,6 @@ def _progress(run: Any, trainer: Any) -> Any:
     done, total = trainer.step * size, run.training.steps * size
     interval = 0.1 if sys.stderr.isatty() else 10  # seconds; a log file needs no animation
     return tqdm(initial=done, total=total, unit="img", unit_scale=True, mininterval=interval, disable=not main)
-
-
-def sample(
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
-    *,
-    num_images: int = 16,
-    classes: Annotated[tuple[str, ...], tyro.conf.arg(name="class")] = (),
-    captions: Annotated[tuple[str, ...], tyro.conf.arg(name="caption"), tyro.conf.UseAppendAction] = (),
-    vector: tuple[float, ...] = (),
-    concat_image: OptionalPath = None,
-    mask: OptionalPath = None,
-    sampling: SamplingOptions = {},  # noqa: B006
-    seed: int = 0,
-    batch_size: int = 64,
-    image_size: OptionalSize = None,
-    out: OptionalPath = None,
-    separate: bool = False,
-    device: DeviceName = "auto",
-    checkpoint: str = "latest",
-) -> None:
-    """Generate images with a trained run.
-
-    Args:
-        run: a run directory.
-        num_images: how many; image i has the seed SEED + i and depends on nothing else.
-        classes: names of the classes to generate, in turn (default: all of the run's).
-        captions: a text to draw; give the option again for more, which then take turns.
-        vector: the numbers that condition the samples, for a run trained with --vector-columns or `vectors`.
-        concat_image: the picture to enlarge, to paint into or to translate, for a run trained with --concat.
-        mask: white where to paint, for a run trained with --concat inpainting.
-        seed: seed of the first image.
-        batch_size: images at a time; does not change them.
-        image_size: one number or height and width (default: as trained).
-        out: the picture (default: RUN/samples.png); one row per class or caption.
-        separate: also write every image to a file of its own, into a folder beside the picture.
-        device: "auto" takes a GPU where there is one.
-        checkpoint: "latest", a step's number, or "best": the lowest smoothed training loss of those that are kept.
-    """
-    from tqdm import tqdm
-
-    with one_line_errors():
-        if num_images < 1:
-            raise ValueError(f"num_images={num_images} must be at least 1")
-        if not -(2**63) <= seed < 2**63 - num_images:
-            raise ValueError(f"seed={seed} must fit 64 bits")
-        if out is not None and out.is_dir():
-            raise ValueError(f"out={out} is a folder; give the picture's name")
-        if out is not None and out.suffix not in (".png", ".npy"):
-            raise ValueError(f"out={out}: pictures are PNG, other samples .npy; give a name that ends so")
-        config = SamplingConfig(**sampling)
-        from unet_denoiser.distribution import resolve_device
-        from unet_denoiser.run import Run
-        from unet_denoiser.samplers import Sampler
-        from unet_denoiser.sampling import sample as generate
-
-        loaded = Run.load(run)
-        model = loaded.load_model(checkpoint).to(resolve_device(device))
-        conditions = _conditions(loaded, num_images, classes, captions, vector, concat_image, mask)
-        if not conditions and config.guidance_scale != 1:
-            raise ValueError(
-                f"guidance_scale={config.guidance_scale} needs a class, caption, vector or picture to follow; give one"
-                ", or 1"
-            )
-        size = image_size[0] if image_size is not None and len(image_size) == 1 else image_size
-        calls = len(Sampler(config, loaded.process))
-        with tqdm(total=num_images * calls, unit="step", disable=None) as bar:
-            x = generate(
-                model,
-                loaded.process,
-                seeds=range(seed, seed + num_images),
-                image_size=size,
-                batch_size=batch_size,
-                config=config,
-                on_step=lambda step: bar.update(len(step.x)),
-                **conditions,
-            ).cpu()
-        x = loaded.decode(x)
-        picture = loaded.save_grid(x, out or run / "samples.png", classes or captions)
-        print(picture)
-        if separate:
-            folder = picture.with_name(f"{picture.stem}-separate")
-            _save_each(loaded, x, seed, conditions.get("class_labels"), folder)
-            print(folder)
-
-
-def _conditions(
-    run: Any,
-    count: int,
-    classes: Sequence[str],
-    captions: Sequence[str],
-    vector: Sequence[float],
-    concat_image: Path | None,
-    mask: Path | None,
-) -> dict[str, Any]:
-    """What the samples shall follow, one row each; classes and captions take turns."""
-    import torch
-
-    conditions: dict[str, Any] = {}
-    if classes or (run.class_names and not captions):
-        conditions["class_labels"] = run.labels(count, classes)
-    if captions:
-        conditions |= run.encode_captions([captions[i % len(captions)] for i in range(count)])
-    if vector:
-        conditions["vector"] = torch.tensor(vector).expand(count, -1)
-    if concat_image is not None or mask is not None:
-        concat = run.read_concat(concat_image, mask)
-        conditions["concat"] = concat.expand(count, *concat.shape[1:])
-    return conditions
-
-
-def _save_each(run: Any, x: Any, seed: int, labels: Any, folder: Path) -> None:
-    """Every sample in a file named by its seed, and its class where it has one."""
-    from unet_denoiser.images import save_image, to_uint8
-
-    for i, image in enumerate(x):
-        name = "" if labels is None else "-" + run.class_names[int(labels[i])].replace("/", "_")
-        pixels = to_uint8(image, run.picture_range) if run.picture_range else image
-        save_image(pixels, folder / f"{seed + i:06d}{name}.png")
 
 
 def doctor(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +32,7 @@ def save_image(x: Tensor, path: str | Path) -> Path:
         path = path.with_suffix(".npy")
         write_atomically(path, lambda p: _save_npy(p, array))
         return path
-    image = Image.fromarray(array.transpose(1, 2, 0).squeeze(2) if x.shape[0] == 1 else array.transpose(1, 2, 0))
+    image = _to_pil(x)
     write_atomically(path, lambda p: image.save(p, format="PNG"))
     return path
 
@@ -47,6 +49,11 @@ def save_grid(
     """
     if x.ndim != 4 or x.shape[1] not in MODES:
         return save_image(x, path)
+    return save_image(make_grid(x, columns, data_range), path)
+
+
+def make_grid(x: Tensor, columns: int | None = None, data_range: tuple[float, float] | None = None) -> Tensor:
+    """Samples (N, C, H, W) row by row in one uint8 picture (C, H', W'), as `save_grid` saves it."""
     columns = columns or math.ceil(math.sqrt(len(x)))
     scale, pad = max(1, math.ceil(32 / min(x.shape[2:]))), 2
     tiles = to_uint8(x, data_range).cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
@@ -56,7 +63,30 @@ def save_grid(
     for i, tile in enumerate(tiles):
         top, left = pad + (i // columns) * (h + pad), pad + (i % columns) * (w + pad)
         grid[:, top : top + h, left : left + w] = tile
-    return save_image(grid, path)
+    return grid
+
+
+def save_gif(frames: Sequence[Tensor], path: str | Path, seconds: float = 3.0) -> Path:
+    """Save uint8 pictures (C, H, W), C 1, 3 or 4, as a GIF that lasts `seconds` and holds its last frame for one more.
+
+    Raises:
+        ValueError: no frames, or channels that a GIF cannot have.
+    """
+    path = Path(path)
+    if not frames or frames[0].ndim != 3 or frames[0].shape[0] not in MODES or frames[0].dtype != torch.uint8:
+        raise ValueError(f"{path}: a GIF shows uint8 pictures of 1, 3 or 4 channels")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    first, *others = map(_to_pil, frames)
+    each = max(20, round(1000 * seconds / len(frames)))  # milliseconds; viewers slow down what is faster
+    durations = [each] * len(others) + [1000]
+    options: dict[str, Any] = {"append_images": others, "duration": durations, "loop": 0}
+    write_atomically(path, lambda p: first.save(p, format="GIF", save_all=True, **options))
+    return path
+
+
+def _to_pil(pixels: Tensor) -> Image.Image:
+    array = pixels.cpu().numpy().transpose(1, 2, 0)
+    return Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array)
 
 
 def _save_npy(path: Path, array: np.ndarray) -> None:

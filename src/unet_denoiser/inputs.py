@@ -75,7 +75,10 @@ def check_inputs(
                 f"{name} was given, but this network has {CONDITIONS[name]}=None; leave it out, or build for it"
             )
     if (labels := conditions["class_labels"]) is not None:
-        _check_labels(labels, batch, config.num_classes or 0)
+        if isinstance(labels, Tensor) and labels.ndim == 2:  # weights of the classes
+            _check_tensor("class_labels", labels, dtype, (batch, config.num_classes))
+        else:
+            _check_labels(labels, batch, config.num_classes or 0)
     if (vector := conditions["vector"]) is not None:
         _check_tensor("vector", vector, dtype, (batch, config.vector_dim))
     if (context := conditions["context"]) is not None:

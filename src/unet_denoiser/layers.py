@@ -138,6 +138,13 @@ class TimeMLP(nn.Sequential):
 # ---- resampling: any size down to ceil(size / 2), and back up to the size of the skip ------------------------------
 
 
+class ClassEmbedding(nn.Embedding):
+    """Embeddings of classes (B,), or their weighted sums for weights (B, num_classes)."""
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return labels @ self.weight if labels.is_floating_point() else super().forward(labels)
+
+
 def keep(x: Tensor, size: Size = None) -> Tensor:
     return x
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from unet_denoiser.config import UNetConfig
 from unet_denoiser.diffusion import Diffusion, network_input
 from unet_denoiser.guidance import Guidance
 from unet_denoiser.inputs import CONDITIONS, with_concat
@@ -23,11 +24,16 @@ INPUTS = (*CONDITIONS, "context_mask", "time_cond", "concat")  # what a network 
 
 
 class Step(NamedTuple):
-    """One step of the reverse process: its timestep, x after it and the x0 predicted in it, both (B, C, *spatial)."""
+    """One step of the reverse process: its timestep, x after it and the x0 predicted in it, both (B, C, *spatial).
+
+    Args:
+        rows: which of all samples they are.
+    """
 
     t: float
     x: Tensor
     x0: Tensor
+    rows: slice = slice(None)
 
 
 class Start(NamedTuple):
@@ -93,14 +99,8 @@ def sample(
     process: Diffusion,
     *,
     seeds: Sequence[int],
-    image_size: int | Sequence[int] | None = None,
-    batch_size: int = 64,
     on_step: Callable[[Step], object] | None = None,
-    config: SamplingConfig | None = None,
-    start: Start | None = None,
-    edit: Callable[[Tensor, float, slice], Tensor] | None = None,
-    guided: Sequence[str] | None = None,
-    **options_and_conditions: Any,
+    **request: Any,
 ) -> Tensor:
     """Generate one sample per seed; sample i depends on seed i and its conditions alone, not on the batch.
 
@@ -114,8 +114,9 @@ def sample(
         config: how samples are made.
         start: where to start, if not from pure noise.
         edit: (x0, t, rows) -> x0, what becomes of the predicted x0 of the seeds[rows] before the sampler sees them.
+        loop: called as `denoise` is, in its place.
         guided: see `Guidance`.
-        options_and_conditions: fields of `SamplingConfig`, which go before `config`; and conditions, `class_labels`,
+        others: fields of `SamplingConfig`, which go before `config`; and conditions, `class_labels`,
             `vector`, `context`, `context_mask`, each with one row per seed, or None, and `concat` (B, C2, *spatial)
             for a network that was trained with it.
 
@@ -125,37 +126,66 @@ def sample(
     Raises:
         ValueError: conditions that do not match the seeds, or options that cannot work; before any sampling.
     """
+    results = {}
+    for step in sample_steps(model, process, seeds=seeds, **request):
+        if on_step is not None:
+            on_step(step)
+        results[step.rows.start] = step.x
+    return torch.cat(list(results.values()))
+
+
+def sample_steps(
+    model: UNet,
+    process: Diffusion,
+    *,
+    seeds: Sequence[int],
+    image_size: int | Sequence[int] | None = None,
+    batch_size: int = 64,
+    config: SamplingConfig | None = None,
+    start: Start | None = None,
+    edit: Callable[[Tensor, float, slice], Tensor] | None = None,
+    loop: Callable[..., Iterator[Step]] = denoise,
+    guided: Sequence[str] | None = None,
+    **options_and_conditions: Any,
+) -> Iterator[Step]:
+    """The steps of `sample` as they are done, batch after batch; arguments as there, and `rows` says which samples.
+
+    Raises:
+        ValueError: as `sample`, when it is called.
+    """
     config, given = _read_options(config, options_and_conditions)
     sizes = _check_request(model, seeds, image_size, batch_size, given, start)
     channels = _check_channels(model, process, _concat_channels(given))
     sampler = Sampler(config, process, 0 if start is None else start.first_step)
-    device, samples = model.input_conv.weight.device, []
+    device = model.input_conv.weight.device
+    if config.reuse is not None and loop is not denoise:
+        raise ValueError(f"reuse={config.reuse} does not go with resampling and inversion, which repeat their steps")
 
-    with _evaluating(model):
-        for first in range(0, len(seeds), batch_size):
-            rows = slice(first, first + batch_size)
-            generators = [torch.Generator().manual_seed(seed) for seed in seeds[rows]]
-            x = torch.stack([torch.randn(channels, *sizes, generator=g) for g in generators]).to(device)
-            if start is not None:
-                x = _started(start, x, sampler, rows)
-            inputs = {
-                name: value[rows].to(device, model.dtype if value.is_floating_point() else None)
-                for name, value in given.items()
-            }
-            network = fast_network(model, sampler.timesteps, reuse=config.reuse, compile=config.compile)
-            for step in denoise(
-                Guidance(with_concat(network), config, inputs, guided=guided, channels=channels),
-                process,
-                x,
-                config,
-                first_step=0 if start is None else start.first_step,
-                edit=None if edit is None else partial(_edited, edit, rows),
-                generators=generators,
-            ):
-                if on_step is not None:
-                    on_step(step)
-            samples.append(step.x)
-    return torch.cat(samples)
+    def steps() -> Iterator[Step]:
+        with _evaluating(model):
+            for first in range(0, len(seeds), batch_size):
+                rows = slice(first, min(first + batch_size, len(seeds)))
+                generators = [torch.Generator().manual_seed(seed) for seed in seeds[rows]]
+                x = torch.stack([torch.randn(channels, *sizes, generator=g) for g in generators]).to(device)
+                if start is not None:
+                    x = _started(start, x, sampler, rows)
+                inputs = {
+                    name: value[rows].to(device, model.dtype if value.is_floating_point() else None)
+                    for name, value in given.items()
+                }
+                network = fast_network(model, sampler.timesteps, reuse=config.reuse, compile=config.compile)
+                for step in loop(
+                    Guidance(with_concat(network), config, inputs, guided=guided, channels=channels),
+                    process,
+                    x,
+                    config,
+                    first_step=0 if start is None else start.first_step,
+                    edit=None if edit is None else partial(_edited, edit, rows),
+                    generators=generators,
+                ):
+                    yield step._replace(rows=rows)
+
+    return steps()
 
 
 def _read_options(config: SamplingConfig | None, given: Mapping[str, Any]) -> tuple[SamplingConfig, dict[str, Tensor]]:
@@ -165,8 +195,13 @@ def _read_options(config: SamplingConfig | None, given: Mapping[str, Any]) -> tu
         raise ValueError(
             f"{unknown[0]} is neither a condition ({', '.join(INPUTS)}) nor an option ({', '.join(sorted(options))})"
         )
-    config = replace(config or SamplingConfig(), **{name: given[name] for name in given if name in options})
-    return config, {name: given[name] for name in INPUTS if given.get(name) is not None}
+    return config_of(config, dict(given)), {name: given[name] for name in INPUTS if given.get(name) is not None}
+
+
+def config_of(config: SamplingConfig | None, options: dict[str, Any], **defaults: Any) -> SamplingConfig:
+    """The configuration with those options that are its fields, which are taken out of `options`."""
+    names = [field.name for field in fields(SamplingConfig) if field.name in options]
+    return replace(config or SamplingConfig(**defaults), **{name: options.pop(name) for name in names})
 
 
 def _started(start: Start, noise: Tensor, sampler: Sampler, rows: slice) -> Tensor:
@@ -213,13 +248,21 @@ def _check_request(
 
 def _check_channels(model: UNet, process: Diffusion, concat: int) -> int:
     """The channels of the samples; ValueError for a network of another process, or another number to concatenate."""
-    c = model.config
-    count = c.out_channels // (2 if process.learns_variance else 1)
-    needed = c.in_channels - process.channels(count)["in_channels"]
+    count, needed = data_channels(model.config, process), concat_channels(model.config, process)
     if 0 <= needed != concat:
         perhaps = ", or for self_conditioning=True" if needed == count and not process.self_conditioning else ""
         raise ValueError(f"concat has {concat} channels; this network was built for {needed}{perhaps}")
-    return process.check_channels(c, concat_channels=concat)
+    return process.check_channels(model.config, concat_channels=concat)
+
+
+def data_channels(config: UNetConfig, process: Diffusion) -> int:
+    """The channels of a network's samples."""
+    return config.out_channels // (2 if process.learns_variance else 1)
+
+
+def concat_channels(config: UNetConfig, process: Diffusion) -> int:
+    """The channels that a network takes beside the noisy sample."""
+    return config.in_channels - process.channels(data_channels(config, process))["in_channels"]
 
 
 def _concat_channels(conditions: dict[str, Tensor]) -> int:

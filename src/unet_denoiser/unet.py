@@ -21,6 +21,7 @@ from unet_denoiser.inputs import check_inputs
 from unet_denoiser.layers import (
     AveragePool,
     Block,
+    ClassEmbedding,
     Context,
     Downsample,
     NearestUpsample,
@@ -58,7 +59,7 @@ class UNet(Pretrained, nn.Module):
 
         self.time_mlp = TimeMLP(c.model_channels, c.time_frequencies)
         self.time_cond = nn.Linear(c.time_cond_dim, c.model_channels, bias=False) if c.time_cond_dim else None
-        self.class_embedding = nn.Embedding(c.num_classes, c.time_dim) if c.num_classes else None
+        self.class_embedding = ClassEmbedding(c.num_classes, c.time_dim) if c.num_classes else None
         self.vector_embedding = build.vector_embedding() if c.vector_dim else None
         self.null_class = build.null(c.num_classes and c.time_dim)
         self.null_vector = build.null(c.vector_dim and c.time_dim)
@@ -141,7 +142,7 @@ class UNet(Pretrained, nn.Module):
             t: (B,) timesteps, integer or float.
             context: (B, S, context_dim) tokens for cross-attention.
             context_mask: (B, S) bool, False at padding. A row without any True counts as an absent context.
-            class_labels: (B,) integers in [0, num_classes).
+            class_labels: (B,) integers in [0, num_classes), or (B, num_classes) weights of the classes' embeddings.
             vector: (B, vector_dim).
             time_cond: (B, time_cond_dim); without it nothing is added to the sinusoids.
             drop: which samples have a condition replaced by its learned null: {"class_labels": (B,) bool, ...}.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -223,37 +223,62 @@ def found_around(config: DataConfig, data: Any) -> tuple[DataConfig, Any]:
     return config, data
 
 
-def read_concat(config: DataConfig, channels: int, image: Path, mask: Path | None = None) -> Tensor:
-    """(1, C2, H, W) `concat` from picture files, prepared as in training; a small picture to enlarge may have any size.
+def read_concat(config: DataConfig, channels: int, image: Path) -> Tensor:
+    """(1, C2, H, W) `concat` from a picture file, prepared as in training; a small one to enlarge may have any size.
 
     Args:
         config: that of the run.
         channels: what its network takes beside the noisy picture.
-        mask: for inpainting, white where to paint.
 
     Raises:
-        ValueError: files that are no pictures, or a mask that is missing or of no use.
+        ValueError: a file that is no picture, or of no use to this run.
     """
     if config.concat is None:
         raise ValueError(f"concat_image={image}: the run was trained without concat")
-    inpainting = config.concat == "inpainting"
-    if inpainting != (mask is not None):
-        raise ValueError(f"mask={mask}: concat={config.concat!r} {'needs' if inpainting else 'takes no'} mask")
-    wanted = (config.channels or 3) if config.vae is not None else channels - inpainting
-    background, size = fill_colour(config.background, wanted), config.image_size
-    opened = open_image(str(image))
+    if config.concat == "inpainting":
+        raise ValueError(f"concat_image={image}: the run was trained for inpainting; give image, and mask or outpaint")
+    wanted = (config.channels or 3) if config.vae is not None else channels
     if config.concat.startswith("downscaled:"):
         factor = int(config.concat.removeprefix("downscaled:"))
-        small = to_float(to_pixels(opened, wanted, (opened.height, opened.width), "stretch", config.background))
-        picture = enlarged(small[None], (opened.height * factor, opened.width * factor))
+        small = read_picture(config, wanted, image, as_it_is=True)
+        picture = enlarged(small, tuple(n * factor for n in small.shape[2:]))
     else:
-        assert isinstance(size, tuple)
-        pixels = to_pixels(opened, wanted, size, config.resize_mode, config.background)
-        picture = augment(to_float(pixels), size, config, None, background)[None]
-    if mask is not None:
-        drawn = to_float(to_pixels(open_image(str(mask)), 1, picture.shape[2:], config.resize_mode, "black"))
-        picture = masked(picture, augment(drawn, tuple(picture.shape[2:]), config, None, -torch.ones(1))[None] > 0)
+        picture = read_picture(config, wanted, image)
     return picture if config.vae is None else autoencoder(config).encode(picture)
+
+
+def read_picture(
+    config: DataConfig, channels: int, image: Path, size: Sequence[int] | None = None, *, as_it_is: bool = False
+) -> Tensor:
+    """(1, channels, H, W) of a picture file in [-1, 1], prepared as in training.
+
+    Args:
+        size: height and width (default: the configuration's).
+        as_it_is: keep the file's.
+
+    Raises:
+        ValueError: a file that is no picture.
+    """
+    opened = open_image(str(image))
+    if as_it_is:
+        return to_float(to_pixels(opened, channels, (opened.height, opened.width), "stretch", config.background))[None]
+    size = tuple(size or config.image_size or ())  # type: ignore[arg-type]  # a run's is a tuple
+    pixels = to_pixels(opened, channels, size, config.resize_mode, config.background)
+    return augment(to_float(pixels), size, config, None, fill_colour(config.background, channels))[None]
+
+
+def read_mask(config: DataConfig, mask: Path, size: Sequence[int]) -> Tensor:
+    """(1, 1, H, W) bool of a picture file, True where it is more white than black; prepared as pictures are.
+
+    Raises:
+        ValueError: a file that is no picture, or has nothing white.
+    """
+    size = tuple(size)
+    drawn = to_float(to_pixels(open_image(str(mask)), 1, size, config.resize_mode, "black"))
+    white = augment(drawn, size, config, None, -torch.ones(1))[None] > 0
+    if not white.any():
+        raise ValueError(f"mask={mask} has nothing white, so there is nothing to paint")
+    return white
 
 
 def _whole(path: str | None) -> str | None:

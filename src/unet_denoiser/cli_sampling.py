@@ -1,0 +1,141 @@
+"""The command that makes samples: parsing and writing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from unet_denoiser.endings import one_line_errors
+from unet_denoiser.options import EditingOptions, OptionalNumber, OptionalPath, OptionalSize, SamplingOptions
+from unet_denoiser.recipe import DeviceName
+from unet_denoiser.recipe_editing import EditingConfig
+from unet_denoiser.recipe_sampling import SamplingConfig
+
+DEFAULT_COUNT = 16
+
+
+def sample(
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
+    *,
+    num_images: OptionalNumber = None,
+    classes: Annotated[tuple[str, ...], tyro.conf.arg(name="class")] = (),
+    captions: Annotated[tuple[str, ...], tyro.conf.arg(name="caption"), tyro.conf.UseAppendAction] = (),
+    vector: tuple[float, ...] = (),
+    concat_image: OptionalPath = None,
+    editing: EditingOptions = {},  # noqa: B006
+    sampling: SamplingOptions = {},  # noqa: B006
+    seed: int = 0,
+    batch_size: int = 64,
+    image_size: OptionalSize = None,
+    out: OptionalPath = None,
+    separate: bool = False,
+    strip: bool = False,
+    gif: bool = False,
+    preview_every: OptionalNumber = None,
+    device: DeviceName = "auto",
+    checkpoint: str = "latest",
+) -> None:
+    """Generate images with a trained run, or change one of your own.
+
+    Args:
+        run: a run directory.
+        num_images: how many; image i has the seed SEED + i and depends on nothing else (default: 16, or with --invert
+            one for each class or caption).
+        classes: names of the classes to generate, in turn (default: all of the run's).
+        captions: a text to draw; give the option again for more, which then take turns.
+        vector: the numbers that condition the samples, for a run trained with --vector-columns or `vectors`.
+        concat_image: the picture to enlarge or to translate, for a run trained with --concat downscaled:N or a folder.
+        seed: seed of the first image.
+        batch_size: images at a time; does not change them.
+        image_size: one number or height and width (default: as trained); that of the picture given, where one is.
+        out: the picture (default: RUN/samples.png); one row per class or caption.
+        separate: also write every image to a file of its own, into a folder beside the picture.
+        strip: also write how the first four come about, x_t and predicted x0 at up to ten steps: OUT-strip.png.
+        gif: also write how the first sixteen come about: OUT.gif.
+        preview_every: write the picture every so many steps, with what is predicted for the images under way.
+        device: "auto" takes a GPU where there is one.
+        checkpoint: "latest", a step's number, or "best": the lowest smoothed training loss of those that are kept.
+    """
+    from tqdm import tqdm
+
+    with one_line_errors():
+        edit = EditingConfig(**editing)
+        needs_ddim = edit.invert or edit.resample > 1  # unless told otherwise, which then is refused by its name
+        config = SamplingConfig(**({"sampler": "ddim"} if needs_ddim else {}) | sampling)
+        _check_output(num_images, seed, out, preview_every)
+        from unet_denoiser.distribution import resolve_device
+        from unet_denoiser.run import Run
+        from unet_denoiser.tasks import Request, perform
+
+        loaded = Run.load(run)
+        count = num_images or (len(classes or captions or loaded.class_names or "1") if edit.invert else DEFAULT_COUNT)
+        seeds = range(seed, seed + count)
+        request = Request(edit, config, seeds, classes, captions, vector, concat_image, image_size)
+        if (strip or gif or preview_every) and not loaded.makes_pictures:
+            raise ValueError(f"strip, gif and preview_every show pictures; {run} makes none")
+        picture = out or run / "samples.png"
+
+        def save(x: Any) -> Path:
+            in_a_row = edit.interpolates
+            return loaded.save_grid(x, picture, classes or captions, columns=len(x) if in_a_row else None)
+
+        model = loaded.load_model(checkpoint).to(resolve_device(device))
+        film, watch = _watchers(loaded, count, strip or gif, preview_every, save)
+        with tqdm(unit="step", disable=None) as bar:
+            x = perform(
+                loaded,
+                model,
+                request,
+                batch_size=batch_size,
+                on_step=lambda step: (bar.update(len(step.x)), [each(step) for each in watch]),
+            ).cpu()
+        written = save(x)
+        print(written)
+        if separate:
+            print(_save_each(loaded, x, request, written.with_name(f"{written.stem}-separate")))
+        if strip:
+            print(film.save_strip(written.with_name(f"{written.stem}-strip.png")))
+        if gif:
+            print(film.save_gif(written.with_suffix(".gif")))
+
+
+def _check_output(num_images: int | None, seed: int, out: Path | None, preview_every: int | None) -> None:
+    for name, value in (("num_images", num_images), ("preview_every", preview_every)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    if not -(2**63) <= seed < 2**63 - (num_images or DEFAULT_COUNT):
+        raise ValueError(f"seed={seed} must fit 64 bits")
+    if out is not None and out.is_dir():
+        raise ValueError(f"out={out} is a folder; give the picture's name")
+    if out is not None and out.suffix not in (".png", ".npy"):
+        raise ValueError(f"out={out}: pictures are PNG, other samples .npy; give a name that ends so")
+
+
+def _watchers(
+    run: Any, count: int, filmed: bool, preview_every: int | None, save: Callable[[Any], Path]
+) -> tuple[Any, list[Callable[[Any], None]]]:
+    """The film, and everything that is to see each step."""
+    from unet_denoiser.watching import Film, LivePreview
+
+    film = Film(run.decode, run.picture_range)
+    watch: list[Callable[[Any], None]] = [film] * filmed
+    if preview_every is not None:
+        watch.append(LivePreview(count, preview_every, lambda x: save(run.decode(x))))
+    return film, watch
+
+
+def _save_each(run: Any, x: Any, request: Any, folder: Path) -> Path:
+    """Every sample in a file named by its seed, and its class where it has one."""
+    from unet_denoiser.images import save_image, to_uint8
+
+    classes = request.classes or (() if request.captions else run.class_names or ())
+    if request.edit.interpolates:
+        classes = ()
+    for i, image in enumerate(x):
+        name = "-" + classes[i % len(classes)].replace("/", "_") if classes else ""
+        pixels = to_uint8(image, run.picture_range) if run.picture_range else image
+        save_image(pixels, folder / f"{request.seeds[i]:06d}{name}.png")
+    return folder

@@ -75,7 +75,7 @@ class FastNetwork:
         self.warm_up = round(WARM_UP * self.calls)
         self.timesteps = None
         if timesteps is not None:
-            self.timesteps = timesteps.to(model.input_conv.weight.device).unique()
+            self.timesteps = timesteps.unique().to(model.input_conv.weight.device)
             with torch.no_grad():
                 self.times = model.embed_time(self.timesteps)
         self.known: dict[tuple[Any, ...], _Rows] = {}

@@ -16,6 +16,7 @@ from unet_denoiser.cli import main
 from unet_denoiser.concat import downscaled
 from unet_denoiser.data import Place, as_data, as_found
 from unet_denoiser.data.conditioned import autoencoder
+from unet_denoiser.images import to_uint8
 from unet_denoiser.latents import Autoencoder
 from unet_denoiser.text import TextEncoder
 
@@ -244,7 +245,10 @@ def test_super_resolution(pictures, tmp_path, capsys):
     assert "concat has 0 channels; this network was built for 3, or for self_conditioning=True" in failure(
         sampling, capsys
     )
-    assert "takes no mask" in failure([*sampling, "--concat-image", "x.png", "--mask", "x.png"], capsys)
+    main([*sampling, "--image", str(tmp_path / "small" / "0.png"), "--upscale", "4"])
+    assert Image.open(run / "samples-separate" / "000000.png").size == (12, 12)
+    wrong = [*sampling, "--image", tmp_path / "small" / "0.png", "--upscale", "2"]
+    assert "upscale=2" in failure(wrong, capsys)
     assert "x.png cannot be read as an image" in failure([*sampling, "--concat-image", "x.png"], capsys)
 
 
@@ -294,15 +298,16 @@ def test_inpainting_from_files(pictures, tmp_path, capsys):
     drawn = np.zeros((8, 8), np.uint8)
     drawn[:3] = 255
     Image.fromarray(drawn).save(tmp_path / "mask.png")
-    concat = Run.load(run).read_concat(pictures / "2.png", tmp_path / "mask.png")[0]
-    picture = load_data(str(pictures))[2]["image"]
-    assert torch.equal(concat[0] == 1, torch.from_numpy(drawn) > 0)
-    assert torch.equal(concat[1:, 3:], picture[:, 3:])
-    assert not concat[1:, :3].any()
-    sampling = ["sample", str(run), "--num-images", "2", "--num-inference-steps", "1"]
-    main([*sampling, "--concat-image", str(pictures / "2.png"), "--mask", str(tmp_path / "mask.png")])
-    assert "needs mask" in failure([*sampling, "--concat-image", pictures / "2.png"], capsys)
-    assert "needs a concat_image" in failure([*sampling, "--mask", tmp_path / "mask.png"], capsys)
+    sampling = ["sample", str(run), "--num-images", "2", "--num-inference-steps", "1", "--separate"]
+    main([*sampling, "--image", str(pictures / "2.png"), "--mask", str(tmp_path / "mask.png")])
+    found = np.asarray(Image.open(run / "samples-separate" / "000001.png"))
+    picture = to_uint8(load_data(str(pictures))[2]["image"]).permute(1, 2, 0).numpy()
+    assert np.array_equal(found[3:], picture[3:])
+    assert not np.array_equal(found[:3], picture[:3])
+    main([*sampling, "--image", str(pictures / "2.png"), "--outpaint", "0", "2", "0", "1"])
+    assert Image.open(run / "samples-separate" / "000001.png").size == (11, 8)
+    assert "give image, and mask or outpaint" in failure([*sampling, "--concat-image", pictures / "2.png"], capsys)
+    assert "needs an image" in failure([*sampling, "--mask", tmp_path / "mask.png"], capsys)
 
 
 @pytest.mark.parametrize("stream", [False, True])

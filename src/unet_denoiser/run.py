@@ -287,7 +287,7 @@ class Run:
         """(1, C2, H, W) for `sample` from a picture file; see `unet_denoiser.data.conditioned.read_concat`."""
         return read_concat(self.data, concat_channels(self.model, self.process), image)
 
-    def read_picture(self, image: Path, size: Sequence[int] | None = None, *, as_it_is: bool = False) -> Tensor:
+    def read_picture(self, image: str | Path, size: Sequence[int] | None = None, *, as_it_is: bool = False) -> Tensor:
         """(1, C, H, W) of a picture file in [-1, 1], prepared as in training.
 
         Args:
@@ -301,7 +301,7 @@ class Run:
             raise ValueError(f"image={image}: {self.path} makes no pictures")
         return read_picture(self.data, self.picture_channels, image, self._pixels(size), as_it_is=as_it_is)
 
-    def read_mask(self, mask: Path, size: Sequence[int]) -> Tensor:
+    def read_mask(self, mask: str | Path, size: Sequence[int]) -> Tensor:
         """(1, 1, H, W) bool of a picture file, True where it is white, prepared as a picture is."""
         return read_mask(self.data, mask, size)
 

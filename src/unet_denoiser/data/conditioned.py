@@ -248,7 +248,7 @@ def read_concat(config: DataConfig, channels: int, image: Path) -> Tensor:
 
 
 def read_picture(
-    config: DataConfig, channels: int, image: Path, size: Sequence[int] | None = None, *, as_it_is: bool = False
+    config: DataConfig, channels: int, image: str | Path, size: Sequence[int] | None = None, *, as_it_is: bool = False
 ) -> Tensor:
     """(1, channels, H, W) of a picture file in [-1, 1], prepared as in training.
 
@@ -267,7 +267,7 @@ def read_picture(
     return augment(to_float(pixels), size, config, None, fill_colour(config.background, channels))[None]
 
 
-def read_mask(config: DataConfig, mask: Path, size: Sequence[int]) -> Tensor:
+def read_mask(config: DataConfig, mask: str | Path, size: Sequence[int]) -> Tensor:
     """(1, 1, H, W) bool of a picture file, True where it is more white than black; prepared as pictures are.
 
     Raises:

@@ -51,7 +51,8 @@ def sample(
         seed: seed of the first image.
         batch_size: images at a time; does not change them.
         image_size: one number or height and width (default: as trained); that of the picture given, where one is.
-        out: the picture (default: RUN/samples.png); one row per class or caption.
+        out: the picture (default: RUN/samples.png), one row per class or caption; or a folder, for any number: it gets
+            .npz files of some hundreds each, and the same command goes on where one was interrupted.
         separate: also write every image to a file of its own, into a folder beside the picture.
         strip: also write how the first four come about, x_t and predicted x0 at up to ten steps: OUT-strip.png.
         gif: also write how the first sixteen come about: OUT.gif.
@@ -66,9 +67,10 @@ def sample(
         needs_ddim = edit.invert or edit.resample > 1  # unless told otherwise, which then is refused by its name
         config = SamplingConfig(**({"sampler": "ddim"} if needs_ddim else {}) | sampling)
         _check_output(num_images, seed, out, preview_every)
-        from unet_denoiser.distribution import resolve_device
+        from unet_denoiser.distribution import join_processes
+        from unet_denoiser.many import perform_together
         from unet_denoiser.run import Run
-        from unet_denoiser.tasks import Request, perform
+        from unet_denoiser.tasks import Request
 
         loaded = Run.load(run)
         count = num_images or (len(classes or captions or loaded.class_names or "1") if edit.invert else DEFAULT_COUNT)
@@ -76,22 +78,32 @@ def sample(
         request = Request(edit, config, seeds, classes, captions, vector, concat_image, image_size)
         if (strip or gif or preview_every) and not loaded.makes_pictures:
             raise ValueError(f"strip, gif and preview_every show pictures; {run} makes none")
+        model = loaded.load_model(checkpoint)
+        state, where = join_processes(device)
+        model = model.to(where)
+        if out is not None and not out.suffix:
+            if separate or strip or gif or preview_every:
+                raise ValueError(f"separate, strip, gif and preview_every go with one picture, not with out={out}")
+            _fill(loaded, model, request, out, batch_size, state)
+            return
         picture = out or run / "samples.png"
 
         def save(x: Any) -> Path:
             in_a_row = edit.interpolates
             return loaded.save_grid(x, picture, classes or captions, columns=len(x) if in_a_row else None)
 
-        model = loaded.load_model(checkpoint).to(resolve_device(device))
         film, watch = _watchers(loaded, count, strip or gif, preview_every, save)
-        with tqdm(unit="step", disable=None) as bar:
-            x = perform(
+        with tqdm(unit="step", disable=None if state.is_main_process else True) as bar:
+            x = perform_together(
                 loaded,
                 model,
                 request,
+                state,
                 batch_size=batch_size,
                 on_step=lambda step: (bar.update(len(step.x)), [each(step) for each in watch]),
-            ).cpu()
+            )
+        if not state.is_main_process:
+            return
         written = save(x)
         print(written)
         if separate:
@@ -108,10 +120,36 @@ def _check_output(num_images: int | None, seed: int, out: Path | None, preview_e
             raise ValueError(f"{name}={value} must be at least 1")
     if not -(2**63) <= seed < 2**63 - (num_images or DEFAULT_COUNT):
         raise ValueError(f"seed={seed} must fit 64 bits")
-    if out is not None and out.is_dir():
+    if out is not None and out.suffix not in (".png", ".npy", ""):
+        raise ValueError(f"out={out}: pictures are PNG, other samples .npy; give a name that ends so, or a folder's")
+    if out is not None and out.suffix and out.is_dir():
         raise ValueError(f"out={out} is a folder; give the picture's name")
-    if out is not None and out.suffix not in (".png", ".npy"):
-        raise ValueError(f"out={out}: pictures are PNG, other samples .npy; give a name that ends so")
+
+
+def _fill(run: Any, model: Any, request: Any, folder: Path, batch_size: int, state: Any) -> None:
+    """Samples as files in a folder; the process's share of them."""
+    from tqdm import tqdm
+
+    from unet_denoiser.many import fill, open_shards
+
+    shards = open_shards(run, model, request, folder, batch_size, state)
+    missing = sum(map(len, shards.missing))
+    done = 0
+    shown = None if state.is_main_process else True
+    try:
+        with tqdm(total=missing // state.num_processes, unit="img", disable=shown) as bar:
+            for part in fill(run, model, request, shards, state, batch_size=batch_size):
+                done += len(part)
+                bar.update(len(part))
+    except KeyboardInterrupt:
+        there = shards.count - missing + done
+        where = "" if state.num_processes == 1 else " or more"
+        raise KeyboardInterrupt(
+            f"{folder}: interrupted with {there:,}{where} of {shards.count:,} samples; the same command goes on"
+        ) from None
+    state.wait_for_everyone()
+    if state.is_main_process:
+        print(f"{folder}: {shards.count:,} samples in {len(shards.parts())} files")
 
 
 def _watchers(

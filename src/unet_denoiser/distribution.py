@@ -1,14 +1,15 @@
-"""Many processes: Accelerate's engine for a training, and whole tensors of what it keeps in shards."""
+"""Many processes: Accelerate's engine for a training, whole tensors of what is in shards, processes that sample."""
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -52,6 +53,20 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
             f"{config.gradient_accumulation_steps} equal parts; give a multiple of {parts}"
         )
     return accelerator
+
+
+def join_processes(name: DeviceName) -> tuple[PartialState, torch.device]:
+    """The processes that were launched together, and the device of this one; one process where none were."""
+    device = torch.device(resolve_device(name))
+    told = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_PORT" in os.environ
+    state = PartialState(cpu=device.type == "cpu")
+    if told and state.num_processes == 1:
+        warnings.warn(
+            "accelerate launch starts one process on CPUs, whatever --num_processes; torchrun --nproc_per_node starts "
+            "many",
+            stacklevel=2,
+        )
+    return state, device if state.num_processes == 1 else state.device
 
 
 def resolve_device(name: DeviceName) -> str:

@@ -18,9 +18,9 @@ def one_line_errors(
         yield
     except kinds as error:
         _exit(f"error: {error}", 2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print(file=sys.stderr)
-        _exit("interrupted", 130)
+        _exit(str(error) or "interrupted", 130)
 
 
 @contextmanager

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from unet_denoiser.files import read_json, remove_leftovers, write_atomically
 
@@ -37,7 +37,7 @@ class Shards:
         self.folder, self.count = folder, count
         wanted = {"num_images": count, **json.loads(json.dumps(settings))}
         if not (folder / SETTINGS).is_file():
-            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            if folder.exists() and (not folder.is_dir() or any(folder.glob("[!.]*"))):
                 raise ValueError(f"out={folder} holds something else than samples; give a new folder")
             folder.mkdir(parents=True, exist_ok=True)
             text = json.dumps({"shard_size": size, **wanted}, indent=2, ensure_ascii=False) + "\n"
@@ -89,18 +89,16 @@ def read_shards(folder: Path, name: str = "images") -> np.ndarray:
     return np.concatenate([np.load(shards.path(part), allow_pickle=False)[name] for part in shards.parts()])
 
 
-def fingerprint(*parts: nn.Module | Tensor | Sequence[Any] | None) -> str:
-    """The same for the same weights and values, and for no others: a SHA-256 sum."""
+def fingerprint(*parts: nn.Module | bytes) -> str:
+    """The same for the same weights and contents of files, and for no others: a SHA-256 sum."""
     digest = hashlib.sha256()
     for part in parts:
-        tensors = part.state_dict() if isinstance(part, nn.Module) else part
-        for name, value in tensors.items() if isinstance(tensors, Mapping) else [("", tensors)]:
+        if isinstance(part, bytes):
+            digest.update(part)
+            continue
+        for name, value in part.state_dict().items():
             digest.update(name.encode())
-            if isinstance(value, Tensor):
-                value = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-                digest.update(value.tobytes())
-            else:
-                digest.update(repr(value).encode())
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -1,0 +1,14 @@
+"""What tests/test_shards.py runs in two processes: samples as files, and as one picture."""
+
+import sys
+
+import torch
+
+from unet_denoiser.cli import main
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    _, run, folder, picture, *options = sys.argv
+    main(["sample", run, "--out", folder, *options])
+    main(["sample", run, "--out", picture, *options, "--num-images", "5"])
+    torch.distributed.destroy_process_group()

@@ -1,4 +1,5 @@
-"""Distances between two sets of features (N, D) and (M, D): Fréchet, kernel, precision and recall, nearest neighbours.
+"""What two sets of features (N, D) and (M, D) have to do with each other: Fréchet and kernel distance, precision and
+recall, nearest neighbours, classes.
 
 What features are is settled in `features.py`. Everything is computed in float64, in blocks of rows, on the device that
 the features are on.
@@ -6,6 +7,7 @@ the features are on.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -117,6 +119,33 @@ def nearest(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     indices = torch.cat([distances.argmin(1) for _, distances in _distances(x, y)])
     exact = [(a.double() - b.double()).norm(dim=1) for a, b in zip(x.split(1024), y[indices].split(1024), strict=True)]
     return torch.cat(exact), indices
+
+
+def class_accuracy(known: tuple[Tensor, Tensor], *others: tuple[Tensor, Tensor]) -> list[float]:
+    """How often a classifier of features finds the labels: logistic regression of scikit-learn, on standardised ones.
+
+    Args:
+        known: the features (N, D) and labels (N,) that it learns from.
+        others: pairs of those that it is asked about.
+
+    Returns:
+        The share of right answers for each pair.
+
+    Raises:
+        ValueError: labels of one class only.
+        ImportError: scikit-learn is not there.
+    """
+    try:
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+    except ImportError:
+        raise ImportError("class accuracy needs scikit-learn: pip install 'unet-denoiser[evaluate]'") from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it has not converged: what it is worth is measured
+        classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=100))
+        classifier.fit(known[0].cpu().numpy(), known[1].cpu().numpy())
+    return [float(classifier.score(features.cpu().numpy(), labels.cpu().numpy())) for features, labels in others]
 
 
 def _radii(x: Tensor, ks: tuple[int, ...]) -> tuple[Tensor, ...]:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from unet_denoiser.data import load_data as load_data
     from unet_denoiser.diffusion import Diffusion as Diffusion
     from unet_denoiser.ema import EMA as EMA
+    from unet_denoiser.evaluation import evaluate as evaluate
+    from unet_denoiser.features import load_extractor as load_extractor
     from unet_denoiser.guidance import classifier_free_guidance as classifier_free_guidance
     from unet_denoiser.images import save_grid as save_grid
     from unet_denoiser.layers import ResBlock as ResBlock
@@ -51,6 +53,8 @@ _WHERE = {
     "FolderData": "data",
     "ImageData": "data",
     "EMA": "ema",
+    "evaluate": "evaluation",
+    "load_extractor": "features",
     "Trainer": "training",
     "TrainingConfig": "recipe",
     "DataConfig": "recipe",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,12 @@ def _sample_batches(samples: Any) -> Iterable[Tensor]:
 def _images(images: Any, name: str) -> ImageData:
     """A data set that can be indexed, of arrays too."""
     if isinstance(images, Tensor):
-        images = images.float().clamp(-1, 1).cpu().numpy() if images.is_floating_point() else images.cpu().numpy()
+        images = images.detach().cpu().float().numpy() if images.is_floating_point() else images.cpu().numpy()
+    if isinstance(images, np.ndarray) and np.issubdtype(images.dtype, np.floating) and images.size:
+        if images.min() >= 0:
+            warnings.warn(f"{name} have no value below 0; floats are taken to be in [-1, 1]", stacklevel=3)
+        if np.abs(images).max() < 1.5:  # what unclipped samplers leave; more is refused as another range
+            images = images.clip(-1, 1)
     found = ArrayData(images) if isinstance(images, np.ndarray) else as_data(images)
     if not isinstance(found, ImageData):
         raise ValueError(f"{name} is a stream; give a data set with len() and []")

@@ -157,5 +157,6 @@ def _conditions(config: UNetConfig, data: ImageData) -> list[str]:
 
 def _in_proportion(labels: Tensor, count: int, seed: int) -> Tensor:
     """(count,) labels with each class's share as in the data, to one sample, in a random order."""
-    spread = labels.sort().values[torch.linspace(0, len(labels) - 1, count).round().long()]
+    positions = (np.arange(count) + 0.5) / count * len(labels)
+    spread = labels.sort().values[torch.from_numpy(positions.astype(np.int64))]
     return spread[torch.from_numpy(np.random.default_rng(seed).permutation(count))]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from helpers import small
-from unet_denoiser import Diffusion, classifier_free_guidance, sample
+from unet_denoiser import Diffusion, Guidance, SamplingConfig, sample
 from unet_denoiser.concat import downscaled, enlarged, masked, random_mask
 from unet_denoiser.inputs import with_concat
 
@@ -84,10 +84,10 @@ def test_guidance_by_one_condition_keeps_the_other():
             names = guided or list(given)
             free = call(x, t, **given, drop=dict.fromkeys(names, everyone))
             expected = free + 3 * (call(x, t, **given) - free)
-            got = classifier_free_guidance(call, 3.0, guided, **given)(x, t)
+            got = Guidance(call, SamplingConfig(guidance_scale=3.0), given, guided=guided)(x, t)
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="guided='vector' is not one of the conditions given: class_labels, concat"):
-        classifier_free_guidance(call, 3.0, ["vector"], **given)
+        Guidance(call, SamplingConfig(), given, guided=["vector"])
 
 
 def test_sampling_takes_its_size_from_concat():

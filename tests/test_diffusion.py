@@ -13,7 +13,7 @@ from unet_denoiser import Diffusion, TrainingConfig, UNetConfig, denoise, preset
 from unet_denoiser.draws import draw_noise
 from unet_denoiser.objectives import LossWeighting
 from unet_denoiser.recipe import LossWeightingName
-from unet_denoiser.sampling import SAMPLERS
+from unet_denoiser.samplers import SAMPLERS
 
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")

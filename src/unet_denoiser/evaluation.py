@@ -44,7 +44,7 @@ def evaluate(
         data: the training images: a data set, or an array (M, C, H, W), uint8 or floats in [-1, 1].
         held_out: images that were not trained on, likewise (default: half of the images of `data` that are used are
             taken for those; the other half is what everything is compared with).
-        labels: (N,) the classes that the samples were asked to be of (default: those of a data set of samples).
+        labels: (N,) the classes that the samples were asked to be of (default: their own attribute `labels`).
         extractor: as in `load_extractor`.
         num_data: how many training images are used for features, in a random order; 0 takes all.
         allow_few: go on with fewer than 2,000 samples.
@@ -56,12 +56,12 @@ def evaluate(
         ValueError: too few samples, or data that do not fit each other or the extractor.
         ImportError, OSError: an extractor that is not there.
     """
-    _check_count(len(samples), allow_few)
+    check_count(len(samples), allow_few)
     data, loaded = _images(data, "data"), load_extractor(extractor, device)
     there = None if held_out is None else _images(held_out, "held_out")
     if isinstance(samples, Tensor | np.ndarray) or hasattr(samples, "__getitem__"):
         samples = _images(samples, "samples")
-        labels = samples.labels if labels is None else labels
+    labels = getattr(samples, "labels", None) if labels is None else labels
     for name, other in (("samples", samples), ("held_out", there)):
         _check_shape(name, other, data)
     used, held, held_used = _split(data, there, num_data, len(samples))
@@ -88,8 +88,8 @@ def evaluate(
         feature_floor, _ = nearest(floor, reference)
         report.neighbours.append(compare_neighbours(loaded.name, len(used), feature_distances, feature_floor))
     if folder is not None:
-        below = [(data, in_pixels), (data, torch.from_numpy(used)[in_features[rows]])]
-        report.pictures.append(save_pairs(pictures, distances, below, Path(folder) / "neighbours.png"))
+        below = [in_pixels, torch.from_numpy(used)[in_features[rows]]][: len(report.neighbours)]
+        report.pictures.append(save_pairs(pictures, distances, data, below, Path(folder) / "neighbours.png"))
         report.write(Path(folder))
     return report
 
@@ -136,7 +136,8 @@ def _images(images: Any, name: str) -> ImageData:
     return found
 
 
-def _check_count(count: int, allow_few: bool) -> None:
+def check_count(count: int, allow_few: bool) -> None:
+    """ValueError for fewer samples than figures mean something for."""
     if count < (3 if allow_few else FEWEST):
         raise ValueError(
             f"num_samples={count} is fewer than {FEWEST:,}: a Frechet distance is then mostly bias, which falls with "

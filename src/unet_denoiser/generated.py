@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from unet_denoiser.data.decode import open_image
 from unet_denoiser.data.pictures import Pictures
 from unet_denoiser.inputs import CONDITIONS
 from unet_denoiser.recipe import DataConfig
+from unet_denoiser.recipe_sampling import SamplingConfig
 from unet_denoiser.run import Run
+from unet_denoiser.samplers import Sampler
 from unet_denoiser.sampling import sample
 
 
@@ -34,10 +36,10 @@ class Generated:
         count: how many.
         seed: of the first.
         batch_size: made at a time.
-        options: of `sample`, such as `num_inference_steps`.
+        config: how they are made.
 
     Raises:
-        ValueError: a run whose conditions the data do not have.
+        ValueError: a run whose conditions the data do not have, or a configuration that cannot work with it.
     """
 
     def __init__(
@@ -50,12 +52,16 @@ class Generated:
         batch_size: int = 64,
         checkpoint: str = "latest",
         device: str | torch.device = "cpu",
-        **options: Any,
+        config: SamplingConfig | None = None,
     ) -> None:
-        self.run, self.data, self.count, self.seed = run, data, count, seed
-        self.batch_size, self.options = batch_size, options
+        self.run, self.data, self.count, self.seed, self.batch_size = run, data, count, seed, batch_size
+        self.config = config or SamplingConfig()
+        Sampler(self.config, run.process)  # refuses what cannot work before anything else takes time
         self.model = run.load_model(checkpoint).to(device)
         self.names = _conditions(self.model.config, data)
+        if not self.names and self.config.guidance_scale != 1:
+            scale = self.config.guidance_scale
+            raise ValueError(f"guidance_scale={scale} needs conditions, which {run.path} was trained without; give 1")
         self.items = np.resize(np.random.default_rng(seed).permutation(len(data)), count)
         self.labels: Tensor | None = None
         if "class_labels" in self.names:
@@ -70,7 +76,7 @@ class Generated:
             "step": int(read_facts(paths[-1])["step"]) if paths else None,
             "seed": seed,
             "batch_size": batch_size,
-            "sampling": options,
+            "sampling": asdict(self.config),
         }
 
     def __len__(self) -> int:
@@ -80,13 +86,18 @@ class Generated:
         with tqdm(total=self.count, desc="samples", unit="img", disable=None) as bar:
             for start in range(0, self.count, self.batch_size):
                 stop = min(start + self.batch_size, self.count)
-                given = self.options | self._conditions_of(start, stop)
-                seeds = range(self.seed + start, self.seed + stop)
-                x = sample(self.model, self.run.process, seeds=seeds, batch_size=self.batch_size, **given)
+                x = sample(
+                    self.model,
+                    self.run.process,
+                    seeds=range(self.seed + start, self.seed + stop),
+                    batch_size=self.batch_size,
+                    config=self.config,
+                    **self._conditions_of(start, stop),
+                )
                 yield self.run.decode(x.cpu())
                 bar.update(stop - start)
 
-    def _conditions_of(self, start: int, stop: int) -> dict[str, Tensor]:
+    def _conditions_of(self, start: int, stop: int) -> dict[str, Any]:
         if self.names == ["class_labels"]:
             assert self.labels is not None
             return {"class_labels": self.labels[start:stop]}
@@ -96,14 +107,16 @@ class Generated:
         return {name: torch.stack([torch.as_tensor(item[name]) for item in items]) for name in self.names}
 
 
-def picture_data(config: DataConfig, name: str = "data") -> ImageData:
+def _pictures(config: DataConfig, name: str) -> ImageData:
     """The pictures alone that a configuration names: no latents, no captions encoded, all of one size.
 
     Raises:
         ValueError: a stream.
     """
     plain = replace(config, text_encoder=None, caption_length=None, vae=None, standardize_latents=False, concat=None)
-    plain = replace(plain, latent_mean=None, latent_std=None, horizontal_flip=False, aspect_buckets=False)
+    plain = replace(
+        plain, latent_mean=None, latent_std=None, horizontal_flip=False, aspect_buckets=False, cache_images=False
+    )
     return _indexed(load_data(plain), name)
 
 
@@ -114,27 +127,51 @@ def conditioned_data(config: DataConfig, pictures: ImageData) -> ImageData:
     return _indexed(load_data(replace(config, horizontal_flip=False, aspect_buckets=False)), "data")
 
 
-def samples_of_files(source: Path, like: ImageData, count: int | None) -> ImageData:
-    """Samples that were written to a folder of pictures, an .npz or .npy, of the data's size and channels.
-
-    Args:
-        count: use the first so many.
+def read_samples(source: Path, like: ImageData) -> ImageData:
+    """Samples in a folder of pictures, an .npz or an .npy, of the data's size and channels; classes by their names.
 
     Raises:
-        ValueError: pictures of another size.
+        ValueError: pictures of another size; nothing is scaled unseen.
     """
-    # its size is the data's, so that nothing is scaled unseen; a folder's channels are converted, an array's are not
-    channels = like.channels if source.is_dir() else None
-    found = _indexed(load_data(str(source), image_size=like.image_size, channels=channels), "samples")
-    size = found.image_size
+    channels = like.channels if source.is_dir() else None  # arrays are not converted
+    found = _indexed(load_data(str(source), channels=channels), "samples")
+    size = tuple(found.image_size)
     if isinstance(found, Pictures):
         width, height = open_image(str(found.source(0))).size
         size = (height, width)
-    elif hasattr(found, "images"):
-        size = tuple(np.load(source)["images"].shape[1:3]) if source.suffix == ".npz" else found.images.shape[2:]
-    if tuple(size) != tuple(like.image_size):
-        raise ValueError(f"samples={source} are of size {tuple(size)}, the data of {tuple(like.image_size)}")
+        if size == tuple(like.image_size) != tuple(found.image_size):  # a large size is not taken by itself
+            found = _indexed(load_data(str(source), channels=channels, image_size=size), "samples")
+    if size != tuple(like.image_size):
+        raise ValueError(f"samples={source} are of size {size}, the data of {tuple(like.image_size)}")
+    if found.labels is not None and found.class_names is not None:
+        known = like.class_names or []
+        same = set(found.class_names) <= set(known)
+        found.labels = torch.tensor([known.index(name) for name in found.class_names])[found.labels] if same else None
     return found
+
+
+def evaluated_data(
+    run: Run | None, source: str | None, held_out: str | None, held_out_split: str | None
+) -> tuple[DataConfig, ImageData, ImageData | None]:
+    """The training images and those held out, both as the run would read them; and the configuration of the former.
+
+    Args:
+        source: of the training images (default: the run's).
+        held_out: source of the others, or None.
+        held_out_split: split of the others, with the training images' source.
+
+    Raises:
+        ValueError, OSError: data that are not there or cannot be compared.
+    """
+    if held_out is not None and held_out_split is not None:
+        raise ValueError("held_out and held_out_split: give one of them")
+    config = DataConfig(source or "") if run is None else replace(run.data, source=source or run.data.source)
+    images = _pictures(config, "data")
+    if held_out is None and held_out_split is None:
+        return config, images, None
+    same = replace(config, image_size=images.image_size, class_names=tuple(images.class_names or ()) or None)
+    same = replace(same, source=held_out or config.source, split=held_out_split or config.split)
+    return config, images, _pictures(same, "held_out")
 
 
 def _indexed(data: ImageData | StreamData, name: str) -> ImageData:

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from unet_denoiser.inputs import CONDITIONS
+from unet_denoiser.recipe_sampling import SamplingConfig
 
 
-def classifier_free_guidance(
-    model: Callable[..., Tensor],
-    guidance_scale: float,
-    guided: Sequence[str] | None = None,
-    *,
-    guided_channels: int | None = None,
-    **inputs: Tensor | None,
-) -> Callable[[Tensor, Tensor], Tensor]:
+class Guidance:
     """A function (x_t, t) -> output that bends the network's prediction towards its conditions.
 
     output = unconditional + guidance_scale * (conditional - unconditional) (Ho and Salimans 2022, equation 6, with
@@ -28,50 +20,54 @@ def classifier_free_guidance(
     otherwise both halves run as one batch.
 
     Args:
-        model: called as model(x, t, **inputs), with the conditions that are to count dropped by its `drop` argument.
-        guided: the conditions that the unconditional half goes without; it keeps the others (default: all).
-        guided_channels: how many of the output's first channels are guided, where the others are no prediction (a
-            learned variance); those are the conditional network's. All by default.
-        inputs: conditions, each (B, ...); None for those that are absent. `concat` counts as one; others than those of
+        network: called as network(x, t, **conditions), with the conditions that are to count dropped by its `drop`
+            argument. The tensors of all of a generation's calls are the same objects.
+        config: `guidance_scale`.
+        conditions: each (B, ...); None for those that are absent. `concat` counts as one; others than those of
             `CONDITIONS` (`context_mask`) go along with them.
+        guided: the conditions that the unconditional half goes without; it keeps the others (default: all).
+        channels: how many of the output's first channels are guided, where the others are no prediction (a learned
+            variance); those are the conditional network's. All by default.
 
     Raises:
         ValueError: a scale other than 1 without any condition, or a name in `guided` that was not given.
     """
-    if not math.isfinite(guidance_scale):
-        raise ValueError(f"guidance_scale={guidance_scale} must be a finite number; 1 is off")
-    given = {name: value for name, value in inputs.items() if value is not None}
-    conditions = [name for name in (*CONDITIONS, "concat") if name in given]
-    if unknown := [name for name in guided or () if name not in conditions]:
-        raise ValueError(f"guided={unknown[0]!r} is not one of the conditions given: {', '.join(conditions) or 'none'}")
-    conditions = conditions if guided is None else list(guided)
-    if guidance_scale == 1:
-        return partial(model, **given)
-    if not conditions:
-        raise ValueError(
-            f"guidance_scale={guidance_scale} needs a condition ({', '.join(CONDITIONS)}); without one give 1"
-        )
-    if guidance_scale == 0:
-        rows = len(given[conditions[0]])
-        device = given[conditions[0]].device
-        return partial(
-            model, drop=dict.fromkeys(conditions, torch.ones(rows, dtype=torch.bool, device=device)), **given
-        )
-    doubled = {name: torch.cat([value, value]) for name, value in given.items()}
-    return partial(_guided, model, guidance_scale, guided_channels, conditions, doubled)
 
+    def __init__(
+        self,
+        network: Callable[..., Tensor],
+        config: SamplingConfig | None = None,
+        conditions: Mapping[str, Tensor | None] | None = None,
+        *,
+        guided: Sequence[str] | None = None,
+        channels: int | None = None,
+    ) -> None:
+        self.network, self.channels = network, channels
+        self.scale = scale = 1.0 if config is None else config.guidance_scale
+        given = {name: value for name, value in (conditions or {}).items() if value is not None}
+        self.inputs: dict[str, Any] = given
+        names = [name for name in (*CONDITIONS, "concat") if name in given]
+        if unknown := [name for name in guided or () if name not in names]:
+            raise ValueError(f"guided={unknown[0]!r} is not one of the conditions given: {', '.join(names) or 'none'}")
+        names = names if guided is None else list(guided)
+        if scale == 1:
+            return
+        if not names:
+            raise ValueError(f"guidance_scale={scale} needs a condition ({', '.join(CONDITIONS)}); without one give 1")
+        dropped = torch.ones(len(given[names[0]]), dtype=torch.bool, device=given[names[0]].device)
+        if scale == 0:
+            self.inputs = given | {"drop": dict.fromkeys(names, dropped)}
+            return
+        doubled = {name: torch.cat([value, value]) for name, value in given.items()}
+        self.inputs = doubled | {"drop": dict.fromkeys(names, torch.cat([~dropped, dropped]))}
 
-def _guided(
-    model: Callable[..., Tensor],
-    scale: float,
-    channels: int | None,
-    conditions: list[str],
-    doubled: dict[str, Any],
-    x: Tensor,
-    t: Tensor,
-) -> Tensor:
-    drop = torch.arange(2 * len(x), device=x.device) >= len(x)
-    output = model(torch.cat([x, x]), torch.cat([t, t]), drop=dict.fromkeys(conditions, drop), **doubled)
-    conditional, unconditional = output.chunk(2)
-    guided = unconditional + scale * (conditional - unconditional)
-    return guided if channels is None else torch.cat([guided[:, :channels], conditional[:, channels:]], dim=1)
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """The guided output; x (B, ...) what the network sees of the samples, t (B,)."""
+        if self.scale in (0, 1):
+            return self.network(x, t, **self.inputs)
+        output = self.network(torch.cat([x, x]), torch.cat([t, t]), **self.inputs)
+        conditional, unconditional = output.chunk(2)
+        guided = unconditional + self.scale * (conditional - unconditional)
+        if self.channels is None:
+            return guided
+        return torch.cat([guided[:, : self.channels], conditional[:, self.channels :]], dim=1)

@@ -74,16 +74,16 @@ def nearest_pixels(pictures: Tensor, data: ImageData, indices: Sequence[int]) ->
     return best / queries.shape[1] ** 0.5, found
 
 
-def save_pairs(pictures: Tensor, distances: Tensor, rows: Sequence[tuple[ImageData, Tensor]], path: Path) -> Path:
+def save_pairs(pictures: Tensor, distances: Tensor, data: ImageData, neighbours: Sequence[Tensor], path: Path) -> Path:
     """A picture of the samples that are closest to training images: samples above, their neighbours below.
 
     Args:
         pictures: (Q, C, H, W) samples in [-1, 1], with their distances (Q,).
-        rows: one row of the picture each: data, and the index of each sample's neighbour in it (Q,).
+        neighbours: the index of each sample's neighbour in the data (Q,), by pixels and by features; a row for each.
     """
     closest = distances.argsort()[:SHOWN]
     shown = [pictures[closest].cpu()]
-    for data, indices in rows:
+    for indices in neighbours:
         shown.append(torch.stack([data[i]["image"] for i in indices[closest].tolist()]))
     return save_grid(torch.cat(shown), path, columns=len(closest), data_range=(-1.0, 1.0))
 

@@ -18,6 +18,7 @@ from docstring_parser import parse
 from unet_denoiser.config import UNetConfig
 from unet_denoiser.memory_config import MemoryConfig
 from unet_denoiser.recipe import DataConfig, DiffusionConfig, QKVOrder, TrainingConfig
+from unet_denoiser.recipe_sampling import SamplingConfig
 
 
 def options_of(config: type, without: tuple[str, ...] = ()) -> Any:
@@ -77,12 +78,14 @@ if TYPE_CHECKING:
     ProcessOptions: TypeAlias = dict[str, Any]
     ModelOptions: TypeAlias = dict[str, Any]
     MemoryOptions: TypeAlias = dict[str, Any]
+    SamplingOptions: TypeAlias = dict[str, Any]
 else:
     DataOptions = Annotated[options_of(DataConfig, without=("source",)), tyro.conf.OmitArgPrefixes]
     TrainingOptions = Annotated[options_of(TrainingConfig), tyro.conf.OmitArgPrefixes]
     ProcessOptions = options_of(DiffusionConfig)
     ModelOptions = options_of(UNetConfig)
     MemoryOptions = Annotated[options_of(MemoryConfig), tyro.conf.OmitArgPrefixes]
+    SamplingOptions = Annotated[options_of(SamplingConfig), tyro.conf.OmitArgPrefixes]
 OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 OptionalSize = Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="INT [INT]", help_behavior_hint="")]
 OptionalNumber = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]

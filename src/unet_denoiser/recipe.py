@@ -1,4 +1,4 @@
-"""How a network is trained and sampled, as data: every option once, checked when it is built. Standard library only."""
+"""How a network is trained, as data: every option once, checked when it is built. Standard library only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 VarianceType = Literal["fixed_small", "fixed_large", "learned_range"]
 LossWeightingName = Literal["constant", "min_snr", "p2", "truncated_snr", "learned"]
-SamplerName = Literal["ddpm", "ddim", "dpm++", "unipc", "euler", "heun"]
 ResizeMode = Literal["center_crop", "random_crop", "pad", "stretch"]
 OnBad = Literal["raise", "skip"]
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]

@@ -1,125 +1,90 @@
-"""The reverse process: from noise to data, with any sampler, for any network.
-
-Samplers are `diffusers` schedulers. They are all handed the same thing, the velocity that belongs to a predicted and
-clipped x0, so what the network predicts and how x0 is clipped is settled once, in `Diffusion`.
-"""
+"""The reverse process: from noise to data, with any sampler, for any network."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, replace
+from functools import partial
 from typing import Any, NamedTuple
 
-import diffusers
 import torch
 from torch import Tensor, nn
 
 from unet_denoiser.diffusion import Diffusion, network_input
-from unet_denoiser.guidance import classifier_free_guidance
-from unet_denoiser.inputs import with_concat
-from unet_denoiser.recipe import SamplerName, check_choice
+from unet_denoiser.guidance import Guidance
+from unet_denoiser.inputs import CONDITIONS, with_concat
+from unet_denoiser.recipe_sampling import SamplingConfig
+from unet_denoiser.samplers import Sampler
 from unet_denoiser.unet import UNet
 
-SAMPLERS: dict[SamplerName, tuple[str, dict[str, Any]]] = {
-    "ddpm": ("DDPMScheduler", {}),
-    "ddim": ("DDIMScheduler", {}),
-    "dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
-    "unipc": ("UniPCMultistepScheduler", {"solver_order": 2}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-}
+INPUTS = (*CONDITIONS, "context_mask", "time_cond", "concat")  # what a network is given beside x and t, row by row
 
 
 class Step(NamedTuple):
     """One step of the reverse process: its timestep, x after it and the x0 predicted in it, both (B, C, *spatial)."""
 
-    t: int
+    t: float
     x: Tensor
     x0: Tensor
 
 
-def make_sampler(name: SamplerName, process: Diffusion, num_inference_steps: int) -> Any:
-    """A `diffusers` scheduler bound to the process: its schedule, and steps counted back from the last timestep.
+class Start(NamedTuple):
+    """Where the reverse process starts, if not from pure noise.
 
-    Raises:
-        ValueError: an unknown name, or a number of steps the schedule does not have.
+    Args:
+        x: (N, C, *spatial), one per seed: data, which are noised to the level of the first step, or x_t itself.
+        first_step: the step to begin with, from 0 to `num_inference_steps` - 1.
+        add_noise: False where x is x_t, at that step's noise level already.
     """
-    check_choice("sampler", name, SamplerName)
-    if not 1 <= num_inference_steps <= process.num_train_timesteps:
-        raise ValueError(f"num_inference_steps={num_inference_steps} must be 1 to {process.num_train_timesteps}")
-    class_name, options = SAMPLERS[name]
-    zero_snr = bool(process.alphas[-1] == 0)
-    if zero_snr and name == "heun":
-        raise ValueError(
-            "sampler='heun' has no finite start for a schedule that ends in pure noise; use 'dpm++' or 'ddim'"
-        )
-    scheduler = getattr(diffusers, class_name)(
-        num_train_timesteps=process.num_train_timesteps,
-        trained_betas=process.scheduler.betas.numpy(),
-        prediction_type="v_prediction",
-        timestep_spacing="trailing",
-        **({"variance_type": process.variance_type} if name == "ddpm" else {}),
-        **({"clip_sample": False} if name in ("ddpm", "ddim", "heun") else {}),
-        **({"rescale_betas_zero_snr": True} if zero_snr else {}),
-        **options,
-    )
-    scheduler.set_timesteps(num_inference_steps)
-    return scheduler
+
+    x: Tensor
+    first_step: int = 0
+    add_noise: bool = True
 
 
 def denoise(
     predict: Callable[[Tensor, Tensor], Tensor],
     process: Diffusion,
-    noise: Tensor,
+    x: Tensor,
+    config: SamplingConfig | None = None,
     *,
-    sampler: SamplerName = "dpm++",
-    num_inference_steps: int = 25,
-    clip_sample: bool = True,
+    first_step: int = 0,
+    edit: Callable[[Tensor, float], Tensor] | None = None,
     generators: list[torch.Generator] | None = None,
+    **options: Any,
 ) -> Iterator[Step]:
     """Run the reverse process from pure noise, one step at a time.
 
     Args:
-        predict: (input, t (B,)) -> the network's output; `classifier_free_guidance` makes one. The input is x_t (B, C,
-            ...), with self-conditioning followed by the x0 of the step before (zero in the first).
-        noise: (B, C, ...) draw from N(0, 1), in float32.
-        clip_sample: clip each predicted x0 to the data's range. Without it the first steps, which divide by an alpha
-            near zero, can leave the data far behind when the network predicts noise.
+        predict: (input, t (B,)) -> the network's output; `Guidance` is one. The input is x_t (B, C, ...), with
+            self-conditioning followed by the x0 of the step before (zero in the first).
+        x: (B, C, ...) draw from N(0, 1), in float32; with `first_step`, x_t at that step's noise level.
+        config, options: how; the options are `SamplingConfig`'s, and go before it.
+        first_step: the step to begin with, from 0 to `num_inference_steps` - 1.
+        edit: (x0, t) -> x0, what becomes of every predicted x0 before the sampler sees it.
         generators: one per sample, for the samplers that draw noise on the way (ddpm).
 
     Yields:
-        A `Step` for every call of the network; the last one's x is the result.
+        A `Step` for every call of the network; the last one's x is the result. Its x is x_t in the process's scale,
+        whatever the sampler.
     """
-    scheduler = make_sampler(sampler, process, num_inference_steps)
-    x = noise * scheduler.init_noise_sigma
-    draws = {"generator": generators} if sampler == "ddpm" else {}
+    config = replace(config or SamplingConfig(), **options)
+    sampler = Sampler(config, process, first_step)
     estimate = torch.zeros_like(x) if process.self_conditioning else None
-    timesteps = scheduler.timesteps.to(x.device)  # all at once: torch waits for each copy to a GPU
-    for i, t in enumerate(scheduler.timesteps):
-        alpha, sigma = _noise_level(scheduler, i)
-        xt = scheduler.scale_model_input(x, t)
+    timesteps = sampler.timesteps.to(x.device)  # all at once: torch waits for each copy to a GPU
+    for i in range(sampler.first, len(sampler)):
         with torch.no_grad():
-            output = predict(network_input(xt, estimate), timesteps[i].expand(len(xt)))
-        prediction, variance = process.split(output, xt)
-        x0 = process.predict_x0(prediction, xt, alpha, sigma, clip_sample)
-        velocity = alpha * (xt - alpha * x0) / sigma - sigma * x0
+            output = predict(network_input(x, estimate), timesteps[i].expand(len(x)))
+        prediction, variance = process.split(output, x)
+        x0 = process.predict_x0(prediction, x, *sampler.noise_level(i), config.clip_sample)
+        t = sampler.timesteps[i].item()
+        if edit is not None:
+            x0 = edit(x0, t)
         if estimate is not None:
             estimate = process.clip(x0)  # as in training, whatever clip_sample
-        if variance is not None and sampler == "ddpm":
-            velocity = torch.cat([velocity, variance], dim=1)
-        x = scheduler.step(velocity, t, x, return_dict=False, **draws)[0]
-        if sampler == "ddpm" and i == len(scheduler.timesteps) - 1:
-            x = x0  # diffusers adds noise to the result too, when the last of few steps does not start at t = 0
-        yield Step(int(t), x, x0)
-
-
-def _noise_level(scheduler: Any, i: int) -> tuple[Tensor, Tensor]:
-    """(alpha, sigma) of the x_t that the network sees in step i, as the scheduler itself counts them."""
-    if hasattr(scheduler, "sigmas"):  # sigma / alpha, which grows without bound
-        ratio = scheduler.sigmas[i]
-        return 1 / (1 + ratio**2).sqrt(), ratio / (1 + ratio**2).sqrt()
-    alpha_squared = scheduler.alphas_cumprod[scheduler.timesteps[i]]
-    return alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
+        x = sampler.step(i, x, x0, variance, generators)
+        yield Step(t, x, x0)
 
 
 def sample(
@@ -129,26 +94,29 @@ def sample(
     seeds: Sequence[int],
     image_size: int | Sequence[int] | None = None,
     batch_size: int = 64,
-    sampler: SamplerName = "dpm++",
-    num_inference_steps: int = 25,
-    guidance_scale: float = 1.0,
-    guided: Sequence[str] | None = None,
-    clip_sample: bool = True,
     on_step: Callable[[Step], object] | None = None,
-    **conditions: Tensor | None,
+    config: SamplingConfig | None = None,
+    start: Start | None = None,
+    edit: Callable[[Tensor, float, slice], Tensor] | None = None,
+    guided: Sequence[str] | None = None,
+    **options_and_conditions: Any,
 ) -> Tensor:
     """Generate one sample per seed; sample i depends on seed i and its conditions alone, not on the batch.
 
     Args:
         model: runs in evaluation mode and is left in the mode it was in.
         seeds: any integers that torch.Generator takes; noise is drawn on the CPU in float32.
-        image_size: size of the samples, one int or one per axis (default: that of `concat`, else the
-            configuration's).
+        image_size: size of the samples, one int or one per axis (default: that of `concat`, else that of `start`, else
+            the configuration's).
         batch_size: samples per call of the network.
-        guidance_scale, guided: see `classifier_free_guidance`; 1 is off.
         on_step: called after every step of every batch, for progress bars and previews.
-        conditions: `class_labels`, `vector`, `context`, `context_mask`, each with one row per seed, or None;
-            and `concat` (B, C2, *spatial) for a network that was trained with it.
+        config: how samples are made.
+        start: where to start, if not from pure noise.
+        edit: (x0, t, rows) -> x0, what becomes of the predicted x0 of the seeds[rows] before the sampler sees them.
+        guided: see `Guidance`.
+        options_and_conditions: fields of `SamplingConfig`, which go before `config`; and conditions, `class_labels`,
+            `vector`, `context`, `context_mask`, each with one row per seed, or None, and `concat` (B, C2, *spatial)
+            for a network that was trained with it.
 
     Returns:
         (len(seeds), C, *spatial) float32 on the model's device.
@@ -156,40 +124,61 @@ def sample(
     Raises:
         ValueError: conditions that do not match the seeds, or options that cannot work; before any sampling.
     """
-    given = {name: value for name, value in conditions.items() if value is not None}
-    sizes = _check_request(model, seeds, image_size, batch_size, given)
+    config, given = _read_options(config, options_and_conditions)
+    sizes = _check_request(model, seeds, image_size, batch_size, given, start)
     channels = _check_channels(model, process, _concat_channels(given))
-    make_sampler(sampler, process, num_inference_steps)
+    sampler = Sampler(config, process, 0 if start is None else start.first_step)
     device, samples = model.input_conv.weight.device, []
 
     def network(x: Tensor, t: Tensor, **inputs: Any) -> Tensor:
         return model(x.to(model.dtype), t, **inputs).float()
 
     with _evaluating(model):
-        for start in range(0, len(seeds), batch_size):
-            rows = slice(start, start + batch_size)
+        for first in range(0, len(seeds), batch_size):
+            rows = slice(first, first + batch_size)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[rows]]
-            noise = torch.stack([torch.randn(channels, *sizes, generator=g) for g in generators])
+            x = torch.stack([torch.randn(channels, *sizes, generator=g) for g in generators]).to(device)
+            if start is not None:
+                x = _started(start, x, sampler, rows)
             inputs = {
                 name: value[rows].to(device, model.dtype if value.is_floating_point() else None)
                 for name, value in given.items()
             }
-            steps = denoise(
-                classifier_free_guidance(
-                    with_concat(network), guidance_scale, guided, guided_channels=channels, **inputs
-                ),
+            for step in denoise(
+                Guidance(with_concat(network), config, inputs, guided=guided, channels=channels),
                 process,
-                noise.to(device),
-                sampler=sampler,
-                num_inference_steps=num_inference_steps,
-                clip_sample=clip_sample,
+                x,
+                config,
+                first_step=0 if start is None else start.first_step,
+                edit=None if edit is None else partial(_edited, edit, rows),
                 generators=generators,
-            )
-            for step in steps:
+            ):
                 if on_step is not None:
                     on_step(step)
             samples.append(step.x)
     return torch.cat(samples)
+
+
+def _read_options(config: SamplingConfig | None, given: Mapping[str, Any]) -> tuple[SamplingConfig, dict[str, Tensor]]:
+    """The keywords of `sample` as its configuration and its conditions."""
+    options = {field.name for field in fields(SamplingConfig)}
+    if unknown := [name for name in given if name not in options and name not in INPUTS]:
+        raise ValueError(
+            f"{unknown[0]} is neither a condition ({', '.join(INPUTS)}) nor an option ({', '.join(sorted(options))})"
+        )
+    config = replace(config or SamplingConfig(), **{name: given[name] for name in given if name in options})
+    return config, {name: given[name] for name in INPUTS if given.get(name) is not None}
+
+
+def _started(start: Start, noise: Tensor, sampler: Sampler, rows: slice) -> Tensor:
+    """x_t of the first step."""
+    x = start.x[rows].to(noise)
+    alpha, sigma = sampler.noise_level(sampler.first)
+    return alpha * x + sigma * noise if start.add_noise else x
+
+
+def _edited(edit: Callable[[Tensor, float, slice], Tensor], rows: slice, x0: Tensor, t: float) -> Tensor:
+    return edit(x0, t, rows)
 
 
 def _check_request(
@@ -198,11 +187,13 @@ def _check_request(
     image_size: int | Sequence[int] | None,
     batch_size: int,
     conditions: dict[str, Tensor],
+    start: Start | None,
 ) -> tuple[int, ...]:
     """The size of the samples, one int per axis, after everything that was asked for has been checked."""
     config = model.config
     concat = conditions.get("concat")
-    natural = config.image_size if concat is None else tuple(concat.shape[2:])
+    like = concat if concat is not None or start is None else start.x
+    natural = config.image_size if like is None else tuple(like.shape[2:])
     sizes = natural if image_size is None else image_size
     sizes = (sizes,) * config.dims if isinstance(sizes, int) else tuple(sizes)
     if len(sizes) != config.dims or min(sizes) < 1:
@@ -216,6 +207,8 @@ def _check_request(
             raise ValueError(f"{name} has {len(value)} rows for {len(seeds)} seeds; give one row per seed")
     if concat is not None and tuple(concat.shape[2:]) != sizes:
         raise ValueError(f"concat has size {tuple(concat.shape[2:])}; the samples have {sizes}")
+    if start is not None and (len(start.x), *start.x.shape[2:]) != (len(seeds), *sizes):
+        raise ValueError(f"start has shape {tuple(start.x.shape)}; there are {len(seeds)} seeds of size {sizes}")
     return sizes
 
 

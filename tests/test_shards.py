@@ -18,7 +18,7 @@ from unet_denoiser.cli import main
 from unet_denoiser.data import load_data
 from unet_denoiser.images import to_uint8
 from unet_denoiser.recipe import DataConfig
-from unet_denoiser.shards import Shards, fingerprint, read_shards
+from unet_denoiser.shards import Shards, digest_weights, read_shards
 
 TINY = "--model.model-channels 8 --model.num-res-blocks 1 --batch-size 4 --steps 1 --device cpu".split()  # noqa: SIM905
 OPTIONS = ["--num-inference-steps", "2", "--batch-size", "2", "--num-images", "40", "--device", "cpu", "--seed", "7"]
@@ -123,11 +123,11 @@ def test_refuses_to_mix_settings(run, undisturbed, capsys, changed, message):
 
 def test_other_weights_are_other_settings(run, undisturbed):
     model = Run.load(run).load_model()
-    weights = fingerprint(model)
+    weights = digest_weights(model)
     assert json.loads((undisturbed / "settings.json").read_text())["weights"] == weights
     with torch.no_grad():
         model.output[-1].bias += 1e-6
-    assert fingerprint(model) != weights
+    assert digest_weights(model) != weights
 
 
 def test_two_processes_are_one(run, undisturbed, tmp_path):

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from unet_denoiser.editing import outpaint as outpaint
     from unet_denoiser.editing import upscale as upscale
     from unet_denoiser.ema import EMA as EMA
+    from unet_denoiser.evaluation import evaluate as evaluate
+    from unet_denoiser.features import load_extractor as load_extractor
     from unet_denoiser.guidance import Guidance as Guidance
     from unet_denoiser.images import save_grid as save_grid
     from unet_denoiser.interpolation import interpolate as interpolate
@@ -75,6 +77,8 @@ _WHERE = {
     "FolderData": "data",
     "ImageData": "data",
     "EMA": "ema",
+    "evaluate": "evaluation",
+    "load_extractor": "features",
     "Trainer": "training",
     "TrainingConfig": "recipe",
     "DataConfig": "recipe",

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from unet_denoiser.cli_evaluate import evaluate
 from unet_denoiser.cli_networks import convert, info
 from unet_denoiser.cli_sampling import sample
 from unet_denoiser.endings import one_line_ends, one_line_errors, one_line_warning
@@ -128,6 +129,7 @@ def doctor(
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "sample": sample,
+    "evaluate": evaluate,
     "doctor": doctor,
     "info": info,
     "convert": convert,

@@ -16,9 +16,10 @@ from accelerate.state import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from unet_denoiser.cache import digest
 from unet_denoiser.images import to_uint8
 from unet_denoiser.run import Run
-from unet_denoiser.shards import Shards, fingerprint
+from unet_denoiser.shards import Shards, digest_weights
 from unet_denoiser.tasks import Request, perform
 from unet_denoiser.unet import UNet
 
@@ -69,8 +70,8 @@ def open_shards(run: Run, model: UNet, request: Request, folder: Path, batch_siz
         "caption": request.captions,
         "vector": request.vector,
         "image_size": request.image_size,
-        "pictures": fingerprint(*(Path(file).read_bytes() for file in files)),
-        "weights": fingerprint(model),
+        "pictures": digest(Path(file).read_bytes() for file in files),
+        "weights": digest_weights(model),
         "process": run.process.to_dict(),
     }
     del settings["compile"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from unet_denoiser.cache import digest
 from unet_denoiser.files import read_json, remove_leftovers, write_atomically
 
 SETTINGS = "settings.json"
@@ -89,17 +89,10 @@ def read_shards(folder: Path, name: str = "images") -> np.ndarray:
     return np.concatenate([np.load(shards.path(part), allow_pickle=False)[name] for part in shards.parts()])
 
 
-def fingerprint(*parts: nn.Module | bytes) -> str:
-    """The same for the same weights and contents of files, and for no others: a SHA-256 sum."""
-    digest = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, bytes):
-            digest.update(part)
-            continue
-        for name, value in part.state_dict().items():
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def digest_weights(model: nn.Module) -> str:
+    """A name for a network's weights, the same for the same values only."""
+    weights = ((name, t.detach().cpu().contiguous().view(-1)) for name, t in model.state_dict().items())
+    return digest(part for name, t in weights for part in (name, t.view(torch.uint8).numpy().tobytes()))
 
 
 def _shortly(value: object) -> str:

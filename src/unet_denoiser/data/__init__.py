@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from unet_denoiser.data.arrays import DIGITS, load_digits_data, load_npy, load_npz
 from unet_denoiser.data.arrays import ArrayData as ArrayData
 from unet_denoiser.data.arrays import digits as digits
-from unet_denoiser.data.arrays import load_digits_data, load_npy, load_npz
 from unet_denoiser.data.base import ImageData as ImageData
 from unet_denoiser.data.base import Place as Place
 from unet_denoiser.data.base import UnreadableItemError as UnreadableItemError
@@ -44,7 +44,7 @@ def load_data(config: DataConfig | str | Path, **options: Any) -> ImageData | St
 
 def _load_pictures(config: DataConfig) -> ImageData | StreamData:
     path = Path(config.source)
-    if config.source == "digits":
+    if config.source in DIGITS:
         return load_digits_data(config)
     if config.source.startswith("hf:") or path.suffix == ".parquet" or _is_table(path):
         from unet_denoiser.data.hub import load_hub

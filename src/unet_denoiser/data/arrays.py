@@ -25,6 +25,7 @@ from unet_denoiser.data.base import (
 from unet_denoiser.data.decode import fill_colour
 from unet_denoiser.recipe import DataConfig, ResizeMode
 
+DIGITS = ("digits", "digits:held-out")
 CHECKED = 256  # images of a mapped file whose range is looked at before training
 
 
@@ -179,7 +180,7 @@ def digits(held_out: bool = False) -> tuple[np.ndarray, np.ndarray]:
 
 
 def load_digits_data(config: DataConfig) -> ArrayData:
-    images, labels = digits()
+    images, labels = digits(held_out=config.source == "digits:held-out")
     return _checked(ArrayData(images, labels, config.class_names, config.image_size, config=config))
 
 

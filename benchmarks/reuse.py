@@ -1,0 +1,303 @@
+"""Guided sampling with reused deep features: its time beside diffusers' own loop, and what it does to the samples.
+
+First the same images from the same noise on both sides, then times in turn in one process, then the kernel distance of
+samples to held-out images for many settings. Features of samples are kept in --cache piece by piece, so a run that was
+stopped goes on. Run: python benchmarks/reuse.py fashion=RUN:TEST.npz photos=RUN:TEST.npz [--count 2000] [--quick]
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from measure import describe, fastest, machine, progress, table
+from torch import Tensor
+
+from unet_denoiser import Run, UNet, load_data, sample, save_grid
+from unet_denoiser.convert import save
+from unet_denoiser.features import Extractor, load_extractor
+from unet_denoiser.files import write_atomically
+from unet_denoiser.metrics import kernel_distance
+from unet_denoiser.recipe import DataConfig
+from unet_denoiser.shards import digest_weights
+
+GUIDANCE_SCALE, PIECE, LARGEST_ERROR = 2.0, 100, 1e-4
+SCHEDULERS = {"ddim": diffusers.DDIMScheduler, "dpm++": diffusers.DPMSolverMultistepScheduler}
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How samples are made; without `ours` in diffusers' loop."""
+
+    sampler: str
+    steps: int
+    reuse: int | None = None
+    ours: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.sampler} {self.steps}" + (f" reuse {self.reuse}" if self.reuse else "")
+
+
+SETTINGS = [
+    *(Setting("ddim", 50, n) for n in (None, 3, 4, 5, 8)),
+    *(Setting("dpm++", 50, n) for n in (None, 4)),
+    *(Setting(sampler, 25, n) for sampler in SCHEDULERS for n in (None, 3)),
+    *(Setting(sampler, 10) for sampler in SCHEDULERS),
+]
+
+
+class Side:
+    """A run's network, and the same weights in diffusers' class."""
+
+    def __init__(self, name: str, run: Path, test: Path) -> None:
+        self.name, self.run, self.test = name, Run.load(run), test
+        self.model = self.run.load_model()
+        self.peer, self.null = as_diffusers(self.model), self.run.model.num_classes
+        self.key = digest_weights(self.model)[:16]
+
+    def labels(self, numbers: range) -> Tensor:
+        return torch.tensor([i % self.null for i in numbers])
+
+    def images(self, setting: Setting, numbers: range, **options: Any) -> Tensor:
+        """Samples of these numbers, which are their seeds too."""
+        if not setting.ours:
+            return diffusers_loop(self, setting, numbers)
+        options |= {"sampler": setting.sampler, "num_inference_steps": setting.steps, "reuse": setting.reuse}
+        labels = self.labels(numbers)
+        return sample(
+            self.model,
+            self.run.process,
+            seeds=numbers,
+            class_labels=labels,
+            guidance_scale=GUIDANCE_SCALE,
+            batch_size=PIECE,
+            **options,
+        )
+
+
+def as_diffusers(model: UNet) -> diffusers.UNet2DModel:
+    """The network as diffusers holds it, the null class one more row of its table of classes."""
+    state = model.state_dict()
+    null = state.pop("null_class")
+    state["class_embedding.weight"] = torch.cat([state["class_embedding.weight"], null[None]])
+    config = replace(model.config, learned_null=False, num_classes=model.config.num_classes + 1)
+    with tempfile.TemporaryDirectory() as folder:
+        save(state, config, Path(folder), "diffusers")
+        return diffusers.UNet2DModel.from_pretrained(folder).eval()
+
+
+@torch.no_grad()
+def diffusers_loop(side: Side, setting: Setting, numbers: range) -> Tensor:
+    """What a user of diffusers writes, as its pipelines do: both halves of the guidance in one batch."""
+    scheduler = SCHEDULERS[setting.sampler].from_config(side.run.process.scheduler.config)
+    scheduler.set_timesteps(setting.steps)
+    config, labels = side.run.model, side.labels(numbers)
+    size = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size
+    draws = [torch.randn(config.in_channels, *size, generator=torch.Generator().manual_seed(i)) for i in numbers]
+    x = torch.stack(draws) * scheduler.init_noise_sigma
+    labels = torch.cat([labels, torch.full_like(labels, side.null)])
+    # as ours does after clipping x0; without it diffusers keeps a noise that no longer belongs to it
+    clipped = {"use_clipped_model_output": True} if setting.sampler == "ddim" else {}
+    for t in scheduler.timesteps:
+        output = side.peer(scheduler.scale_model_input(torch.cat([x, x]), t), t, class_labels=labels).sample
+        conditional, unconditional = output.chunk(2)
+        output = unconditional + GUIDANCE_SCALE * (conditional - unconditional)
+        x = scheduler.step(output, t, x, **clipped).prev_sample
+    return x
+
+
+def check(side: Side) -> dict[str, float]:
+    """The largest difference of full images between both sides; ends where it is too large to compare times."""
+    errors = {}
+    for name in SCHEDULERS:
+        setting = Setting(name, 10)
+        ours = side.images(setting, range(4), clip_sample=name == "ddim")  # diffusers' other sampler clips nothing
+        theirs = side.images(replace(setting, ours=False), range(4))
+        errors[name] = (ours - theirs).abs().max().item()
+    progress(f"{side.name}, largest difference of images in [-1, 1]:", errors)
+    if not max(errors.values()) <= LARGEST_ERROR:
+        raise SystemExit(f"{side.name}: the sides' images differ by {max(errors.values()):.1e}")
+    return errors
+
+
+def times(side: Side, options: argparse.Namespace) -> dict[Setting, float]:
+    """Seconds an image, of every setting and of diffusers' loop with it."""
+    settings = [s for s in SETTINGS if s in options.settings]
+    settings += [replace(s, ours=False) for s in settings if s.reuse is None]
+    numbers = range(options.batch)
+    calls: dict[str, Callable[[], Any]] = {repr(s): partial(side.images, s, numbers) for s in settings}
+    for setting in settings:
+        side.images(replace(setting, steps=2), numbers)  # warm, and transformed weights kept
+    seconds = fastest(calls, options.rounds)
+    found = {s: seconds[repr(s)] / options.batch for s in settings}
+    progress(f"{side.name}, ms an image:", {f"{s}{'' if s.ours else ' (diffusers)'}": 1e3 * found[s] for s in settings})
+    return found
+
+
+def features(side: Side, setting: Setting, extractor: Extractor, options: argparse.Namespace) -> Tensor:
+    """Features of `options.count` samples, from the cache or made now, PIECE at a time."""
+    folder = options.cache / side.name / side.key / extractor.name
+    folder.mkdir(parents=True, exist_ok=True)
+    pieces = []
+    for start in range(0, options.count, PIECE):
+        path = folder / f"{str(setting).replace(' ', '-')}-{start:06d}.npy"
+        if not path.exists():
+            began = time.perf_counter()
+            images = side.images(setting, range(start, start + PIECE))
+            found = extractor(images).cpu().numpy()
+            write_atomically(path, partial(_save, array=found))
+            if start == 0:
+                save_grid(images[:40], folder / f"{str(setting).replace(' ', '-')}.png", 10)
+            progress(f"{side.name}, {setting}: {start + PIECE} of {options.count},", {"s": time.perf_counter() - began})
+        pieces.append(torch.from_numpy(np.load(path)))
+    return torch.cat(pieces)[: options.count]
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    with path.open("wb") as file:
+        np.save(file, array)
+
+
+def reference(side: Side, extractor: Extractor, count: int, cache: Path) -> Tensor:
+    """Features of as many held-out images."""
+    path = cache / side.name / f"test-{extractor.name}-{count}.npy"
+    if not path.exists():
+        data = load_data(DataConfig(str(side.test)))
+        batches = [
+            torch.stack([data[i]["image"] for i in range(j, min(j + PIECE, count))]) for j in range(0, count, PIECE)
+        ]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = np.concatenate([extractor(batch).cpu().numpy() for batch in batches])
+        write_atomically(path, partial(_save, array=found))
+    return torch.from_numpy(np.load(path))
+
+
+def rows(side: Side, extractor: Extractor, options: argparse.Namespace) -> Iterator[Row]:
+    """One row for each setting: seconds an image, share of diffusers' time, distance with its standard error."""
+    errors = check(side)
+    seconds = times(side, options)
+    todo = sum(seconds[s] for s in options.settings) * options.count
+    progress(f"{side.name}: sampling takes {todo / 3600:.1f} h at this speed, less what is kept in {options.cache}")
+    real = reference(side, extractor, options.count, options.cache)
+    full: dict[tuple[str, int], Any] = {}
+    for s in options.settings:
+        kid = kernel_distance(features(side, s, extractor, options), real)
+        if s.reuse is None:
+            full[s.sampler, s.steps] = kid
+        base = full[s.sampler, s.steps]
+        plain = seconds[replace(s, reuse=None, ours=False)]
+        allowed = max(0.1 * abs(base.value), 2 * base.standard_error)
+        yield {
+            "network": side.name,
+            "sampler": s.sampler,
+            "steps": s.steps,
+            "reuse": s.reuse,
+            "seconds": seconds[s],
+            "diffusers": plain,
+            "share": seconds[s] / plain,
+            "kid": kid.value,
+            "error": kid.standard_error,
+            "within": abs(kid.value - base.value) <= allowed,
+            "difference": max(errors.values()),
+        }
+
+
+def render(about: Mapping[str, Any], found: list[Row], options: argparse.Namespace, name: str) -> str:
+    """A table for each network."""
+    parts = [
+        describe(about, "python benchmarks/reuse.py " + " ".join(options.runs)),
+        f"{options.count} samples, guidance {GUIDANCE_SCALE}, batches of {options.batch} for the times. Distance: the "
+        f"kernel distance of {name} features to held-out images, +- its standard error. Within: less than 10 % or two "
+        "standard errors from the full computation's.",
+    ]
+    for network in dict.fromkeys(row["network"] for row in found):
+        body = [
+            [
+                f"{row['sampler']}, {row['steps']} steps",
+                str(row["reuse"] or "off"),
+                f"{1e3 * row['seconds']:.1f}",
+                f"{1e3 * row['diffusers']:.1f}",
+                f"{row['share']:.2f}",
+                f"{1e3 * row['kid']:.2f} +- {1e3 * row['error']:.2f}",
+                "yes" if row["within"] else "no",
+            ]
+            for row in found
+            if row["network"] == network
+        ]
+        head = ["", "reuse", "ms an image", "diffusers, ms", "share", "1000 x distance", "within"]
+        parts += [f"### {network}", table(head, body)]
+    return "\n\n".join(parts)
+
+
+def plot(found: list[Row], path: Path) -> None:
+    """Distance against time: one panel for each network, one line for each sampler and number of steps."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    networks = list(dict.fromkeys(row["network"] for row in found))
+    figure, panels = plt.subplots(1, len(networks), figsize=(5 * len(networks), 4), squeeze=False)
+    for panel, network in zip(panels[0], networks, strict=True):
+        own = [row for row in found if row["network"] == network]
+        for sampler, steps in dict.fromkeys((row["sampler"], row["steps"]) for row in own):
+            line = [row for row in own if (row["sampler"], row["steps"]) == (sampler, steps)]
+            x, y = [1e3 * row["seconds"] for row in line], [1e3 * row["kid"] for row in line]
+            drawn = panel.errorbar(
+                x, y, [1e3 * row["error"] for row in line], marker="o", capsize=2, label=f"{sampler}, {steps} steps"
+            )
+            for row, a, b in zip(line, x, y, strict=True):
+                panel.annotate(f" {row['reuse'] or 'full'}", (a, b), fontsize=7, va="bottom")
+            panel.plot(1e3 * line[0]["diffusers"], y[0], "x", color=drawn[0].get_color())
+        panel.set(title=network, xscale="log", xlabel="ms an image (x: diffusers' loop)")
+        panel.set_ylabel("1000 x kernel distance to held-out images")
+        panel.legend(fontsize=7)
+    figure.tight_layout()
+    write_atomically(path, partial(figure.savefig, format="svg"))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="NAME=RUN:TEST", help="a run with classes, and its held-out images")
+    parser.add_argument("--count", type=int, help="samples of each setting (default: 2000)")
+    parser.add_argument("--batch", type=int, help="images at a time where times are measured (default: 16)")
+    parser.add_argument("--rounds", type=int, help="turns of each setting where times are measured (default: 3)")
+    parser.add_argument("--extractor", default="efficientnet-lite0")
+    parser.add_argument("--cache", type=Path, default=Path("runs/reuse"), help="where features are kept")
+    parser.add_argument("--svg", type=Path, help="where to draw the figures")
+    parser.add_argument("--json", type=Path, help="also write every figure to this file")
+    parser.add_argument("--quick", action="store_true", help="100 samples, batch 4, one round, ddim with 50 steps only")
+    options = parser.parse_args()
+    quick = options.quick
+    options.count = options.count or (PIECE if quick else 2000)
+    options.batch = options.batch or (4 if quick else 16)
+    options.rounds = options.rounds or (1 if quick else 3)
+    options.settings = SETTINGS[:5] if quick else SETTINGS
+    return options
+
+
+def main() -> None:
+    options, about, found = parse(), machine(), []
+    extractor = load_extractor(options.extractor)
+    for given in options.runs:
+        name, _, paths = given.partition("=")
+        run, _, test = paths.rpartition(":")
+        found += rows(Side(name, Path(run), Path(test)), extractor, options)
+        if options.svg:
+            plot(found, options.svg)
+        if options.json:
+            options.json.write_text(json.dumps({"machine": about, "rows": found}, indent=1) + "\n")
+    print(render(about, found, options, extractor.name))
+
+
+if __name__ == "__main__":
+    main()

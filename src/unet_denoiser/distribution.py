@@ -55,11 +55,11 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     return accelerator
 
 
-def join_processes(name: DeviceName) -> tuple[PartialState, torch.device]:
-    """The processes that were launched together, and the device of this one; one process where none were."""
+def join_processes(name: DeviceName) -> tuple[Any, torch.device]:
+    """Accelerate's `PartialState` of the processes that were launched together, and the device of this one."""
     device = torch.device(resolve_device(name))
     told = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_PORT" in os.environ
-    state = PartialState(cpu=device.type == "cpu")
+    state: Any = PartialState(cpu=device.type == "cpu")
     if told and state.num_processes == 1:
         warnings.warn(
             "accelerate launch starts one process on CPUs, whatever --num_processes; torchrun --nproc_per_node starts "

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.state import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 
@@ -38,8 +37,8 @@ def part_of(run: Run, request: Request, part: range) -> Request:
     return replace(request, seeds=seeds, classes=turned(classes), captions=turned(request.captions))
 
 
-def perform_together(run: Run, model: UNet, request: Request, state: PartialState, **options: Any) -> Tensor:
-    """`perform`, each process a share of the seeds; all get the whole, on the CPU.
+def perform_together(run: Run, model: UNet, request: Request, state: Any, **options: Any) -> Tensor:
+    """`perform`, each process of Accelerate's `state` a share of the seeds; all get the whole, on the CPU.
 
     Interpolation, whose samples are one row, is done whole by each.
     """
@@ -52,7 +51,7 @@ def perform_together(run: Run, model: UNet, request: Request, state: PartialStat
     return torch.cat(gather_object(share))
 
 
-def open_shards(run: Run, model: UNet, request: Request, folder: Path, batch_size: int, state: PartialState) -> Shards:
+def open_shards(run: Run, model: UNet, request: Request, folder: Path, batch_size: int, state: Any) -> Shards:
     """The folder of a request's samples, which may have some of them; every process must call it.
 
     Raises:
@@ -84,9 +83,7 @@ def open_shards(run: Run, model: UNet, request: Request, folder: Path, batch_siz
     return shards
 
 
-def fill(
-    run: Run, model: UNet, request: Request, shards: Shards, state: PartialState, **options: Any
-) -> Iterator[range]:
+def fill(run: Run, model: UNet, request: Request, shards: Shards, state: Any, **options: Any) -> Iterator[range]:
     """Make this process's share of the files that are missing; yields the samples' numbers after each."""
     for part in shards.missing[state.process_index :: state.num_processes]:
         own = part_of(run, request, part)

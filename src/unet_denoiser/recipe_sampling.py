@@ -9,8 +9,8 @@ from typing import Literal
 from unet_denoiser.recipe import check_choice
 
 SamplerName = Literal[
-    "ddpm", "ddim", "pndm", "ipndm", "dpm++", "dpm++3m", "dpm++2s", "dpm++3s", "dpm++sde", "unipc", "deis", "sa", "euler",
-    "euler_a", "heun", "kdpm2", "kdpm2_a", "lms",
+    "ddpm", "ddim", "pndm", "ipndm", "dpm++", "dpm++3m", "dpm++2s", "dpm++3s", "dpm++sde", "unipc", "deis", "sa",
+    "euler", "euler_a", "heun", "kdpm2", "kdpm2_a", "lms",
 ]  # fmt: skip
 TimestepSpacing = Literal["trailing", "leading", "linspace"]
 SigmaSchedule = Literal["karras", "exponential"]
@@ -30,6 +30,12 @@ class SamplingConfig:
         sigma_schedule: choose the noise levels by sigma / alpha instead of by timesteps: "karras" (Karras et al. 2022,
             equation 5, with rho = 7) or "exponential" (evenly in its logarithm), from at most 80 down.
         guidance_scale: how strongly to follow class, caption, numbers and picture; 1 is off, 2 to 5 are usual.
+        guidance_interval: guide only where sigma / alpha (sigma in the units of Karras et al. 2022) is above the first
+            number and at most the second, and compute one half elsewhere (Kynkaanniemi et al. 2024, equation 5).
+        guidance_rescale: 0 to 1, how far to bring the spread of guided outputs back to that of unguided ones, against
+            overexposed images (Lin et al. 2023, section 3.4, who use 0.7).
+        dynamic_threshold: instead of clipping predicted clean images, scale each by this percentile of its absolute
+            values where that exceeds the data's range, as 0.995 (Saharia et al. 2022, section 2.3); for pixels.
         clip_sample: clip each predicted clean image to the data's range. Without it the first steps, which divide by
             an alpha near zero, can leave the data far behind when the network predicts noise.
 
@@ -43,6 +49,9 @@ class SamplingConfig:
     timestep_spacing: TimestepSpacing = "trailing"
     sigma_schedule: SigmaSchedule | None = None
     guidance_scale: float = 1.0
+    guidance_interval: tuple[float, float] | None = None
+    guidance_rescale: float = 0.0
+    dynamic_threshold: float | None = None
     clip_sample: bool = True
 
     def __post_init__(self) -> None:
@@ -63,3 +72,22 @@ class SamplingConfig:
                 )
         if not math.isfinite(self.guidance_scale):
             raise ValueError(f"guidance_scale={self.guidance_scale} must be a finite number; 1 is off")
+        if self.guidance_interval is not None and not 0 <= self.guidance_interval[0] < self.guidance_interval[1]:
+            raise ValueError(
+                f"guidance_interval={self.guidance_interval} must be two numbers, 0 <= low < high, in units of sigma / "
+                "alpha, for example (0.3, 3)"
+            )
+        if not 0 <= self.guidance_rescale <= 1:
+            raise ValueError(f"guidance_rescale={self.guidance_rescale} must be 0 (off) to 1, for example 0.7")
+        if self.guidance_rescale and self.guidance_scale == 0:
+            raise ValueError(
+                f"guidance_rescale={self.guidance_rescale}: guidance_scale=0 computes no conditional output to rescale "
+                "by; leave it out"
+            )
+        if self.dynamic_threshold is not None:
+            if not 0 < self.dynamic_threshold <= 1:
+                raise ValueError(f"dynamic_threshold={self.dynamic_threshold} must be above 0 to 1, for example 0.995")
+            if not self.clip_sample:
+                raise ValueError(
+                    f"dynamic_threshold={self.dynamic_threshold} clips x0, clip_sample=False does not; leave out one"
+                )

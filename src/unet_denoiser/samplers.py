@@ -230,7 +230,7 @@ def _make_scheduler(kind: Kind, ratios: Numbers, own_options: Mapping[str, Any])
     """A scheduler whose steps have these sigma / alpha: all the timesteps of a schedule made of them."""
     count, alphas_squared = len(ratios), 1 / (1 + ratios[::-1] ** 2)
     if kind.scheduler == "IPNDMScheduler":  # its schedule is fixed, and lies open; its betas are sigmas
-        scheduler = diffusers.IPNDMScheduler(count)
+        scheduler: Any = diffusers.IPNDMScheduler(count)
         scheduler.set_timesteps(count)
         scheduler.alphas = torch.from_numpy(np.append(alphas_squared[::-1] ** 0.5, 1)).float()
         scheduler.betas = torch.from_numpy(np.append((1 - alphas_squared[::-1]) ** 0.5, 0)).float()
@@ -244,7 +244,9 @@ def _make_scheduler(kind: Kind, ratios: Numbers, own_options: Mapping[str, Any])
             **kind.options,
             **own_options,
         )
-        scheduler.set_timesteps(**({"timesteps": list(range(count))[::-1]} if single else {"num_inference_steps": count}))
+        scheduler.set_timesteps(
+            **({"timesteps": list(range(count))[::-1]} if single else {"num_inference_steps": count})
+        )
     if hasattr(scheduler, "set_begin_index"):  # else they look for the timestep, which some have twice
         scheduler.set_begin_index(0)
     return scheduler

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -70,14 +71,19 @@ def denoise(
         whatever the sampler.
     """
     config = replace(config or SamplingConfig(), **options)
+    _check_threshold(config, process)
+    guidance = predict if isinstance(predict, Guidance) else Guidance(predict)
     sampler = Sampler(config, process, first_step)
     estimate = torch.zeros_like(x) if process.self_conditioning else None
     timesteps = sampler.timesteps.to(x.device)  # all at once: torch waits for each copy to a GPU
     for i in range(len(sampler)):
+        level = sampler.noise_level(i)
         with torch.no_grad():
-            output = predict(network_input(x, estimate), timesteps[i].expand(len(x)))
+            output = guidance(network_input(x, estimate), timesteps[i].expand(len(x)), level)
         prediction, variance = process.split(output, x)
-        x0 = process.predict_x0(prediction, x, *sampler.noise_level(i), config.clip_sample)
+        x0 = process.predict_x0(prediction, x, *level, clip=config.clip_sample and config.dynamic_threshold is None)
+        if config.dynamic_threshold is not None:
+            x0 = dynamically_thresholded(x0, config.dynamic_threshold, process.data_range or (-1, 1))
         t = sampler.timesteps[i].item()
         if edit is not None:
             x0 = edit(x0, t)
@@ -85,6 +91,25 @@ def denoise(
             estimate = process.clip(x0)  # as in training, whatever clip_sample
         x = sampler.step(i, x, x0, variance, generators)
         yield Step(t, x, x0)
+
+
+def dynamically_thresholded(x0: Tensor, percentile: float, data_range: tuple[float, float]) -> Tensor:
+    """Each x0 clipped to a percentile of its absolute values, where that exceeds the data's range, and scaled to it.
+
+    Saharia et al. 2022, section 2.3.
+    """
+    values, bound = x0.flatten(1).abs(), data_range[1]
+    largest = values.kthvalue(max(1, math.ceil(percentile * values.shape[1])), dim=1).values.clamp_min(bound)
+    largest = largest.view(-1, *[1] * (x0.ndim - 1))
+    return x0.clamp(-largest, largest) * (bound / largest)
+
+
+def _check_threshold(config: SamplingConfig, process: Diffusion) -> None:
+    if config.dynamic_threshold is not None and process.data_range is None:
+        raise ValueError(
+            f"dynamic_threshold={config.dynamic_threshold} needs data of a known range, and this process has none "
+            "(clip_sample_range=None, as latents); leave it out"
+        )
 
 
 def sample(
@@ -98,6 +123,10 @@ def sample(
     config: SamplingConfig | None = None,
     start: Start | None = None,
     edit: Callable[[Tensor, float, slice], Tensor] | None = None,
+    negative: Mapping[str, Tensor | None] | None = None,
+    guide: UNet | None = None,
+    classifier: Callable[..., Tensor] | None = None,
+    classifier_scale: float = 1.0,
     guided: Sequence[str] | None = None,
     **options_and_conditions: Any,
 ) -> Tensor:
@@ -113,7 +142,9 @@ def sample(
         config: how samples are made.
         start: where to start, if not from pure noise.
         edit: (x0, t, rows) -> x0, what becomes of the predicted x0 of the seeds[rows] before the sampler sees them.
-        guided: see `Guidance`.
+        negative, guide, classifier, classifier_scale, guided: see `Guidance`. `negative` has one row per seed, or one
+            for all; `guide` is a network of the same process and conditions, such as an earlier checkpoint; with a
+            classifier, conditions that the network does not know are the classifier's alone.
         options_and_conditions: fields of `SamplingConfig`, which go before `config`; and conditions, `class_labels`,
             `vector`, `context`, `context_mask`, each with one row per seed, or None, and `concat` (B, C2, *spatial)
             for a network that was trained with it.
@@ -125,27 +156,45 @@ def sample(
         ValueError: conditions that do not match the seeds, or options that cannot work; before any sampling.
     """
     config, given = _read_options(config, options_and_conditions)
+    opposite = _expanded(negative, len(seeds))
     sizes = _check_request(model, seeds, image_size, batch_size, given, start)
+    _check_rows("negative", opposite, len(seeds))
+    _check_threshold(config, process)
     channels = _check_channels(model, process, _concat_channels(given))
+    if guide is not None and _check_channels(guide, process, _concat_channels(given)) != channels:
+        raise ValueError(f"guide makes {guide.config.out_channels} channels; the network {model.config.out_channels}")
+    if classifier is not None:
+        guided = [name for name in guided or given if name in _known(model) and name in (*CONDITIONS, "concat")]
     sampler = Sampler(config, process, 0 if start is None else start.first_step)
     device, samples = model.input_conv.weight.device, []
 
-    def network(x: Tensor, t: Tensor, **inputs: Any) -> Tensor:
-        return model(x.to(model.dtype), t, **inputs).float()
+    def put(values: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
+        return {
+            name: value[rows].to(device, model.dtype if value.is_floating_point() else None)
+            for name, value in values.items()
+        }
 
-    with _evaluating(model):
+    with _evaluating(model), _evaluating(guide):
         for first in range(0, len(seeds), batch_size):
             rows = slice(first, first + batch_size)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[rows]]
             x = torch.stack([torch.randn(channels, *sizes, generator=g) for g in generators]).to(device)
             if start is not None:
                 x = _started(start, x, sampler, rows)
-            inputs = {
-                name: value[rows].to(device, model.dtype if value.is_floating_point() else None)
-                for name, value in given.items()
-            }
+            guidance = Guidance(
+                _network(model, classifier is not None),
+                config,
+                put(given, rows),
+                guided=guided,
+                negative=put(opposite, rows),
+                guide=None if guide is None else _network(guide, classifier is not None),
+                classifier=classifier,
+                classifier_scale=classifier_scale,
+                prediction_type=process.prediction_type,
+                channels=channels,
+            )
             for step in denoise(
-                Guidance(with_concat(network), config, inputs, guided=guided, channels=channels),
+                guidance,
                 process,
                 x,
                 config,
@@ -159,6 +208,25 @@ def sample(
     return torch.cat(samples)
 
 
+def _network(model: UNet, only_known: bool) -> Callable[..., Tensor]:
+    """The network as guidance calls it: float32 in and out, with `concat`; others' conditions left out if asked."""
+    known = _known(model)
+
+    def call(x: Tensor, t: Tensor, **inputs: Any) -> Tensor:
+        return model(x.to(model.dtype), t, **inputs).float()
+
+    def call_known(x: Tensor, t: Tensor, **inputs: Any) -> Tensor:
+        return with_concat(call)(x, t, **{name: inputs[name] for name in inputs if name in known or name == "drop"})
+
+    return call_known if only_known else with_concat(call)
+
+
+def _known(model: UNet) -> set[str]:
+    """The inputs that a network was built for."""
+    options = CONDITIONS | {"context_mask": "context_dim", "time_cond": "time_cond_dim"}
+    return {"concat"} | {name for name, option in options.items() if getattr(model.config, option) is not None}
+
+
 def _read_options(config: SamplingConfig | None, given: Mapping[str, Any]) -> tuple[SamplingConfig, dict[str, Tensor]]:
     """The keywords of `sample` as its configuration and its conditions."""
     options = {field.name for field in fields(SamplingConfig)}
@@ -168,6 +236,19 @@ def _read_options(config: SamplingConfig | None, given: Mapping[str, Any]) -> tu
         )
     config = replace(config or SamplingConfig(), **{name: given[name] for name in given if name in options})
     return config, {name: given[name] for name in INPUTS if given.get(name) is not None}
+
+
+def _expanded(negative: Mapping[str, Tensor | None] | None, count: int) -> dict[str, Tensor]:
+    """Negative conditions with a row per seed, where there is one for all."""
+    given = {name: value for name, value in (negative or {}).items() if value is not None}
+    return {name: value.expand(count, *value.shape[1:]) if len(value) == 1 else value for name, value in given.items()}
+
+
+def _check_rows(where: str, conditions: Mapping[str, Tensor], count: int) -> None:
+    for name, value in conditions.items():
+        if len(value) != count:
+            name = f"{where} {name}".strip()
+            raise ValueError(f"{name} has {len(value)} rows for {count} seeds; give one row per seed")
 
 
 def _started(start: Start, noise: Tensor, sampler: Sampler, rows: slice) -> Tensor:
@@ -202,9 +283,7 @@ def _check_request(
         raise ValueError(f"batch_size={batch_size} must be at least 1")
     if not len(seeds):
         raise ValueError("seeds is empty; give one per sample")
-    for name, value in conditions.items():
-        if len(value) != len(seeds):
-            raise ValueError(f"{name} has {len(value)} rows for {len(seeds)} seeds; give one row per seed")
+    _check_rows("", conditions, len(seeds))
     if concat is not None and tuple(concat.shape[2:]) != sizes:
         raise ValueError(f"concat has size {tuple(concat.shape[2:])}; the samples have {sizes}")
     if start is not None and (len(start.x), *start.x.shape[2:]) != (len(seeds), *sizes):
@@ -228,7 +307,10 @@ def _concat_channels(conditions: dict[str, Tensor]) -> int:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _evaluating(model: nn.Module | None) -> Iterator[None]:
+    if model is None:
+        yield
+        return
     training = model.training
     model.eval()
     try:

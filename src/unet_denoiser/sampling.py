@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -77,14 +78,19 @@ def denoise(
         whatever the sampler.
     """
     config = replace(config or SamplingConfig(), **options)
+    _check_threshold(config, process)
+    guidance = predict if isinstance(predict, Guidance) else Guidance(predict)
     sampler = Sampler(config, process, first_step)
     estimate = torch.zeros_like(x) if process.self_conditioning else None
     timesteps = sampler.timesteps.to(x.device)  # all at once: torch waits for each copy to a GPU
-    for i in range(sampler.first, len(sampler)):
+    for i in range(len(sampler)):
+        level = sampler.noise_level(i)
         with torch.no_grad():
-            output = predict(network_input(x, estimate), timesteps[i].expand(len(x)))
+            output = guidance(network_input(x, estimate), timesteps[i].expand(len(x)), level)
         prediction, variance = process.split(output, x)
-        x0 = process.predict_x0(prediction, x, *sampler.noise_level(i), config.clip_sample)
+        x0 = process.predict_x0(prediction, x, *level, clip=config.clip_sample and config.dynamic_threshold is None)
+        if config.dynamic_threshold is not None:
+            x0 = dynamically_thresholded(x0, config.dynamic_threshold, process.data_range or (-1, 1))
         t = sampler.timesteps[i].item()
         if edit is not None:
             x0 = edit(x0, t)
@@ -92,6 +98,25 @@ def denoise(
             estimate = process.clip(x0)  # as in training, whatever clip_sample
         x = sampler.step(i, x, x0, variance, generators)
         yield Step(t, x, x0)
+
+
+def dynamically_thresholded(x0: Tensor, percentile: float, data_range: tuple[float, float]) -> Tensor:
+    """Each x0 clipped to a percentile of its absolute values, where that exceeds the data's range, and scaled to it.
+
+    Saharia et al. 2022, section 2.3.
+    """
+    values, bound = x0.flatten(1).abs(), data_range[1]
+    largest = values.kthvalue(max(1, math.ceil(percentile * values.shape[1])), dim=1).values.clamp_min(bound)
+    largest = largest.view(-1, *[1] * (x0.ndim - 1))
+    return x0.clamp(-largest, largest) * (bound / largest)
+
+
+def _check_threshold(config: SamplingConfig, process: Diffusion) -> None:
+    if config.dynamic_threshold is not None and process.data_range is None:
+        raise ValueError(
+            f"dynamic_threshold={config.dynamic_threshold} needs data of a known range, and this process has none "
+            "(clip_sample_range=None, as latents); leave it out"
+        )
 
 
 def sample(
@@ -115,7 +140,9 @@ def sample(
         start: where to start, if not from pure noise.
         edit: (x0, t, rows) -> x0, what becomes of the predicted x0 of the seeds[rows] before the sampler sees them.
         loop: called as `denoise` is, in its place.
-        guided: see `Guidance`.
+        negative, guide, classifier, classifier_scale, guided: see `Guidance`. `negative` has one row per seed, or one
+            for all; `guide` is a network of the same process and conditions, such as an earlier checkpoint; with a
+            classifier, conditions that the network does not know are the classifier's alone.
         others: fields of `SamplingConfig`, which go before `config`; and conditions, `class_labels`,
             `vector`, `context`, `context_mask`, each with one row per seed, or None, and `concat` (B, C2, *spatial)
             for a network that was trained with it.
@@ -145,6 +172,10 @@ def sample_steps(
     start: Start | None = None,
     edit: Callable[[Tensor, float, slice], Tensor] | None = None,
     loop: Callable[..., Iterator[Step]] = denoise,
+    negative: Mapping[str, Tensor | None] | None = None,
+    guide: UNet | None = None,
+    classifier: Callable[..., Tensor] | None = None,
+    classifier_scale: float = 1.0,
     guided: Sequence[str] | None = None,
     **options_and_conditions: Any,
 ) -> Iterator[Step]:
@@ -154,28 +185,52 @@ def sample_steps(
         ValueError: as `sample`, when it is called.
     """
     config, given = _read_options(config, options_and_conditions)
+    opposite = _expanded(negative, len(seeds))
     sizes = _check_request(model, seeds, image_size, batch_size, given, start)
+    _check_rows("negative", opposite, len(seeds))
+    _check_threshold(config, process)
     channels = _check_channels(model, process, _concat_channels(given))
+    if guide is not None and _check_channels(guide, process, _concat_channels(given)) != channels:
+        raise ValueError(f"guide makes {guide.config.out_channels} channels; the network {model.config.out_channels}")
+    if classifier is not None:
+        guided = [name for name in guided or given if name in _known(model) and name in (*CONDITIONS, "concat")]
     sampler = Sampler(config, process, 0 if start is None else start.first_step)
     device = model.input_conv.weight.device
     if config.reuse is not None and loop is not denoise:
         raise ValueError(f"reuse={config.reuse} does not go with resampling and inversion, which repeat their steps")
 
+    def put(values: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
+        return {
+            name: value[rows].to(device, model.dtype if value.is_floating_point() else None)
+            for name, value in values.items()
+        }
+
+    def network(model: UNet) -> Callable[..., Tensor]:
+        fast = fast_network(model, sampler.timesteps, reuse=config.reuse, compile=config.compile)
+        return with_concat(fast if classifier is None else _only_known(fast, model))
+
     def steps() -> Iterator[Step]:
-        with _evaluating(model):
+        with _evaluating(model), _evaluating(guide):
             for first in range(0, len(seeds), batch_size):
                 rows = slice(first, min(first + batch_size, len(seeds)))
                 generators = [torch.Generator().manual_seed(seed) for seed in seeds[rows]]
                 x = torch.stack([torch.randn(channels, *sizes, generator=g) for g in generators]).to(device)
                 if start is not None:
                     x = _started(start, x, sampler, rows)
-                inputs = {
-                    name: value[rows].to(device, model.dtype if value.is_floating_point() else None)
-                    for name, value in given.items()
-                }
-                network = fast_network(model, sampler.timesteps, reuse=config.reuse, compile=config.compile)
+                guidance = Guidance(
+                    network(model),
+                    config,
+                    put(given, rows),
+                    guided=guided,
+                    negative=put(opposite, rows),
+                    guide=None if guide is None else network(guide),
+                    classifier=classifier,
+                    classifier_scale=classifier_scale,
+                    prediction_type=process.prediction_type,
+                    channels=channels,
+                )
                 for step in loop(
-                    Guidance(with_concat(network), config, inputs, guided=guided, channels=channels),
+                    guidance,
                     process,
                     x,
                     config,
@@ -186,6 +241,18 @@ def sample_steps(
                     yield step._replace(rows=rows)
 
     return steps()
+
+
+def _only_known(network: Callable[..., Tensor], model: UNet) -> Callable[..., Tensor]:
+    """The network without the conditions that its model was not built for: a classifier's alone."""
+    known = _known(model) | {"drop"}
+    return lambda x, t, **inputs: network(x, t, **{name: inputs[name] for name in inputs if name in known})
+
+
+def _known(model: UNet) -> set[str]:
+    """The inputs that a network was built for."""
+    options = CONDITIONS | {"context_mask": "context_dim", "time_cond": "time_cond_dim"}
+    return {"concat"} | {name for name, option in options.items() if getattr(model.config, option) is not None}
 
 
 def _read_options(config: SamplingConfig | None, given: Mapping[str, Any]) -> tuple[SamplingConfig, dict[str, Tensor]]:
@@ -204,10 +271,23 @@ def config_of(config: SamplingConfig | None, options: dict[str, Any], **defaults
     return replace(config or SamplingConfig(**defaults), **{name: options.pop(name) for name in names})
 
 
+def _expanded(negative: Mapping[str, Tensor | None] | None, count: int) -> dict[str, Tensor]:
+    """Negative conditions with a row per seed, where there is one for all."""
+    given = {name: value for name, value in (negative or {}).items() if value is not None}
+    return {name: value.expand(count, *value.shape[1:]) if len(value) == 1 else value for name, value in given.items()}
+
+
+def _check_rows(where: str, conditions: Mapping[str, Tensor], count: int) -> None:
+    for name, value in conditions.items():
+        if len(value) != count:
+            name = f"{where} {name}".strip()
+            raise ValueError(f"{name} has {len(value)} rows for {count} seeds; give one row per seed")
+
+
 def _started(start: Start, noise: Tensor, sampler: Sampler, rows: slice) -> Tensor:
     """x_t of the first step."""
     x = start.x[rows].to(noise)
-    alpha, sigma = sampler.noise_level(sampler.first)
+    alpha, sigma = sampler.noise_level(0)
     return alpha * x + sigma * noise if start.add_noise else x
 
 
@@ -236,9 +316,7 @@ def _check_request(
         raise ValueError(f"batch_size={batch_size} must be at least 1")
     if not len(seeds):
         raise ValueError("seeds is empty; give one per sample")
-    for name, value in conditions.items():
-        if len(value) != len(seeds):
-            raise ValueError(f"{name} has {len(value)} rows for {len(seeds)} seeds; give one row per seed")
+    _check_rows("", conditions, len(seeds))
     if concat is not None and tuple(concat.shape[2:]) != sizes:
         raise ValueError(f"concat has size {tuple(concat.shape[2:])}; the samples have {sizes}")
     if start is not None and (len(start.x), *start.x.shape[2:]) != (len(seeds), *sizes):
@@ -270,7 +348,10 @@ def _concat_channels(conditions: dict[str, Tensor]) -> int:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _evaluating(model: nn.Module | None) -> Iterator[None]:
+    if model is None:
+        yield
+        return
     training = model.training
     model.eval()
     try:

@@ -79,7 +79,7 @@ def denoise(
     sampler = Sampler(config, process, first_step)
     estimate = torch.zeros_like(x) if process.self_conditioning else None
     timesteps = sampler.timesteps.to(x.device)  # all at once: torch waits for each copy to a GPU
-    for i in range(sampler.first, len(sampler)):
+    for i in range(len(sampler)):
         with torch.no_grad():
             output = predict(network_input(x, estimate), timesteps[i].expand(len(x)))
         prediction, variance = process.split(output, x)
@@ -206,7 +206,7 @@ def config_of(config: SamplingConfig | None, options: dict[str, Any], **defaults
 def _started(start: Start, noise: Tensor, sampler: Sampler, rows: slice) -> Tensor:
     """x_t of the first step."""
     x = start.x[rows].to(noise)
-    alpha, sigma = sampler.noise_level(sampler.first)
+    alpha, sigma = sampler.noise_level(0)
     return alpha * x + sigma * noise if start.add_noise else x
 
 

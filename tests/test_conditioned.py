@@ -142,7 +142,7 @@ def test_no_captions(pictures, tmp_path, capsys):
 # ---- latents ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_on_latents(captioned, vae, tmp_path):
+def test_a_run_on_latents(captioned, vae, tmp_path, capsys):
     run = tmp_path / "run"
     main(["train", str(captioned), "--out", str(run), "--vae", str(vae), "--text-encoder", MINILM, *TINY])
     loaded = Run.load(run)
@@ -154,6 +154,20 @@ def test_a_run_on_latents(captioned, vae, tmp_path):
     main(["sample", str(run), "--caption", "red", "--num-images", "2", "--num-inference-steps", "2", "--separate"])
     assert Image.open(run / "samples-separate" / "000000.png").size == (8, 8)
     assert Image.open(next((run / "samples").glob("*.png"))).mode == "RGB"
+    drawn = np.zeros((8, 8), np.uint8)
+    drawn[:3] = 255
+    Image.fromarray(drawn).save(tmp_path / "mask.png")
+    image, few = str(captioned / "2.png"), ["--num-inference-steps", "2", "--separate"]
+    sampling = ["sample", str(run), *few, "--num-images", "1", "--caption", "red", "--image", image]
+    main([*sampling, "--mask", str(tmp_path / "mask.png")])
+    found = np.asarray(Image.open(run / "samples-separate" / "000000.png"))
+    assert np.array_equal(found[3:], np.asarray(Image.open(image))[3:])  # the picture's own pixels, not decoded ones
+    main([*sampling, "--outpaint", "0", "2", "0", "0", "--strip"])
+    assert Image.open(run / "samples-separate" / "000000.png").size == (10, 8)
+    main(["sample", str(run), *few, "--interpolate-captions", "red drake", "wall", "--image-size", "12"])
+    assert Image.open(run / "samples-separate" / "000015.png").size == (12, 12)
+    assert "upscale=2" in failure([*sampling, "--upscale", "2"], capsys)
+    assert "multiples of 2" in failure([*sampling, "--image-size", "7"], capsys)
 
 
 def test_latents_of_the_pictures(pictures, vae):

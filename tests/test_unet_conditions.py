@@ -227,6 +227,25 @@ def test_residuals_leave_the_callers_list_alone_and_carry_gradients():
     assert all(r.grad.abs().max() > 0 for r in given)
 
 
+def test_weights_of_classes_are_sums_of_embeddings():
+    model = small(num_classes=4)
+    args = inputs(model.config)
+    hard = model(**args)
+    assert_close(model(**args | {"class_labels": torch.eye(4)[args["class_labels"]]}), hard)
+    half = torch.tensor([[0.5, 0.0, 0.5, 0.0]] * 2)
+    both = small(num_classes=5)
+    with torch.no_grad():
+        both.load_state_dict(
+            {
+                name: torch.cat([p, p[:1] / 2 + p[2:3] / 2]) if name == "class_embedding.weight" else p
+                for name, p in model.state_dict().items()
+            }
+        )
+    assert_close(model(**args | {"class_labels": half}), both(**args | {"class_labels": torch.tensor([4, 4])}))
+    with pytest.raises(ValueError, match=r"class_labels has shape \(2, 3\)"):
+        model(**args | {"class_labels": half[:, :3]})
+
+
 # ---- conditions of single published networks -----------------------------------------------------------------------
 
 

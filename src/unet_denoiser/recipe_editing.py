@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-# what excludes each other, but that seeds and conditions may be interpolated together
+# what excludes each other
 TASKS = ("strength", "mask", "outpaint", "upscale", "invert", "interpolate_seeds")
 TASKS += ("interpolate_classes", "interpolate_captions")
 DEFAULT_STRENGTH = 0.6
@@ -66,7 +66,9 @@ class EditingConfig:
             raise ValueError(f"{lonely[0]}={getattr(self, lonely[0])} needs an image")
         if self.image is not None and self.interpolates:
             tasks.insert(0, "image")
-        if len(tasks) > 1 and tasks != ["interpolate_seeds", tasks[1]]:
+        elif "interpolate_seeds" in tasks:  # goes with any condition
+            tasks.remove("interpolate_seeds")
+        if len(tasks) > 1:
             raise ValueError(f"{tasks[0]} and {tasks[1]} exclude each other; give one of them")
         if self.resample > 1 and not {"mask", "outpaint", "upscale"} & set(given):
             raise ValueError(f"resample={self.resample} needs a mask, outpaint or upscale")

@@ -48,8 +48,8 @@ class Setting:
 
 
 SETTINGS = [
-    *(Setting("ddim", 50, n) for n in (None, 3, 4, 5, 8)),
-    *(Setting("dpm++", 50, n) for n in (None, 4)),
+    *(Setting("ddim", 50, n) for n in (None, 3, 4, 5, 6, 8)),
+    *(Setting("dpm++", 50, n) for n in (None, 5)),
     *(Setting(sampler, 25, n) for sampler in SCHEDULERS for n in (None, 3)),
     *(Setting(sampler, 10) for sampler in SCHEDULERS),
 ]
@@ -145,14 +145,14 @@ def times(side: Side, options: argparse.Namespace) -> dict[Setting, float]:
 
 def features(side: Side, setting: Setting, extractor: Extractor, options: argparse.Namespace) -> Tensor:
     """Features of `options.count` samples, from the cache or made now, PIECE at a time."""
-    folder = options.cache / side.name / side.key / extractor.name
+    folder = options.cache / side.name / side.key / f"{extractor.name}-{min(PIECE, options.count)}"
     folder.mkdir(parents=True, exist_ok=True)
     pieces = []
     for start in range(0, options.count, PIECE):
         path = folder / f"{str(setting).replace(' ', '-')}-{start:06d}.npy"
         if not path.exists():
             began = time.perf_counter()
-            images = side.images(setting, range(start, start + PIECE))
+            images = side.images(setting, range(start, start + min(PIECE, options.count)))
             found = extractor(images).cpu().numpy()
             write_atomically(path, partial(_save, array=found))
             if start == 0:
@@ -275,13 +275,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=Path("runs/reuse"), help="where features are kept")
     parser.add_argument("--svg", type=Path, help="where to draw the figures")
     parser.add_argument("--json", type=Path, help="also write every figure to this file")
-    parser.add_argument("--quick", action="store_true", help="100 samples, batch 4, one round, ddim with 50 steps only")
+    parser.add_argument("--quick", action="store_true", help="24 samples, batch 4, one round, ddim with 50 steps only")
     options = parser.parse_args()
     quick = options.quick
-    options.count = options.count or (PIECE if quick else 2000)
+    options.count = options.count or (24 if quick else 2000)
     options.batch = options.batch or (4 if quick else 16)
     options.rounds = options.rounds or (1 if quick else 3)
-    options.settings = SETTINGS[:5] if quick else SETTINGS
+    options.settings = SETTINGS[:6] if quick else SETTINGS
     return options
 
 

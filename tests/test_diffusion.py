@@ -138,8 +138,8 @@ def test_every_cell_is_finite_or_refused(schedule, prediction, zero_snr):
             assert losses.error.isfinite().all()
             assert network.gain.grad.isfinite()
             assert network.gain.grad.abs() > 0
-        for sampler in SAMPLERS:
-            if not (zero_snr and sampler == "heun"):
+        for sampler, kind in SAMPLERS.items():
+            if not (zero_snr and kind.bounded):
                 *_, last = denoise(network, process, torch.randn(2, 2, 3, 3), sampler=sampler, num_inference_steps=3)
                 assert last.x.isfinite().all()
                 assert last.x.abs().max() <= 1.001  # the range of the data

@@ -185,8 +185,9 @@ def _check(config: SamplingConfig, process: Diffusion) -> None:
 
 
 def trained_ratios(process: Diffusion) -> Numbers:
-    """(T,) sigma / alpha of every timestep, rising, at most that of `LEAST_ALPHA_SQUARED`."""
-    alphas_squared = np.cumprod(1 - process.scheduler.betas.double().numpy()).clip(LEAST_ALPHA_SQUARED)
+    """(T,) sigma / alpha of every timestep, rising; that of `LEAST_ALPHA_SQUARED` for pure noise."""
+    alphas_squared = np.cumprod(1 - process.scheduler.betas.double().numpy())
+    alphas_squared[alphas_squared <= 0] = LEAST_ALPHA_SQUARED  # a cosine schedule's last is lower, and not pure noise
     return np.sqrt((1 - alphas_squared) / alphas_squared)
 
 
@@ -244,6 +245,8 @@ def _make_scheduler(kind: Kind, ratios: Numbers, own_options: Mapping[str, Any])
             **kind.options,
             **own_options,
         )
+        # of a beta near 1, float32 leaves 1 - beta no digits
+        scheduler.alphas_cumprod = torch.from_numpy(alphas_squared).to(scheduler.alphas_cumprod.dtype)
         scheduler.set_timesteps(
             **({"timesteps": list(range(count))[::-1]} if single else {"num_inference_steps": count})
         )

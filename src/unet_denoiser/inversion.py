@@ -73,6 +73,8 @@ def check_inversion(config: SamplingConfig, process: Diffusion) -> None:
     """ValueError where the steps cannot be inverted."""
     if config.sampler != "ddim":
         raise ValueError(f"sampler={config.sampler!r} cannot be inverted; give 'ddim', or leave it out")
+    if config.eta > 0:
+        raise ValueError(f"eta={config.eta} cannot be inverted: steps draw noise; give 0")
     if process.self_conditioning:
         raise ValueError("self_conditioning=True cannot be inverted: a step depends on those before it")
 

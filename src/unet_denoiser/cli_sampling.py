@@ -64,10 +64,12 @@ def sample(
     with one_line_errors():
         edit = EditingConfig(**editing)
         needs_ddim = edit.invert or edit.resample > 1  # unless told otherwise, which then is refused by its name
-        config = SamplingConfig(**({"sampler": "ddim"} if needs_ddim else {}) | sampling)
+        defaults: dict[str, Any] = {"sampler": "ddim"} if needs_ddim else {}
+        config = SamplingConfig(**defaults | sampling)
         _check_output(num_images, seed, out, preview_every)
         from unet_denoiser.distribution import resolve_device
         from unet_denoiser.run import Run
+        from unet_denoiser.samplers import Sampler
         from unet_denoiser.tasks import Request, perform
 
         loaded = Run.load(run)
@@ -84,7 +86,8 @@ def sample(
 
         model = loaded.load_model(checkpoint).to(resolve_device(device))
         film, watch = _watchers(loaded, count, strip or gif, preview_every, save)
-        with tqdm(unit="step", disable=None) as bar:
+        total = count * len(Sampler(config, loaded.process)) if edit.image is None else None  # else it depends
+        with tqdm(total=total, unit="step", disable=None) as bar:
             x = perform(
                 loaded,
                 model,

@@ -69,7 +69,6 @@ def sample(
         _check_output(num_images, seed, out, preview_every)
         from unet_denoiser.distribution import resolve_device
         from unet_denoiser.run import Run
-        from unet_denoiser.samplers import Sampler
         from unet_denoiser.tasks import Request, perform
 
         loaded = Run.load(run)
@@ -86,8 +85,7 @@ def sample(
 
         model = loaded.load_model(checkpoint).to(resolve_device(device))
         film, watch = _watchers(loaded, count, strip or gif, preview_every, save)
-        total = count * len(Sampler(config, loaded.process)) if edit.image is None else None  # else it depends
-        with tqdm(total=total, unit="step", disable=None) as bar:
+        with tqdm(unit="step", disable=None) as bar:
             x = perform(
                 loaded,
                 model,

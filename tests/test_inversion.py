@@ -72,6 +72,7 @@ def test_pure_noise_at_the_end_of_the_schedule():
     ("options", "message"),
     [
         ({"sampler": "dpm++"}, r"sampler='dpm\+\+' cannot be inverted; give 'ddim'"),
+        ({"eta": 0.5}, "eta=0.5 cannot be inverted"),
         ({"iterations": -1}, "iterations=-1 must be at least 0"),
         ({"tolerance": 0}, "tolerance=0 above 0"),
         ({"class_labels": torch.zeros(2)}, "class_labels has 2 rows for 3 seeds"),

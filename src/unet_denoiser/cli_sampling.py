@@ -65,7 +65,8 @@ def sample(
     with one_line_errors():
         edit = EditingConfig(**editing)
         needs_ddim = edit.invert or edit.resample > 1  # unless told otherwise, which then is refused by its name
-        config = SamplingConfig(**({"sampler": "ddim"} if needs_ddim else {}) | sampling)
+        defaults: dict[str, Any] = {"sampler": "ddim"} if needs_ddim else {}
+        config = SamplingConfig(**defaults | sampling)
         _check_output(num_images, seed, out, preview_every)
         from unet_denoiser.distribution import join_processes
         from unet_denoiser.many import perform_together

@@ -21,7 +21,7 @@ from unet_denoiser.samplers import NoiseLevel, Sampler
 from unet_denoiser.sampling import Start, Step, concat_channels, config_of, denoise, sample
 from unet_denoiser.unet import UNet
 
-MEMORYLESS = ("ddim", "ddpm", "euler")  # samplers whose next step depends on x_t alone
+MEMORYLESS = ("ddim", "ddpm", "euler", "euler_a")  # samplers whose next step depends on x_t alone
 
 
 def image_to_image(
@@ -78,7 +78,7 @@ def inpaint(
         mask: (N, 1, *spatial) bool, True where to paint, likewise.
         resample: how often each step is done; in between, x_t is noised again, so that what is painted and what is
             known come to fit each other (Lugmayr et al. 2022, RePaint). Only with samplers that carry nothing from
-            step to step: ddim (the default then), ddpm and euler.
+            step to step: ddim (the default then), ddpm, euler and euler_a.
         seeds, options: as for `sample`.
 
     Returns:
@@ -158,7 +158,7 @@ def upscale(
     if factor < 2:
         raise ValueError(f"factor={factor} must be at least 2")
     images = _per_seed("images", images, seeds).to(model.input_conv.weight.device)
-    size = [n * factor for n in images.shape[2:]]
+    size = tuple(n * factor for n in images.shape[2:])
     if concat_channels(model.config, process) == images.shape[1]:
         return sample(model, process, seeds=seeds, concat=enlarged(images, size), **options)
 
@@ -194,8 +194,8 @@ def check_resampling(config: SamplingConfig, process: Diffusion, resample: int) 
     """ValueError where a step cannot be repeated since it depends on more than x_t."""
     if config.sampler not in MEMORYLESS:
         raise ValueError(
-            f"resample={resample} with sampler={config.sampler!r}, whose steps depend on those before; use 'ddim', "
-            "'ddpm' or 'euler'"
+            f"resample={resample} with sampler={config.sampler!r}, whose steps depend on those before; use "
+            f"{', '.join(map(repr, MEMORYLESS))}"
         )
     if process.self_conditioning:
         raise ValueError(f"resample={resample} with self_conditioning=True: steps depend on those before; give 1")

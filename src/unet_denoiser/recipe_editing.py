@@ -6,8 +6,16 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 # what excludes each other
-TASKS = ("strength", "mask", "outpaint", "upscale", "invert", "interpolate_seeds")
-TASKS += ("interpolate_classes", "interpolate_captions")
+TASKS = (
+    "strength",
+    "mask",
+    "outpaint",
+    "upscale",
+    "invert",
+    "interpolate_seeds",
+    "interpolate_classes",
+    "interpolate_captions",
+)
 DEFAULT_STRENGTH = 0.6
 
 
@@ -22,7 +30,7 @@ class EditingConfig:
         mask: a picture, white where to paint; every other pixel of the image comes back exactly.
         outpaint: pixels to add at the top, right, bottom and left, and to paint.
         resample: how often each step is repeated with new noise while painting, so that old and new fit each other
-            (RePaint); with the samplers ddim, ddpm and euler.
+            (RePaint); with the samplers ddim, ddpm, euler and euler_a.
         upscale: make the image this many times as large; the result's means over the old pixels are the image.
         invert: find the noise that the image comes from, and generate from it again, with other conditions if you like.
         image_class: the image's own class, with --invert (default: the one to generate).

@@ -9,7 +9,6 @@ from PIL import Image
 
 from unet_denoiser import ArrayData, evaluate, evaluation, feature_cache
 from unet_denoiser.data import digits, load_data
-from unet_denoiser.generated import _in_proportion
 from unet_denoiser.metrics import frechet_distance, kernel_distance
 
 
@@ -128,14 +127,6 @@ def test_class_accuracy():
     assert f"{right.accuracy['held_out']:.1%}" in right.text()
     wrong = evaluate(unseen, data, labels=torch.from_numpy((unseen_labels + 1) % 10), **options)
     assert wrong.accuracy["samples"] < 0.1
-
-
-def test_labels_in_proportion():
-    labels = torch.tensor([0] * 70 + [1] * 20 + [2] * 10)
-    for count in (10, 100, 1000):
-        found = _in_proportion(labels, count, seed=0)
-        assert (found.bincount() - count * torch.tensor([0.7, 0.2, 0.1])).abs().max() <= 1
-    assert found[:100].unique().tolist() == [0, 1, 2]
 
 
 def test_refusals():

@@ -87,6 +87,8 @@ def sample(
                 raise ValueError(f"separate, strip, gif and preview_every go with one picture, not with out={out}")
             _fill(loaded, model, request, out, batch_size, state)
             return
+        if (strip or gif or preview_every) and state.num_processes > 1:
+            raise ValueError(f"strip, gif and preview_every need one process, and these are {state.num_processes}")
         picture = out or run / "samples.png"
 
         def save(x: Any) -> Path:

@@ -56,7 +56,7 @@ class Extractor:
         if self.pictures:
             images = _colour(images, self.name)
         features = self.function(images)
-        if not isinstance(features, Tensor) or features.shape[0] != len(images):
+        if not isinstance(features, Tensor) or features.ndim < 2 or len(features) != len(images):
             got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise ValueError(f"extractor={self.name} gives {got} for {len(images)} images; it must give (B, D)")
         return features.flatten(1).float()

@@ -65,7 +65,8 @@ def sample(
     with one_line_errors():
         edit = EditingConfig(**editing)
         needs_ddim = edit.invert or edit.resample > 1  # unless told otherwise, which then is refused by its name
-        config = SamplingConfig(**({"sampler": "ddim"} if needs_ddim else {}) | sampling)
+        defaults: dict[str, Any] = {"sampler": "ddim"} if needs_ddim else {}
+        config = SamplingConfig(**defaults | sampling)
         _check_output(num_images, seed, out, preview_every)
         from unet_denoiser.distribution import join_processes
         from unet_denoiser.many import perform_together
@@ -86,6 +87,8 @@ def sample(
                 raise ValueError(f"separate, strip, gif and preview_every go with one picture, not with out={out}")
             _fill(loaded, model, request, out, batch_size, state)
             return
+        if (strip or gif or preview_every) and state.num_processes > 1:
+            raise ValueError(f"strip, gif and preview_every need one process, and these are {state.num_processes}")
         picture = out or run / "samples.png"
 
         def save(x: Any) -> Path:

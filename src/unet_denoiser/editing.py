@@ -158,7 +158,7 @@ def upscale(
     if factor < 2:
         raise ValueError(f"factor={factor} must be at least 2")
     images = _per_seed("images", images, seeds).to(model.input_conv.weight.device)
-    size = [n * factor for n in images.shape[2:]]
+    size = tuple(n * factor for n in images.shape[2:])
     if concat_channels(model.config, process) == images.shape[1]:
         return sample(model, process, seeds=seeds, concat=enlarged(images, size), **options)
 

@@ -36,7 +36,7 @@ def interpolate(model: UNet, process: Diffusion, *, seeds: tuple[int, int], coun
     size = (size,) * model.config.dims if isinstance(size, int) else size
     shape = (data_channels(model.config, process), *size)
     ends = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    start = Start(torch.stack([slerp(*ends, float(weight)) for weight in weights]), add_noise=False)
+    start = Start(torch.stack([slerp(ends[0], ends[1], float(weight)) for weight in weights]), add_noise=False)
     return sample(model, process, seeds=[seeds[0]] * count, start=start, **options)
 
 

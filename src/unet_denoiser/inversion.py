@@ -51,7 +51,7 @@ def invert(
         iterations: at most so many for each step; 0 is plain DDIM inversion.
         tolerance: a sample's step is solved when no value of it is further off.
         config, options_and_conditions: as for `sample`, with the conditions that belong to the pictures. The same are
-            needed to make them again; a guidance_scale above 2 or so finds no solution.
+            needed to make them again.
 
     Raises:
         ValueError: as `sample`, and for samplers other than ddim, or self-conditioning, which cannot be inverted.
@@ -64,8 +64,8 @@ def invert(
     gaps: list[Tensor] = []
     loop = partial(_inverted, iterations, tolerance, remainders, gaps)
     start = Start(images, add_noise=False)
-    options = {"seeds": range(len(images)), "config": config, "start": start, "loop": loop}
-    noise = sample(model, process, **options, **options_and_conditions)
+    seeds = range(len(images))
+    noise = sample(model, process, seeds=seeds, config=config, start=start, loop=loop, **options_and_conditions)
     return Inversion(noise, torch.cat(remainders), torch.cat(gaps))
 
 

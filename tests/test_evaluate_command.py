@@ -108,15 +108,23 @@ def test_samples_of_files_without_a_run(tmp_path, capsys):
     for image, label, i in zip(pixels[:60], labels, range(60), strict=False):
         (tmp_path / "peer" / str(label)).mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(tmp_path / "peer" / str(label) / f"{i}.png")
+    (tmp_path / "parts").mkdir()
+    for name, part in (("000000-000044", slice(45)), ("000045-000059", slice(45, 60))):
+        np.savez(tmp_path / "parts" / f"{name}.npz", images=pixels[part], labels=labels[part])
+    (tmp_path / "parts" / "settings.json").write_text('{"num_images": 60}')
     reports = []
-    for samples in ("peer.npz", "peer"):
+    for samples in ("peer.npz", "parts", "peer"):
         main(["evaluate", "--samples", samples, "--data", "digits", *["--extractor", "pixels", "--allow-few"]])
         assert "samples against 719 of the 1,438 images" in capsys.readouterr().out
-        reports.append(json.loads((tmp_path / "peer-evaluation" / "report.json").read_text()))
-    assert reports[0]["samples"]["frechet"] == pytest.approx(reports[1]["samples"]["frechet"])
-    assert reports[0]["accuracy"] == reports[1]["accuracy"]
+        folder = tmp_path / f"{samples.removesuffix('.npz')}-evaluation"
+        reports.append(json.loads((folder / "report.json").read_text()))
+    for report in reports[1:]:
+        assert report["samples"]["frechet"] == pytest.approx(reports[0]["samples"]["frechet"])
+        assert report["accuracy"] == reports[0]["accuracy"]
     assert reports[0]["accuracy"]["samples"] > 0.8
     assert reports[0]["about"]["samples"]["source"] == "peer.npz"
+    (tmp_path / "parts" / "000045-000059.npz").unlink()
+    assert "parts has 45 of its 60 samples" in error(capsys, "--samples", "parts", "--data", "digits", "--allow-few")
 
 
 def test_mistakes(run, capsys, monkeypatch):

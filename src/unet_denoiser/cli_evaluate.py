@@ -42,7 +42,8 @@ def evaluate(
         held_out: images it was not trained on, likewise; "digits:held-out" are those of digits (default: half of the
             images of DATA that are used are taken for them).
         held_out_split: the split of DATA, where it is hf:NAME or Parquet files, that has the held-out images.
-        samples: measure these instead of making samples: a folder of pictures, an .npz or an .npy, of any model.
+        samples: measure these instead of making samples: a folder of pictures or of .npz files, an .npz or an .npy,
+            of any model.
         num_samples: how many samples to make (default: 10,000).
         num_data: how many images of DATA are used for features, in a random order; 0 takes all.
         extractor: what features are compared: "inception" (the FID's), "efficientnet-lite0", "pixels",

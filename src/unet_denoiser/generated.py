@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,11 @@ from tqdm import tqdm
 from unet_denoiser.checkpoints import read_facts
 from unet_denoiser.config import UNetConfig
 from unet_denoiser.data import ImageData, StreamData, load_data
+from unet_denoiser.data.arrays import load_npz
 from unet_denoiser.data.decode import open_image
 from unet_denoiser.data.pictures import Pictures
+from unet_denoiser.feature_cache import BATCH, stacked
+from unet_denoiser.files import read_json
 from unet_denoiser.inputs import CONDITIONS
 from unet_denoiser.recipe import DataConfig
 from unet_denoiser.recipe_sampling import SamplingConfig
@@ -107,6 +110,44 @@ class Generated:
         return {name: torch.stack([torch.as_tensor(item[name]) for item in items]) for name in self.names}
 
 
+class SampleFiles:
+    """Samples in a folder of .npz files, in the order of their names, as `sample` writes many; read one file at a time.
+
+    Args:
+        paths: files with `images` (N, H, W[, C]) of 0 to 255, and perhaps `labels` (N,).
+        like: data of the same size and channels.
+
+    Raises:
+        ValueError: files of another size, or fewer samples than the folder's settings.json says.
+    """
+
+    def __init__(self, paths: Sequence[Path], like: ImageData) -> None:
+        self.paths, self.count = paths, 0
+        labels: list[Tensor] = []
+        for path in paths:
+            part = load_npz(path, DataConfig(str(path)))
+            if (shape := (part.channels, *part.image_size)) != (like.channels, *like.image_size):
+                raise ValueError(f"samples={path} are of shape {shape}, the data {(like.channels, *like.image_size)}")
+            self.count += len(part)
+            labels += [] if part.labels is None else [part.labels]
+        self.labels = torch.cat(labels) if len(labels) == len(paths) else None
+        settings = paths[0].with_name("settings.json")
+        wanted = read_json(settings).get("num_images", self.count) if settings.is_file() else self.count
+        if self.count != wanted:
+            raise ValueError(f"samples={paths[0].parent} has {self.count:,} of its {wanted:,} samples; finish it first")
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Tensor]:
+        with tqdm(total=self.count, desc="features of samples", unit="img", disable=None) as bar:
+            for path in self.paths:
+                part = load_npz(path, DataConfig(str(path)))
+                for start in range(0, len(part), BATCH):
+                    yield stacked(part, np.arange(start, min(start + BATCH, len(part))))
+                bar.update(len(part))
+
+
 def _pictures(config: DataConfig, name: str) -> ImageData:
     """The pictures alone that a configuration names: no latents, no captions encoded, all of one size.
 
@@ -127,12 +168,14 @@ def conditioned_data(config: DataConfig, pictures: ImageData) -> ImageData:
     return _indexed(load_data(replace(config, horizontal_flip=False, aspect_buckets=False)), "data")
 
 
-def read_samples(source: Path, like: ImageData) -> ImageData:
-    """Samples in a folder of pictures, an .npz or an .npy, of the data's size and channels; classes by their names.
+def read_samples(source: Path, like: ImageData) -> ImageData | SampleFiles:
+    """Samples in a folder of pictures or of .npz files, an .npz or an .npy, of the data's size; classes by their names.
 
     Raises:
         ValueError: pictures of another size; nothing is scaled unseen.
     """
+    if paths := sorted(source.glob("*.npz")):
+        return SampleFiles(paths, like)
     channels = like.channels if source.is_dir() else None  # arrays are not converted
     found = _indexed(load_data(str(source), channels=channels), "samples")
     size = tuple(found.image_size)

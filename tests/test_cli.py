@@ -186,7 +186,7 @@ def test_mistakes_are_one_line_and_leave_nothing(capsys, tmp_path, args, message
         ("--batch-size", 0, "batch_size=0"),
         ("--image-size", 0, "image_size"),
         ("--seed", 2**63, "seed=9223372036854775808 must fit 64 bits"),
-        ("--out", "run", "out=run is a folder; give the picture's name"),
+        ("--out", "run", "out=run holds something else than samples; give a new folder"),
         ("--class", "cat", "class='cat' is not one of 0, 1, 2"),
     ],
 )
@@ -226,7 +226,7 @@ def test_an_existing_run_is_not_overwritten(run, capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ("", r"Expected one of \{train, sample, doctor, info, convert\}"),
+        ("", r"Expected one of \{train, sample, evaluate, doctor, info, convert\}"),
         ("paint", "Unrecognized options: paint"),
         ("sample", r"Missing from unet-denoiser sample: RUN .*\(see unet-denoiser sample --help\)"),
         ("train digits --bach-size 3", "Unrecognized options: --bach-size, 3; --batch-size is near"),

@@ -253,10 +253,17 @@ def test_networks_that_others_have_changed_are_called_as_they_are():
     sample(model, Diffusion(), seeds=[0], num_inference_steps=3)
     assert len(seen) == 3
     for options in ({"reuse": 3}, {"compile": True}):
-        with pytest.raises(
-            ValueError, match=f"{next(iter(options))}=.* needs a UNet that is neither sharded nor hooked"
-        ):
+        with pytest.raises(ValueError, match=f"{next(iter(options))}=.* needs a UNet with its own forward"):
             fast_network(model, **options)
+
+
+def test_another_forward_is_what_is_called():
+    class Constant(UNet):
+        def forward(self, x, t, **conditions):
+            return torch.zeros_like(x)
+
+    network = Constant.from_config(small().config)
+    assert fast_network(network)(torch.ones(1, 3, 8, 8), torch.tensor([5])).abs().max() == 0
 
 
 def test_self_conditioning_variance_and_concat_go_with_reuse():

@@ -30,7 +30,7 @@ def fast_network(
 ) -> Callable[..., Tensor]:
     """The network of one generation as guidance calls it, network(x, t, **inputs) -> float32 output.
 
-    A network that is sharded, hooked or compiled by other code is called as it is.
+    A network with another `forward`, or that is sharded, hooked or compiled by other code, is called as it is.
 
     Args:
         timesteps, reuse, compile: see `FastNetwork`.
@@ -38,14 +38,17 @@ def fast_network(
     Raises:
         ValueError: `reuse` or `compile` with such a network.
     """
-    apart = isinstance(model, UNet) and not (
+    own = isinstance(model, UNet) and getattr(model.forward, "__func__", None) is UNet.forward
+    apart = own and not (
         isinstance(model.input_conv.weight, DTensor) or watched(model) or model._compiled_call_impl is not None
     )
     if apart:
         return FastNetwork(model, timesteps, reuse=reuse, compile=compile)
     for name, value in (("reuse", reuse), ("compile", compile)):
         if value:
-            raise ValueError(f"{name}={value} needs a UNet that is neither sharded nor hooked nor compiled already")
+            raise ValueError(
+                f"{name}={value} needs a UNet with its own forward, neither sharded nor hooked nor compiled already"
+            )
     return lambda x, t, **inputs: model(x.to(model.input_conv.weight.dtype), t, **inputs).float()
 
 

@@ -38,10 +38,10 @@ if TYPE_CHECKING:
     from unet_denoiser.recipe_sampling import SamplingConfig as SamplingConfig
     from unet_denoiser.run import Run as Run
     from unet_denoiser.samplers import Sampler as Sampler
-    from unet_denoiser.sampling import Start as Start
     from unet_denoiser.sampling import denoise as denoise
     from unet_denoiser.sampling import sample as sample
     from unet_denoiser.sampling import sample_steps as sample_steps
+    from unet_denoiser.sampling_request import Start as Start
     from unet_denoiser.summary import summarize as summarize
     from unet_denoiser.training import Trainer as Trainer
     from unet_denoiser.unet import UNet as UNet

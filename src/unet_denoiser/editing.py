@@ -18,7 +18,8 @@ from unet_denoiser.concat import enlarged, masked
 from unet_denoiser.diffusion import Diffusion
 from unet_denoiser.recipe_sampling import SamplingConfig
 from unet_denoiser.samplers import NoiseLevel, Sampler
-from unet_denoiser.sampling import Start, Step, concat_channels, config_of, denoise, sample
+from unet_denoiser.sampling import Step, denoise, sample
+from unet_denoiser.sampling_request import Start, concat_channels, config_of
 from unet_denoiser.unet import UNet
 
 MEMORYLESS = ("ddim", "ddpm", "euler", "euler_a")  # samplers whose next step depends on x_t alone

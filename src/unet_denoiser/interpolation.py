@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unet_denoiser.diffusion import Diffusion
-from unet_denoiser.sampling import INPUTS, Start, data_channels, sample
+from unet_denoiser.sampling import sample
+from unet_denoiser.sampling_request import INPUTS, Start, data_channels
 from unet_denoiser.unet import UNet
 
 

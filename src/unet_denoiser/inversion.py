@@ -12,7 +12,8 @@ from torch import Tensor
 from unet_denoiser.diffusion import Diffusion
 from unet_denoiser.recipe_sampling import SamplingConfig
 from unet_denoiser.samplers import Sampler
-from unet_denoiser.sampling import Start, Step, config_of, denoise, sample
+from unet_denoiser.sampling import Step, denoise, sample
+from unet_denoiser.sampling_request import Start, config_of
 from unet_denoiser.unet import UNet
 
 

@@ -36,7 +36,8 @@ from unet_denoiser.interrupts import Interrupted, watch_signals
 from unet_denoiser.pretrained import write_pretrained
 from unet_denoiser.previews import PREVIEWED, conditions_of_items
 from unet_denoiser.recipe import DataConfig, TrainingConfig
-from unet_denoiser.sampling import concat_channels, data_channels, sample
+from unet_denoiser.sampling import sample
+from unet_denoiser.sampling_request import concat_channels, data_channels
 from unet_denoiser.tracking import LOG_EVERY, Metrics, log_to_trackers, plot, start_trackers
 from unet_denoiser.training import Trainer, TrainingStep
 from unet_denoiser.unet import UNet

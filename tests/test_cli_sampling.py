@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from unet_denoiser import Run, image_to_image, interpolate, sample
+from helpers import randomise
+from unet_denoiser import Run, UNet, image_to_image, interpolate, sample
 from unet_denoiser.cli import main
 from unet_denoiser.data import digits
 
@@ -131,6 +132,11 @@ def test_strip_gif_and_preview(run, capsys):
         ("--image digit.png --image-class 3", "image_class='3' needs invert"),
         ("--image digit.png --image-size 0", "image_size=(0, 0)"),
         ("--image digit.png --concat-image digit.png", "the run was trained without concat"),
+        ("--negative-class 3", "guidance_scale=1 leads away from nothing"),
+        ("--guide-checkpoint 1", "guidance_scale=1 leads away from nothing"),
+        ("--negative-class 3 --guide-checkpoint 1 --guidance-scale 2", "guide and negative both say"),
+        ("--negative-caption red --guidance-scale 2", "caption='red'"),
+        ("--guide-checkpoint 7 --guidance-scale 2", "checkpoint='7' is not in"),
         ("--preview-every 0", "preview_every=0 must be at least 1"),
     ],
 )
@@ -143,3 +149,24 @@ def test_mistakes(run, capsys, options, message):
     assert error.count("\n") == 1
     assert message in error
     assert not Path("x.png").exists()
+
+
+def test_what_guidance_leads_away_from(run, monkeypatch):
+    networks = {}
+
+    def load(self, checkpoint="latest"):
+        if checkpoint not in networks:
+            networks[checkpoint] = randomise(UNet.from_config(self.model), seed=len(networks)).eval()
+        return networks[checkpoint]
+
+    monkeypatch.setattr(Run, "load_model", load)
+    base = "--class 3 --num-images 2 --guidance-scale 2"
+    plain = samples(run, base)
+    labels = torch.tensor([3, 3])
+    for options, expected in (
+        ("--negative-class 8", {"negative": {"class_labels": torch.tensor([8])}}),
+        ("--guide-checkpoint 1", {"guide": load(Run.load(run), "1")}),
+    ):
+        found = samples(run, f"{base} {options}")
+        assert (found - plain).abs().max() > 0.1
+        close(found, library(sample, run, seeds=range(2), class_labels=labels, guidance_scale=2.0, **expected))

@@ -9,7 +9,14 @@ from typing import Annotated, Any
 import tyro
 
 from unet_denoiser.endings import one_line_errors
-from unet_denoiser.options import EditingOptions, OptionalNumber, OptionalPath, OptionalSize, SamplingOptions
+from unet_denoiser.options import (
+    EditingOptions,
+    OptionalName,
+    OptionalNumber,
+    OptionalPath,
+    OptionalSize,
+    SamplingOptions,
+)
 from unet_denoiser.recipe import DeviceName
 from unet_denoiser.recipe_editing import EditingConfig
 from unet_denoiser.recipe_sampling import SamplingConfig
@@ -24,6 +31,9 @@ def sample(
     classes: Annotated[tuple[str, ...], tyro.conf.arg(name="class")] = (),
     captions: Annotated[tuple[str, ...], tyro.conf.arg(name="caption"), tyro.conf.UseAppendAction] = (),
     vector: tuple[float, ...] = (),
+    negative_class: OptionalName = None,
+    negative_caption: OptionalName = None,
+    guide_checkpoint: OptionalName = None,
     concat_image: OptionalPath = None,
     editing: EditingOptions = {},  # noqa: B006
     sampling: SamplingOptions = {},  # noqa: B006
@@ -47,6 +57,9 @@ def sample(
         classes: names of the classes to generate, in turn (default: all of the run's).
         captions: a text to draw; give the option again for more, which then take turns.
         vector: the numbers that condition the samples, for a run trained with --vector-columns or `vectors`.
+        negative_class: a class to lead away from, with --guidance-scale above 1.
+        negative_caption: a text to lead away from, likewise.
+        guide_checkpoint: a step's number: guide by an earlier checkpoint of the run in place of no class or caption.
         concat_image: the picture to enlarge or to translate, for a run trained with --concat downscaled:N or a folder.
         seed: seed of the first image.
         batch_size: images at a time; does not change them.
@@ -76,12 +89,14 @@ def sample(
         loaded = Run.load(run)
         count = num_images or (len(classes or captions or loaded.class_names or "1") if edit.invert else DEFAULT_COUNT)
         seeds = range(seed, seed + count)
-        request = Request(edit, config, seeds, classes, captions, vector, concat_image, image_size)
         if (strip or gif or preview_every) and not loaded.makes_pictures:
             raise ValueError(f"strip, gif and preview_every show pictures; {run} makes none")
         model = loaded.load_model(checkpoint)
         state, where = join_processes(device)
         model = model.to(where)
+        guide = None if guide_checkpoint is None else loaded.load_model(guide_checkpoint).to(where)
+        negative = {"negative_class": negative_class, "negative_caption": negative_caption, "guide": guide}
+        request = Request(edit, config, seeds, classes, captions, vector, concat_image, image_size, **negative)
         if out is not None and not out.suffix:
             if separate or strip or gif or preview_every:
                 raise ValueError(f"separate, strip, gif and preview_every go with one picture, not with out={out}")

@@ -68,6 +68,8 @@ def open_shards(run: Run, model: UNet, request: Request, folder: Path, batch_siz
         "class": request.classes,
         "caption": request.captions,
         "vector": request.vector,
+        "negative": (request.negative_class, request.negative_caption),
+        "guide": None if request.guide is None else digest_weights(request.guide),
         "image_size": request.image_size,
         "pictures": digest(Path(file).read_bytes() for file in files),
         "weights": digest_weights(model),

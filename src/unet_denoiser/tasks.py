@@ -33,6 +33,8 @@ class Request:
         vector: everybody's numbers.
         concat_image: a file, for a network that sees a picture.
         image_size: of the samples, or of the picture that is given; in pixels.
+        negative_class, negative_caption: what guidance leads away from, in place of nothing.
+        guide: a weaker network that guidance leads away from.
     """
 
     edit: EditingConfig
@@ -43,6 +45,9 @@ class Request:
     vector: Sequence[float] = ()
     concat_image: Path | None = None
     image_size: tuple[int, ...] | None = None
+    negative_class: str | None = None
+    negative_caption: str | None = None
+    guide: UNet | None = None
 
 
 def perform(run: Run, model: UNet, request: Request, **options: Any) -> Tensor:
@@ -56,11 +61,16 @@ def perform(run: Run, model: UNet, request: Request, **options: Any) -> Tensor:
     """
     edit, count = request.edit, len(request.seeds)
     options |= {"config": request.config} | _conditions(run, request)
+    options |= {"negative": _negative(run, request), "guide": request.guide}
     followed = {"class_labels", "vector", "context", "concat"} & set(options) or run.data.concat is not None
-    if not followed and request.config.guidance_scale != 1:
+    if not followed and request.guide is None and request.config.guidance_scale != 1:
         raise ValueError(
             f"guidance_scale={request.config.guidance_scale} needs a class, caption, vector or picture to follow; "
             "give one, or 1"
+        )
+    if (options["negative"] or request.guide is not None) and request.config.guidance_scale == 1:
+        raise ValueError(
+            "guidance_scale=1 leads away from nothing: with a negative or a guide give 2 to 5, for example"
         )
     if edit.image is not None:
         return _edit(run, model, request, options)
@@ -99,7 +109,8 @@ def _regenerated(run: Run, model: UNet, request: Request, x: Tensor, options: di
     """The picture inverted with its own class or caption, and made again with each of those asked for."""
     edit, count = request.edit, len(request.seeds)
     own = dict(options) | {"config": replace(request.config, guidance_scale=1.0)}
-    own.pop("on_step", None)
+    for name in ("on_step", "negative", "guide"):
+        own.pop(name, None)
     if edit.image_class is not None:
         own["class_labels"] = run.labels(count, [edit.image_class])
     if edit.image_caption is not None:
@@ -130,6 +141,16 @@ def _conditions(run: Run, request: Request) -> dict[str, Tensor]:
         concat = run.read_concat(request.concat_image)
         conditions["concat"] = concat.expand(count, *concat.shape[1:])
     return conditions
+
+
+def _negative(run: Run, request: Request) -> dict[str, Tensor]:
+    """What guidance leads away from: one row for all samples."""
+    negative: dict[str, Tensor] = {}
+    if request.negative_class is not None:
+        negative["class_labels"] = run.labels(1, [request.negative_class])
+    if request.negative_caption is not None:
+        negative |= run.encode_captions([request.negative_caption])
+    return negative
 
 
 def _check_upscaling(run: Run, factor: int) -> None:

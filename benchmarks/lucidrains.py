@@ -1,4 +1,4 @@
-"""The Unet class of denoising-diffusion-pytorch, imported where torchvision is not installed too."""
+"""Unet and GaussianDiffusion of denoising-diffusion-pytorch, imported where torchvision is not installed too."""
 
 import importlib
 import importlib.util
@@ -7,25 +7,26 @@ import types
 from typing import Any
 
 
-def _unet_class() -> Any:
-    """denoising_diffusion_pytorch.Unet.
+def _module() -> Any:
+    """The package's main module.
 
-    The class stands in one module with a trainer, which imports torchvision for its pictures. The network uses nothing
-    of it, so an empty module stands in during the import, and is taken away again before others find it.
+    It also has a trainer, which imports torchvision for its pictures. Network and process use nothing of it, so an
+    empty module stands in during the import, and is taken away again before others find it.
     """
-    if importlib.util.find_spec("denoising_diffusion_pytorch") is None:
+    name = "denoising_diffusion_pytorch"
+    if importlib.util.find_spec(name) is None:
         raise SystemExit(
             "pip install --no-deps -r benchmarks/requirements.txt  # denoising-diffusion-pytorch is missing"
         )
     if importlib.util.find_spec("torchvision") is not None:
-        return importlib.import_module("denoising_diffusion_pytorch").Unet
+        return importlib.import_module(name)
     stand_in = types.ModuleType("torchvision")
     stand_in.transforms = stand_in.utils = None
     sys.modules["torchvision"] = stand_in
     try:
-        return importlib.import_module("denoising_diffusion_pytorch").Unet
+        return importlib.import_module(name)
     finally:
         del sys.modules["torchvision"]
 
 
-Unet = _unet_class()
+Unet, GaussianDiffusion = _module().Unet, _module().GaussianDiffusion

@@ -95,8 +95,19 @@ def sample(
         state, where = join_processes(device)
         model = model.to(where)
         guide = None if guide_checkpoint is None else loaded.load_model(guide_checkpoint).to(where)
-        negative = {"negative_class": negative_class, "negative_caption": negative_caption, "guide": guide}
-        request = Request(edit, config, seeds, classes, captions, vector, concat_image, image_size, **negative)
+        request = Request(
+            edit,
+            config,
+            seeds,
+            classes,
+            captions,
+            vector,
+            concat_image,
+            image_size,
+            negative_class=negative_class,
+            negative_caption=negative_caption,
+            guide=guide,
+        )
         if out is not None and not out.suffix:
             if separate or strip or gif or preview_every:
                 raise ValueError(f"separate, strip, gif and preview_every go with one picture, not with out={out}")

@@ -84,6 +84,7 @@ def sample(
         from unet_denoiser.distribution import join_processes
         from unet_denoiser.many import perform_together
         from unet_denoiser.run import Run
+        from unet_denoiser.samplers import Sampler
         from unet_denoiser.tasks import Request
 
         loaded = Run.load(run)
@@ -122,15 +123,16 @@ def sample(
             return loaded.save_grid(x, picture, classes or captions, columns=len(x) if in_a_row else None)
 
         film, watch = _watchers(loaded, count, strip or gif, preview_every, save)
-        with tqdm(unit="step", disable=None if state.is_main_process else True) as bar:
-            x = perform_together(
-                loaded,
-                model,
-                request,
-                state,
-                batch_size=batch_size,
-                on_step=lambda step: (bar.update(len(step.x)), [each(step) for each in watch]),
-            )
+        known = edit.image is None and state.num_processes == 1  # else steps are left out, repeated or shared
+        total = count * len(Sampler(config, loaded.process)) if known else None
+        with tqdm(total=total, unit="step", disable=None if state.is_main_process else True) as bar:
+
+            def seen(step: Any) -> None:
+                bar.update(len(step.x))
+                for each in watch:
+                    each(step)
+
+            x = perform_together(loaded, model, request, state, batch_size=batch_size, on_step=seen)
         if not state.is_main_process:
             return
         written = save(x)

@@ -26,7 +26,7 @@ from unet_denoiser.convert import save
 from unet_denoiser.features import Extractor, load_extractor
 from unet_denoiser.files import write_atomically
 from unet_denoiser.metrics import kernel_distance
-from unet_denoiser.recipe import DataConfig
+from unet_denoiser.recipe_data import DataConfig
 from unet_denoiser.shards import digest_weights
 
 GUIDANCE_SCALE, PIECE, LARGEST_ERROR = 2.0, 100, 1e-4

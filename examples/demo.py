@@ -16,7 +16,7 @@ from unet_denoiser import Run, sample
 from unet_denoiser.data import digits
 
 RUN = Path("runs/digits")
-TRAIN = f"train digits --out {RUN} --steps 480 --batch-size 128 --learning-rate 2e-3 --ema-decay 0.99 --model.dropout 0"
+TRAIN = f"train digits --out {RUN} --steps 480 --batch-size 128 --learning-rate 2e-3 --ema-decay 0.99"
 SAMPLE = f"sample {RUN} --num-images 100 --guidance-scale 2"
 SAMPLES = 500
 

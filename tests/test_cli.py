@@ -17,7 +17,8 @@ from torch.testing import assert_close
 
 from unet_denoiser import Run, UNet, UNetConfig, sample
 from unet_denoiser.cli import main
-from unet_denoiser.recipe import DataConfig, TrainingConfig
+from unet_denoiser.recipe import TrainingConfig
+from unet_denoiser.recipe_data import DataConfig
 
 TINY = "--model.model-channels 8 --model.num-res-blocks 1 --batch-size 4 --steps 3 --device cpu".split()  # noqa: SIM905
 

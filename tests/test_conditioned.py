@@ -324,6 +324,21 @@ def test_inpainting_from_files(pictures, tmp_path, capsys):
     assert "needs an image" in failure([*sampling, "--mask", tmp_path / "mask.png"], capsys)
 
 
+@pytest.mark.parametrize("options", ["caption", "latent", "concat", "caption latent concat"])
+def test_a_conditioned_run_is_evaluated(options, captioned, vae, tmp_path, capsys):
+    """Samples are decoded, and their conditions come from the data's items, whatever these are."""
+    given = {"caption": ["--text-encoder", MINILM], "latent": ["--vae", str(vae)], "concat": ["--concat", "inpainting"]}
+    run, chosen = tmp_path / "run", [option for name in options.split() for option in given[name]]
+    main(["train", str(captioned), "--out", str(run), *chosen, *TINY])
+    fast = "--num-samples 8 --allow-few --num-inference-steps 2 --extractor pixels --device cpu --batch-size 3"
+    capsys.readouterr()
+    main(["evaluate", str(run), *fast.split()])
+    report = json.loads((run / "evaluation" / "report.json").read_text())
+    assert "8 samples against 3 of the 6 images" in capsys.readouterr().out
+    assert report["samples"]["kernel"]["value"] != 0
+    assert Image.open(run / "evaluation" / "neighbours.png").mode == "RGB"
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_ones_own_data_with_conditions(stream, tmp_path):
     """Items from Python bring concat, context and numbers themselves; previews take theirs."""

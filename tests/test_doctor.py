@@ -11,7 +11,7 @@ from unet_denoiser import Diffusion, TrainingConfig, UNet, UNetConfig
 from unet_denoiser.cli import main
 from unet_denoiser.data import ArrayData, as_found
 from unet_denoiser.doctor import examine
-from unet_denoiser.recipe import DataConfig
+from unet_denoiser.recipe_data import DataConfig
 from unet_denoiser.run import Run
 
 TINY = {"model_channels": 8, "channel_mult": (1,), "num_res_blocks": 1, "attention_resolutions": (), "num_heads": 1}

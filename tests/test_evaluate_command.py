@@ -12,7 +12,7 @@ from unet_denoiser import ArrayData, Diffusion, Run, TrainingConfig, UNetConfig
 from unet_denoiser.cli import main
 from unet_denoiser.data import as_found, digits, load_data
 from unet_denoiser.generated import Generated, _in_proportion
-from unet_denoiser.recipe import DataConfig
+from unet_denoiser.recipe_data import DataConfig
 from unet_denoiser.recipe_sampling import SamplingConfig
 
 FAST = "--num-samples 40 --allow-few --num-inference-steps 2 --extractor pixels --device cpu".split()  # noqa: SIM905

@@ -17,7 +17,7 @@ from unet_denoiser import Run, sample
 from unet_denoiser.cli import main
 from unet_denoiser.data import load_data
 from unet_denoiser.images import to_uint8
-from unet_denoiser.recipe import DataConfig
+from unet_denoiser.recipe_data import DataConfig
 from unet_denoiser.shards import Shards, digest_weights, read_shards
 
 TINY = "--model.model-channels 8 --model.num-res-blocks 1 --batch-size 4 --steps 1 --device cpu".split()  # noqa: SIM905
@@ -106,7 +106,7 @@ def test_goes_on_where_it_was_interrupted(run, undisturbed, tmp_path, number, ca
     ("changed", "message"),
     [
         (["--guidance-scale", "2"], "holds samples made with guidance_scale=1.0, not 2.0; give another folder"),
-        (["--num-images", "41"], "holds samples made with num_images=40, not 41"),
+        (["--num-images", "39"], "holds samples made with num_images=40, not 39"),
         (["--seed", "8"], "holds samples made with seed=7, not 8"),
         (["--class", "3"], "holds samples made with class=[], not"),
         (["--reuse", "3"], "holds samples made with reuse=null, not 3"),
@@ -119,6 +119,16 @@ def test_refuses_to_mix_settings(run, undisturbed, capsys, changed, message):
     assert end.value.code == 2
     assert message in capsys.readouterr().err
     assert contents(undisturbed) == before
+
+
+def test_a_folder_grows(run, undisturbed, tmp_path):
+    folder = tmp_path / "grown"
+    main(["sample", str(run), "--out", str(folder), *OPTIONS, "--num-images", "20"])
+    kept = (folder / "000000-000015.npz").stat().st_mtime_ns
+    assert (folder / "000016-000019.npz").exists()
+    main(["sample", str(run), "--out", str(folder), *OPTIONS])
+    assert contents(folder) == contents(undisturbed)
+    assert (folder / "000000-000015.npz").stat().st_mtime_ns == kept
 
 
 def test_other_weights_are_other_settings(run, undisturbed):

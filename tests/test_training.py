@@ -79,6 +79,15 @@ def test_learning_rate_warms_up_and_decays():
     assert rates == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("width", [8, 16])
+def test_learning_rate_follows_the_width_unless_it_is_chosen(width):
+    for chosen, expected in ((None, 0.032 / width), (3e-4, 3e-4)):
+        options = {"steps": 3, "warmup_steps": 0, "learning_rate": chosen}
+        trainer = make_trainer(options, net={"model_channels": width, "norm_groups": 4})
+        (first, *_) = [step.learning_rate for step in trainer.steps()]
+        assert first == pytest.approx(expected)
+
+
 def test_one_step_is_adamw_on_clipped_gradients():
     """The same step by hand, with torch's own optimizer."""
     options = {"steps": 1, "warmup_steps": 0, "max_grad_norm": 0.01, "condition_dropout": 0.0, "learning_rate": 1e-2}

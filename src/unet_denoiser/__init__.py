@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from unet_denoiser.layers import SinusoidalPosEmb as SinusoidalPosEmb
     from unet_denoiser.presets import list_presets as list_presets
     from unet_denoiser.presets import preset as preset
-    from unet_denoiser.recipe import DataConfig as DataConfig
     from unet_denoiser.recipe import DiffusionConfig as DiffusionConfig
     from unet_denoiser.recipe import TrainingConfig as TrainingConfig
+    from unet_denoiser.recipe_data import DataConfig as DataConfig
     from unet_denoiser.recipe_sampling import SamplingConfig as SamplingConfig
     from unet_denoiser.run import Run as Run
     from unet_denoiser.samplers import Sampler as Sampler
@@ -81,7 +81,7 @@ _WHERE = {
     "load_extractor": "features",
     "Trainer": "training",
     "TrainingConfig": "recipe",
-    "DataConfig": "recipe",
+    "DataConfig": "recipe_data",
     "DiffusionConfig": "recipe",
     "Run": "run",
     "save_grid": "images",

@@ -21,7 +21,7 @@ from unet_denoiser.data.pictures import Pictures
 from unet_denoiser.feature_cache import BATCH, stacked
 from unet_denoiser.files import read_json
 from unet_denoiser.inputs import CONDITIONS
-from unet_denoiser.recipe import DataConfig
+from unet_denoiser.recipe_data import DataConfig
 from unet_denoiser.recipe_sampling import SamplingConfig
 from unet_denoiser.run import Run
 from unet_denoiser.samplers import Sampler

@@ -30,7 +30,7 @@ class MemoryConfig:
         ValueError: an option that cannot work, with its name, its value and a valid one.
     """
 
-    batch_size: int = 64
+    batch_size: int = 32
     gradient_accumulation_steps: int = 1
     image_size: tuple[int, ...] | None = None
     context_tokens: int = 77

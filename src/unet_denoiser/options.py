@@ -17,7 +17,8 @@ from docstring_parser import parse
 
 from unet_denoiser.config import UNetConfig
 from unet_denoiser.memory_config import MemoryConfig
-from unet_denoiser.recipe import DataConfig, DiffusionConfig, QKVOrder, TrainingConfig
+from unet_denoiser.recipe import DiffusionConfig, QKVOrder, TrainingConfig
+from unet_denoiser.recipe_data import DataConfig
 from unet_denoiser.recipe_editing import EditingConfig
 from unet_denoiser.recipe_sampling import SamplingConfig
 

@@ -260,4 +260,5 @@ def _by_size(size: int, options: dict[str, Any]) -> dict[str, Any]:
         "context_dim": None,
         "upsample": "nearest",
         "norm_groups": max(1, min(32, width // 4)),  # with one channel per group, the time embedding would be lost
+        "dropout": 0.0,  # it costs time and, until the data are learned by heart, distance; see docs/quality.md
     }

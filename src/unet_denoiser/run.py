@@ -32,7 +32,8 @@ from unet_denoiser.images import save_grid
 from unet_denoiser.interrupts import Interrupted, watch_signals
 from unet_denoiser.pretrained import write_pretrained
 from unet_denoiser.previews import PREVIEWED, conditions_of_items
-from unet_denoiser.recipe import DataConfig, TrainingConfig
+from unet_denoiser.recipe import TrainingConfig
+from unet_denoiser.recipe_data import DataConfig
 from unet_denoiser.sampling import sample
 from unet_denoiser.tracking import LOG_EVERY, Metrics, log_to_trackers, plot, start_trackers
 from unet_denoiser.trained import Trained

@@ -24,7 +24,7 @@ class Shards:
 
     Args:
         folder: made where it is not there.
-        count: samples in all.
+        count: samples in all; more than a folder was made for are added to what it has.
         size: samples of a file; that of the folder counts where it has files.
         settings: what decides how the samples come out, of what JSON knows; kept in `settings.json`.
 
@@ -35,19 +35,25 @@ class Shards:
 
     def __init__(self, folder: Path, count: int, size: int, settings: Mapping[str, Any]) -> None:
         self.folder, self.count = folder, count
-        wanted = {"num_images": count, **json.loads(json.dumps(settings))}
+        wanted, grows = {"num_images": count, **json.loads(json.dumps(settings))}, False
         if not (folder / SETTINGS).is_file():
             if folder.exists() and (not folder.is_dir() or any(folder.glob("[!.]*"))):
                 raise ValueError(f"out={folder} holds something else than samples; give a new folder")
             folder.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"shard_size": size, **wanted}, indent=2, ensure_ascii=False) + "\n"
-            write_atomically(folder / SETTINGS, lambda path: path.write_text(text, encoding="utf-8"))
+            self._write_settings({"shard_size": size, **wanted})
         found = read_json(folder / SETTINGS)
         self.size: int = found.pop("shard_size", size)
         for name in wanted | found:
-            if wanted.get(name) != found.get(name):
-                had, wants = _shortly(found.get(name)), _shortly(wanted.get(name))
-                raise ValueError(f"out={folder} holds samples made with {name}={had}, not {wants}; give another folder")
+            had, wants = found.get(name), wanted.get(name)
+            if name == "num_images" and isinstance(had, int) and count > had:
+                grows = True
+            elif wants != had:
+                raise ValueError(
+                    f"out={folder} holds samples made with {name}={_shortly(had)}, not {_shortly(wants)}; give another "
+                    "folder"
+                )
+        if grows:  # the last file, if it is not full, now has another name, and `clean` deletes it
+            self._write_settings({"shard_size": self.size, **wanted})
         self.missing = [part for part in self.parts() if not self.path(part).exists()]
 
     def parts(self) -> list[range]:
@@ -72,8 +78,14 @@ class Shards:
         return path
 
     def clean(self) -> None:
-        """Delete what killed processes have left; nobody may be writing."""
+        """Delete what killed processes have left, and files of another number of samples; nobody may be writing."""
         remove_leftovers(self.folder)
+        for path in set(self.folder.glob("*.npz")) - {self.path(part) for part in self.parts()}:
+            path.unlink()
+
+    def _write_settings(self, settings: Mapping[str, Any]) -> None:
+        text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+        write_atomically(self.folder / SETTINGS, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def read_shards(folder: Path, name: str = "images") -> np.ndarray:

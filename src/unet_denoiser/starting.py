@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from unet_denoiser.finetuning import at_size, load_fitting, read_start
 from unet_denoiser.presets import architecture_for
 from unet_denoiser.presets import preset as preset_config
 from unet_denoiser.pretrained import write_pretrained
-from unet_denoiser.recipe import DATA_CHANGEABLE, TRAINING_CHANGEABLE, DataConfig, TrainingConfig
+from unet_denoiser.recipe import TRAINING_CHANGEABLE, TrainingConfig, default_learning_rate
+from unet_denoiser.recipe_data import DATA_CHANGEABLE, DataConfig
 from unet_denoiser.run import Run, check_new
 from unet_denoiser.training import Trainer
 from unet_denoiser.unet import UNet
@@ -38,6 +40,8 @@ def started(source: str, given: dict[str, Any]) -> tuple[Run, Trainer]:
     conditions = {"vector_dim": data.vector_dim, "context_dim": data.context_dim}
     own = process.channels(data.channels, data.concat_channels)
     config = architecture_for(data.channels, data.image_size, classes, conditions | options, base, own)
+    rate = training.learning_rate or default_learning_rate(config.model_channels)
+    training = replace(training, learning_rate=rate)
     run = Run(out, as_found(data_config, data), config, process, training)
     if start is None:
         trainer = run.trainer(data)

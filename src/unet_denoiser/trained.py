@@ -15,7 +15,7 @@ from unet_denoiser.config import UNetConfig
 from unet_denoiser.data.conditioned import autoencoder, read_concat, read_mask, read_picture, text_encoder
 from unet_denoiser.diffusion import Diffusion
 from unet_denoiser.images import MODES, save_grid
-from unet_denoiser.recipe import DataConfig
+from unet_denoiser.recipe_data import DataConfig
 from unet_denoiser.sampling_request import concat_channels, data_channels
 
 

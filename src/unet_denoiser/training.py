@@ -22,7 +22,7 @@ from unet_denoiser.ema import EMA
 from unet_denoiser.finetuning import add_lora, merged
 from unet_denoiser.inputs import CONDITIONS
 from unet_denoiser.objectives import Losses, LossWeighting
-from unet_denoiser.recipe import TrainingConfig
+from unet_denoiser.recipe import TrainingConfig, default_learning_rate
 from unet_denoiser.safety import NotFinite, first_bad_gradient, first_bad_module
 from unet_denoiser.unet import UNet
 
@@ -78,7 +78,8 @@ class Trainer:
         if model.time_cond is not None:
             model.time_cond.requires_grad_(False)  # nothing feeds it here, and DDP waits for every weight's gradient
         trained = [p for p in model.parameters() if p.requires_grad]
-        options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
+        self.learning_rate = config.learning_rate or default_learning_rate(model.config.model_channels)
+        options: dict[str, Any] = {"lr": self.learning_rate, "weight_decay": config.weight_decay, "fused": True}
         optimizer = torch.optim.AdamW(trained, **options)
         self.prepared, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.model: UNet = self.accelerator.unwrap_model(self.prepared)
@@ -93,7 +94,7 @@ class Trainer:
         """
         for batch in self._batches():
             self.prepared.train()
-            learning_rate = self.config.learning_rate * self._learning_rate_factor(self.step)
+            learning_rate = self._learning_rate(self.step)
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
             parts = self._parts(batch)
@@ -276,14 +277,14 @@ class Trainer:
             ", ".join(str(int(place)) for place in next(iter(batches))[start : start + len(part.x0)]) + " of the data"
         )
 
-    def _learning_rate_factor(self, step: int) -> float:
+    def _learning_rate(self, step: int) -> float:
         """Linear warm-up, then half a cosine down to zero at the last step."""
         c = self.config
-        warmup = min(c.warmup_steps, c.steps // 2)
+        highest, warmup = self.learning_rate, min(c.warmup_steps, c.steps // 2)
         if step < warmup:
-            return (step + 1) / (warmup + 1)
+            return highest * (step + 1) / (warmup + 1)
         progress = (step - warmup) / max(1, c.steps - warmup)
-        return float(0.5 + 0.5 * np.cos(np.pi * min(1.0, progress)))
+        return highest * float(0.5 + 0.5 * np.cos(np.pi * min(1.0, progress)))
 
 
 def _check_fit(config: UNetConfig, process: Diffusion, data: ImageData | StreamData) -> None:

@@ -25,7 +25,7 @@ from unet_denoiser.data.loader import EndlessBatches as EndlessBatches
 from unet_denoiser.data.loader import make_loader as make_loader
 from unet_denoiser.data.own import as_data as as_data
 from unet_denoiser.data.stream import StreamData as StreamData
-from unet_denoiser.recipe import DataConfig
+from unet_denoiser.recipe_data import DataConfig
 
 
 def load_data(config: DataConfig | str | Path, **options: Any) -> ImageData | StreamData:

@@ -23,7 +23,7 @@ from unet_denoiser.data.base import (
     to_float,
 )
 from unet_denoiser.data.decode import fill_colour
-from unet_denoiser.recipe import DataConfig, ResizeMode
+from unet_denoiser.recipe_data import DataConfig, ResizeMode
 
 DIGITS = ("digits", "digits:held-out")
 CHECKED = 256  # images of a mapped file whose range is looked at before training

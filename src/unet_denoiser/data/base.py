@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from unet_denoiser.recipe import DataConfig, ResizeMode
+from unet_denoiser.recipe_data import DataConfig, ResizeMode
 
 
 class UnreadableItemError(ValueError):

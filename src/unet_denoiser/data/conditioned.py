@@ -16,7 +16,7 @@ from unet_denoiser.cache import digest, fingerprint
 from unet_denoiser.concat import downscaled, enlarged, masked, random_mask
 from unet_denoiser.data.base import ImageData, Place, augment, to_float
 from unet_denoiser.data.decode import fill_colour, open_image, to_pixels
-from unet_denoiser.recipe import DataConfig
+from unet_denoiser.recipe_data import DataConfig
 
 if TYPE_CHECKING:
     from unet_denoiser.latents import Autoencoder

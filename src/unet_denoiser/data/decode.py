@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unet_denoiser.data.base import UnreadableItemError, scaled_size
 from unet_denoiser.images import MODES
-from unet_denoiser.recipe import ResizeMode
+from unet_denoiser.recipe_data import ResizeMode
 
 Source = str | bytes  # a path, or a file's content
 GREY = {"1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I;16N", "I"}

@@ -15,7 +15,7 @@ from unet_denoiser.data.base import encode_labels, encode_vectors, refuse_option
 from unet_denoiser.data.decode import SUFFIXES
 from unet_denoiser.data.pictures import Pictures, check_config, usable
 from unet_denoiser.data.scan import scan
-from unet_denoiser.recipe import DataConfig
+from unet_denoiser.recipe_data import DataConfig
 
 METADATA = ("metadata.csv", "metadata.jsonl")
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")

@@ -16,7 +16,7 @@ from unet_denoiser.data.folder import CAPTION_COLUMNS, pick_column
 from unet_denoiser.data.pictures import Pictures, check_config, choose_size, usable
 from unet_denoiser.data.scan import Header, header_of, scan
 from unet_denoiser.data.stream import StreamData
-from unet_denoiser.recipe import DataConfig
+from unet_denoiser.recipe_data import DataConfig
 
 if TYPE_CHECKING:
     import datasets

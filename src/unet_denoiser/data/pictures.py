@@ -16,7 +16,7 @@ from unet_denoiser.data.base import ImageData, per_axis
 from unet_denoiser.data.decode import Source, check_colour, fill_colour, open_image, to_pixels
 from unet_denoiser.data.scan import PROGRESS_FROM, Header, too_small, without_bad
 from unet_denoiser.images import MODES
-from unet_denoiser.recipe import DataConfig
+from unet_denoiser.recipe_data import DataConfig
 
 LARGEST_DEFAULT_SIZE = 64
 

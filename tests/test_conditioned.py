@@ -44,11 +44,15 @@ def pictures(tmp_path):
     return write_folder(tmp_path / "pictures")
 
 
+def write_captions(folder, captions=NAMES):
+    lines = [json.dumps({"file_name": f"{i}.png", "text": text}, ensure_ascii=False) for i, text in enumerate(captions)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
 @pytest.fixture
 def captioned(pictures):
-    lines = [json.dumps({"file_name": f"{i}.png", "text": text}, ensure_ascii=False) for i, text in enumerate(NAMES)]
-    (pictures / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    return pictures
+    return write_captions(pictures)
 
 
 @pytest.fixture
@@ -102,6 +106,21 @@ def test_a_run_draws_captions(captioned, tmp_path, capsys):
     assert Image.open(run / "a.png").size[0] == Image.open(run / "a.png").size[1]  # two rows of two
     assert len(list((run / "samples").glob("*.png"))) == 1
     assert "needs a class, caption, vector or picture" in failure(sampling, capsys)
+
+
+def test_a_caption_is_encoded_once(captioned, tmp_path, monkeypatch):
+    run, encoded = tmp_path / "run", []
+    main(["train", str(captioned), "--out", str(run), "--text-encoder", MINILM, *TINY])
+    tokens = TextEncoder.tokens
+    monkeypatch.setattr(TextEncoder, "tokens", lambda self, texts: encoded.extend(texts) or tokens(self, texts))
+    loaded, asked = Run.load(run), ["a red drake", "blue", "a red drake"]
+    found = [loaded.encode_captions(asked), loaded.encode_captions(["blue"]), loaded.encode_captions(asked)]
+    assert encoded == ["a red drake", "blue"]
+    context, mask = TextEncoder(MINILM)(asked)
+    for one in (found[0], found[2]):
+        torch.testing.assert_close(one["context"], context, rtol=1e-3, atol=1e-3)
+        assert torch.equal(one["context_mask"], mask)
+    assert torch.equal(found[1]["context_mask"][0], mask[1][mask[1]])
 
 
 def test_the_network_learns_what_the_words_say(tmp_path):
@@ -325,16 +344,17 @@ def test_inpainting_from_files(pictures, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("options", ["caption", "latent", "concat", "caption latent concat"])
-def test_a_conditioned_run_is_evaluated(options, captioned, vae, tmp_path, capsys):
+def test_a_conditioned_run_is_evaluated(options, vae, tmp_path, capsys):
     """Samples are decoded, and their conditions come from the data's items, whatever these are."""
-    given = {"caption": ["--text-encoder", MINILM], "latent": ["--vae", str(vae)], "concat": ["--concat", "inpainting"]}
+    folder = write_captions(write_folder(tmp_path / "many", NAMES * 4), NAMES * 4)
+    given = {"caption": ["--text-encoder", MINILM], "latent": ["--vae", str(vae)], "concat": ["--concat", str(folder)]}
     run, chosen = tmp_path / "run", [option for name in options.split() for option in given[name]]
-    main(["train", str(captioned), "--out", str(run), *chosen, *TINY])
+    main(["train", str(folder), "--out", str(run), *chosen, *TINY])
     fast = "--num-samples 8 --allow-few --num-inference-steps 2 --extractor pixels --device cpu --batch-size 3"
     capsys.readouterr()
     main(["evaluate", str(run), *fast.split()])
     report = json.loads((run / "evaluation" / "report.json").read_text())
-    assert "8 samples against 3 of the 6 images" in capsys.readouterr().out
+    assert "8 samples against 12 of the 24 images" in capsys.readouterr().out
     assert report["samples"]["kernel"]["value"] != 0
     assert Image.open(run / "evaluation" / "neighbours.png").mode == "RGB"
 

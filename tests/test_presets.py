@@ -99,6 +99,15 @@ def test_options_win_and_the_rest_adapts(options):
     assert config.num_classes == 10
 
 
+@pytest.mark.parametrize("size", [8, 16, 28, 32, 64, 256])
+def test_on_a_cpu_the_network_is_small(size):
+    usual, small = (architecture_for(3, (size, size), None, {}, on_cpu=on_cpu) for on_cpu in (False, True))
+    assert small.resolutions == usual.resolutions
+    assert (count(small) < 0.5 * count(usual)) == (size > 8)
+    assert architecture_for(3, (size, size), None, {"model_channels": 48}, on_cpu=True).model_channels == 48
+    assert architecture_for(3, (size, size), None, {}, preset("ddpm-cifar10"), on_cpu=True).model_channels == 128
+
+
 def test_starts_from_a_preset():
     config = architecture_for(3, (32, 32), 5, {"dropout": 0.0}, preset("ddpm-cifar10"))
     assert (config.widths, config.downsample) == ((128, 256, 256, 256), "conv_asymmetric")

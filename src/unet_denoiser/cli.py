@@ -41,8 +41,8 @@ def train(
 ) -> None:
     """Train a U-Net on your images, or go on with a training.
 
-    Channels, size and classes are taken from the data and the architecture is chosen by size; options change single
-    fields. The defaults of --model.* below are those of the class, before that choice.
+    Channels, size and classes are taken from the data and the architecture is chosen by size, a smaller one on a CPU;
+    options change single fields. The defaults of --model.* below are those of the class, before that choice.
 
     Args:
         data: "digits" (8x8 handwritten digits); a folder of images whose sub-folders are the classes, or whose

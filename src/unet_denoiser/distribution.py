@@ -31,8 +31,6 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
             f"give --mixed-precision {launched} to train"
         )
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
-        AcceleratorState._reset_state()  # of an earlier training in this process, which keeps what it prepared
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
         AcceleratorState._reset_state()  # that of another training in this process, which has its autocast already
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision=config.mixed_precision)
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"

@@ -9,6 +9,7 @@ from typing import Any
 from unet_denoiser.config import UNetConfig
 from unet_denoiser.data import as_found, load_data
 from unet_denoiser.diffusion import Diffusion
+from unet_denoiser.distribution import resolve_device
 from unet_denoiser.finetuning import at_size, load_fitting, read_start
 from unet_denoiser.presets import architecture_for
 from unet_denoiser.presets import preset as preset_config
@@ -39,7 +40,8 @@ def started(source: str, given: dict[str, Any]) -> tuple[Run, Trainer]:
     classes = None if data.class_names is None else len(data.class_names)
     conditions = {"vector_dim": data.vector_dim, "context_dim": data.context_dim}
     own = process.channels(data.channels, data.concat_channels)
-    config = architecture_for(data.channels, data.image_size, classes, conditions | options, base, own)
+    on_cpu = resolve_device(training.device) == "cpu"
+    config = architecture_for(data.channels, data.image_size, classes, conditions | options, base, own, on_cpu)
     rate = training.learning_rate or default_learning_rate(config.model_channels)
     training = replace(training, learning_rate=rate)
     run = Run(out, as_found(data_config, data), config, process, training)

@@ -49,7 +49,7 @@ class TextEncoder:
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """`context` (B, S, context_dim) float32, zeros at padding, and `context_mask` (B, S) bool."""
-        return _padded(self.tokens(captions))
+        return padded(self.tokens(captions))
 
     def tokens(self, captions: Sequence[str]) -> list[Tensor]:
         """The tokens of each caption, (its length, context_dim) float32: those of one caption, whatever the others.
@@ -132,9 +132,10 @@ def _write_tokens(encoder: TextEncoder, captions: list[str], folder: Path) -> No
     encoded.unlink()
 
 
-def _padded(tokens: list[Tensor]) -> tuple[Tensor, Tensor]:
+def padded(tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """`context` (B, S, D), zeros behind the end of shorter ones, and `context_mask` (B, S) of rows of tokens."""
     lengths = torch.tensor([len(t) for t in tokens])
-    context = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)
+    context = torch.nn.utils.rnn.pad_sequence(list(tokens), batch_first=True)
     return context, torch.arange(context.shape[1]) < lengths[:, None]
 
 

@@ -61,8 +61,17 @@ class Trained:
         """
         if self.data.text_encoder is None:
             raise ValueError(f"caption={captions[0]!r}: {self.path} was trained without captions (text_encoder)")
-        context, mask = text_encoder(self.data)(captions)
+        from unet_denoiser.text import padded
+
+        if new := [caption for caption in dict.fromkeys(captions) if caption not in self._tokens]:
+            self._tokens.update(zip(new, text_encoder(self.data).tokens(new), strict=True))
+        context, mask = padded([self._tokens[caption] for caption in captions])
         return {"context": context, "context_mask": mask}
+
+    @cached_property
+    def _tokens(self) -> dict[str, Tensor]:
+        """Those of the captions that were encoded so far; the encoder, which may be large, is not kept."""
+        return {}
 
     def read_concat(self, image: Path) -> Tensor:
         """(1, C2, H, W) for `sample` from a picture file; see `unet_denoiser.data.conditioned.read_concat`."""

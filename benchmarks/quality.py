@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from measure import describe, machine, progress, table
+from PIL import Image
 from quality_sides import PIECE, SIDES, Ours, Side
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -220,6 +221,15 @@ def plot(rows: list[Row], sizes: dict[str, int], path: Path) -> None:
     write_atomically(path, partial(figure.savefig, format="svg"))
 
 
+def stack_pictures(sides: list[Side], options: argparse.Namespace) -> None:
+    """The pictures kept of each side's last samples, of the same sampler and noise, below each other."""
+    kept = [Image.open(options.out / f"{side.name}-{options.minutes:g}-shared.png") for side in sides]
+    whole = Image.new(kept[0].mode, (kept[0].width, sum(picture.height + 8 for picture in kept) - 8), "white")
+    for i, picture in enumerate(kept):
+        whole.paste(picture, (0, i * (picture.height + 8)))
+    write_atomically(options.png, partial(whole.save, format="PNG"))
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, metavar="FOLDER", help="with train-images-idx3-ubyte.gz and t10k-...")
@@ -229,6 +239,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--num-samples", type=int, default=400, help=f"a multiple of {PIECE}")
     parser.add_argument("--extractor", default="efficientnet-lite0")
     parser.add_argument("--svg", type=Path, help="where to draw the curves")
+    parser.add_argument("--png", type=Path, help="where to show the samples")
     options = parser.parse_args()
     if options.num_samples < PIECE or options.num_samples % PIECE:
         parser.error(f"--num-samples {options.num_samples} is not a positive multiple of {PIECE}")
@@ -248,6 +259,8 @@ def main() -> None:
     write_atomically(options.out / "quality.json", lambda path: path.write_text(json.dumps(rows, indent=1)))
     if options.svg:
         plot(rows, sizes, options.svg)
+    if options.png:
+        stack_pictures(sides, options)
     print(render(rows, sizes, options, extractor.name))
 
 

@@ -75,6 +75,7 @@ def start(args):
     if child:
         return child
     code, write = 1, Shards.write
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started to ignore it
     try:
         Shards.write = lambda *args: (write(*args), time.sleep(2))
         main([str(arg) for arg in args])

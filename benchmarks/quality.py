@@ -201,13 +201,13 @@ def verdict(rows: list[Row], minutes: float) -> str:
 
 
 def plot(rows: list[Row], sizes: dict[str, int], path: Path) -> None:
-    """Distance over minutes, one line a side, and the floor."""
+    """Distance over minutes, one line a side."""
     import matplotlib
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
-    figure, panel = plt.subplots(figsize=(6, 4))
+    figure, panel = plt.subplots(figsize=(6, 4), layout="constrained")
     for side in sizes:
         own = [row for row in rows if row["side"] == side]
         line = sorted((row for row in own if row["sampler"] == SHARED), key=lambda row: row["minutes"])
@@ -216,8 +216,10 @@ def plot(rows: list[Row], sizes: dict[str, int], path: Path) -> None:
     panel.set(
         yscale="log", xlabel="minutes of training", ylabel="1000 x kernel distance to held-out images", xlim=(0, None)
     )
-    panel.legend(title=SHARED)
-    figure.tight_layout()
+    for axis_formatter in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+        axis_formatter("{x:g}")
+    panel.set_title(SHARED, fontsize=10)
+    figure.legend(loc="outside upper center", ncols=len(sizes), fontsize=9)
     write_atomically(path, partial(figure.savefig, format="svg"))
 
 

@@ -254,8 +254,11 @@ def main() -> None:
     images, test = load(options.data, "train"), load(options.data, "t10k")
     sides = [kind(images) for kind in SIDES]
     sizes = {side.name: sum(p.numel() for p in side.architecture().parameters()) for side in sides}
-    if not (options.out / "training.json").exists():
+    kept = options.out / "training.json"
+    if not kept.exists():
         train(sides, options)
+    if (minutes := json.loads(kept.read_text())["minutes"]) != options.minutes:
+        raise SystemExit(f"--out {options.out} has trainings of {minutes:g} minutes, not {options.minutes:g}")
     extractor = load_extractor(options.extractor)
     rows = judge(sides, test, extractor, options)
     write_atomically(options.out / "quality.json", lambda path: path.write_text(json.dumps(rows, indent=1)))

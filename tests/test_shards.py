@@ -130,8 +130,14 @@ def test_a_folder_grows(run, undisturbed, tmp_path):
     folder = tmp_path / "grown"
     main(["sample", str(run), "--out", str(folder), *OPTIONS, "--num-images", "20"])
     kept = (folder / "000000-000015.npz").stat().st_mtime_ns
-    assert (folder / "000016-000019.npz").exists()
+    (folder / "statistics.npz").write_bytes(b"mine")
+    loaded = json.loads((folder / "settings.json").read_text())
+    size, count = loaded.pop("shard_size"), loaded.pop("num_images")
+    Shards(folder, count + 20, size, loaded).clean()
+    assert (folder / "000016-000019.npz").exists()  # until what replaces it is there
     main(["sample", str(run), "--out", str(folder), *OPTIONS])
+    assert (folder / "statistics.npz").read_bytes() == b"mine"
+    (folder / "statistics.npz").unlink()
     assert contents(folder) == contents(undisturbed)
     assert (folder / "000000-000015.npz").stat().st_mtime_ns == kept
 

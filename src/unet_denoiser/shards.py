@@ -52,7 +52,7 @@ class Shards:
                     f"out={folder} holds samples made with {name}={_shortly(had)}, not {_shortly(wants)}; give another "
                     "folder"
                 )
-        if grows:  # the last file, if it is not full, now has another name, and `clean` deletes it
+        if grows:  # a last file that is not full stays until the full one, which has another name, is there
             self._write_settings({"shard_size": self.size, **wanted})
         self.missing = [part for part in self.parts() if not self.path(part).exists()]
 
@@ -75,13 +75,22 @@ class Shards:
                 np.savez(file, allow_pickle=False, **arrays)
 
         write_atomically(path, save)
+        self._drop_covered(f"{part[0]:06d}")
         return path
 
     def clean(self) -> None:
-        """Delete what killed processes have left, and files of another number of samples; nobody may be writing."""
+        """Delete what killed processes have left; nobody may be writing."""
         remove_leftovers(self.folder)
-        for path in set(self.folder.glob("*.npz")) - {self.path(part) for part in self.parts()}:
-            path.unlink()
+        self._drop_covered("[0-9]*")
+
+    def _drop_covered(self, first: str) -> None:
+        """Delete shorter files, beginning with sample `first`, all of whose samples a file of this number has too."""
+        for path in self.folder.glob(f"{first}-*.npz"):
+            start, _, end = path.stem.partition("-")
+            if start.isdecimal() and end.isdecimal() and int(start) < self.count:
+                whole = self.path(range(int(start), min(int(start) + self.size, self.count)))
+                if path != whole and whole.exists():
+                    path.unlink()
 
     def _write_settings(self, settings: Mapping[str, Any]) -> None:
         text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"

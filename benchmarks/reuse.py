@@ -30,6 +30,7 @@ from unet_denoiser.recipe_data import DataConfig
 from unet_denoiser.shards import digest_weights
 
 GUIDANCE_SCALE, PIECE, LARGEST_ERROR = 2.0, 100, 1e-4
+BATCH = 16  # samples a call: with more, features of such a network leave the cache of a CPU
 SCHEDULERS = {"ddim": diffusers.DDIMScheduler, "dpm++": diffusers.DPMSolverMultistepScheduler}
 Row = dict[str, Any]
 
@@ -79,7 +80,7 @@ class Side:
             seeds=numbers,
             class_labels=labels,
             guidance_scale=GUIDANCE_SCALE,
-            batch_size=PIECE,
+            batch_size=BATCH,
             **options,
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import tyro
 
@@ -73,8 +73,6 @@ def sample(
         device: "auto" takes a GPU where there is one.
         checkpoint: "latest", a step's number, or "best": the lowest smoothed training loss of those that are kept.
     """
-    from tqdm import tqdm
-
     with one_line_errors():
         edit = EditingConfig(**editing)
         needs_ddim = edit.invert or edit.resample > 1  # unless told otherwise, which then is refused by its name
@@ -82,24 +80,20 @@ def sample(
         config = SamplingConfig(**defaults | sampling)
         _check_output(num_images, seed, out, preview_every)
         from unet_denoiser.distribution import join_processes
-        from unet_denoiser.many import perform_together
         from unet_denoiser.run import Run
-        from unet_denoiser.samplers import Sampler
         from unet_denoiser.tasks import Request
 
-        loaded = Run.load(run)
-        count = num_images or (len(classes or captions or loaded.class_names or "1") if edit.invert else DEFAULT_COUNT)
-        seeds = range(seed, seed + count)
-        if (strip or gif or preview_every) and not loaded.makes_pictures:
+        loaded, extras = Run.load(run), _Extras(separate, strip, gif, preview_every)
+        if extras.filmed and not loaded.makes_pictures:
             raise ValueError(f"strip, gif and preview_every show pictures; {run} makes none")
+        count = num_images or (len(classes or captions or loaded.class_names or "1") if edit.invert else DEFAULT_COUNT)
         model = loaded.load_model(checkpoint)
         state, where = join_processes(device)
         model = model.to(where)
-        guide = None if guide_checkpoint is None else loaded.load_model(guide_checkpoint).to(where)
         request = Request(
             edit,
             config,
-            seeds,
+            range(seed, seed + count),
             classes,
             captions,
             vector,
@@ -107,42 +101,27 @@ def sample(
             image_size,
             negative_class=negative_class,
             negative_caption=negative_caption,
-            guide=guide,
+            guide=None if guide_checkpoint is None else loaded.load_model(guide_checkpoint).to(where),
         )
-        if out is not None and not out.suffix:
-            if separate or strip or gif or preview_every:
-                raise ValueError(f"separate, strip, gif and preview_every go with one picture, not with out={out}")
+        if out is None or out.suffix:
+            _draw(loaded, model, request, out or run / "samples.png", extras, batch_size, state)
+        elif any(extras):
+            raise ValueError(f"separate, strip, gif and preview_every go with one picture, not with out={out}")
+        else:
             _fill(loaded, model, request, out, batch_size, state)
-            return
-        if (strip or gif or preview_every) and state.num_processes > 1:
-            raise ValueError(f"strip, gif and preview_every need one process, and these are {state.num_processes}")
-        picture = out or run / "samples.png"
 
-        def save(x: Any) -> Path:
-            in_a_row = edit.interpolates
-            return loaded.save_grid(x, picture, classes or captions, columns=len(x) if in_a_row else None)
 
-        film, watch = _watchers(loaded, count, strip or gif, preview_every, save)
-        known = edit.image is None and state.num_processes == 1  # else steps are left out, repeated or shared
-        total = count * len(Sampler(config, loaded.process)) if known else None
-        with tqdm(total=total, unit="step", disable=None if state.is_main_process else True) as bar:
+class _Extras(NamedTuple):
+    """What is written beside the picture."""
 
-            def seen(step: Any) -> None:
-                bar.update(len(step.x))
-                for each in watch:
-                    each(step)
+    separate: bool
+    strip: bool
+    gif: bool
+    preview_every: int | None
 
-            x = perform_together(loaded, model, request, state, batch_size=batch_size, on_step=seen)
-        if not state.is_main_process:
-            return
-        written = save(x)
-        print(written)
-        if separate:
-            print(_save_each(loaded, x, request, written.with_name(f"{written.stem}-separate")))
-        if strip:
-            print(film.save_strip(written.with_name(f"{written.stem}-strip.png")))
-        if gif:
-            print(film.save_gif(written.with_suffix(".gif")))
+    @property
+    def filmed(self) -> bool:
+        return bool(self.strip or self.gif or self.preview_every)
 
 
 def _check_output(num_images: int | None, seed: int, out: Path | None, preview_every: int | None) -> None:
@@ -155,6 +134,47 @@ def _check_output(num_images: int | None, seed: int, out: Path | None, preview_e
         raise ValueError(f"out={out}: pictures are PNG, other samples .npy; give a name that ends so, or a folder's")
     if out is not None and out.suffix and out.is_dir():
         raise ValueError(f"out={out} is a folder; give the picture's name")
+
+
+def _draw(run: Any, model: Any, request: Any, picture: Path, extras: _Extras, batch_size: int, state: Any) -> None:
+    """Samples as one picture, with what else is wanted of them."""
+    from tqdm import tqdm
+
+    from unet_denoiser.many import perform_together
+    from unet_denoiser.samplers import Sampler
+    from unet_denoiser.watching import Film, LivePreview
+
+    if extras.filmed and state.num_processes > 1:
+        raise ValueError(f"strip, gif and preview_every need one process, and these are {state.num_processes}")
+
+    def save(x: Any) -> Path:
+        columns = len(x) if request.edit.interpolates else None
+        return run.save_grid(x, picture, request.classes or request.captions, columns=columns)
+
+    count, film = len(request.seeds), Film(run.decode, run.picture_range)
+    watch: list[Callable[[Any], None]] = [film] * (extras.strip or extras.gif)
+    if extras.preview_every is not None:
+        watch.append(LivePreview(count, extras.preview_every, lambda x: save(run.decode(x))))
+    known = request.edit.image is None and state.num_processes == 1  # else steps are left out, repeated or shared
+    total = count * len(Sampler(request.config, run.process)) if known else None
+    with tqdm(total=total, unit="step", disable=None if state.is_main_process else True) as bar:
+
+        def seen(step: Any) -> None:
+            bar.update(len(step.x))
+            for each in watch:
+                each(step)
+
+        x = perform_together(run, model, request, state, batch_size=batch_size, on_step=seen)
+    if not state.is_main_process:
+        return
+    written = save(x)
+    print(written)
+    if extras.separate:
+        print(_save_each(run, x, request, written.with_name(f"{written.stem}-separate")))
+    if extras.strip:
+        print(film.save_strip(written.with_name(f"{written.stem}-strip.png")))
+    if extras.gif:
+        print(film.save_gif(written.with_suffix(".gif")))
 
 
 def _fill(run: Any, model: Any, request: Any, folder: Path, batch_size: int, state: Any) -> None:
@@ -181,19 +201,6 @@ def _fill(run: Any, model: Any, request: Any, folder: Path, batch_size: int, sta
     state.wait_for_everyone()
     if state.is_main_process:
         print(f"{folder}: {shards.count:,} samples in {len(shards.parts())} files")
-
-
-def _watchers(
-    run: Any, count: int, filmed: bool, preview_every: int | None, save: Callable[[Any], Path]
-) -> tuple[Any, list[Callable[[Any], None]]]:
-    """The film, and everything that is to see each step."""
-    from unet_denoiser.watching import Film, LivePreview
-
-    film = Film(run.decode, run.picture_range)
-    watch: list[Callable[[Any], None]] = [film] * filmed
-    if preview_every is not None:
-        watch.append(LivePreview(count, preview_every, lambda x: save(run.decode(x))))
-    return film, watch
 
 
 def _save_each(run: Any, x: Any, request: Any, folder: Path) -> Path:

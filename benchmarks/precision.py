@@ -21,7 +21,7 @@ def train(steps: int, precision: str, seed: int) -> tuple[Trainer, torch.Tensor]
     """A trainer at its end, and the loss of every step."""
     torch.manual_seed(seed)
     config = TrainingConfig(
-        steps=steps, batch_size=64, learning_rate=1e-3, mixed_precision=precision, seed=seed, device="cpu"
+        steps=steps, batch_size=16, learning_rate=1e-3, mixed_precision=precision, seed=seed, device="cpu"
     )
     trainer = Trainer(UNet(**NETWORK), Diffusion(), load_data("digits"), config)
     return trainer, torch.stack([step.loss.cpu() for step in trainer.steps()])

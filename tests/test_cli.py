@@ -101,6 +101,34 @@ def test_trains_on_a_folder_of_colour_pictures(tmp_path, capsys):
     assert "class='cow' is not one of cats, dogs" in error(capsys, "sample", "runs/pets", "--class", "cow")
 
 
+def test_a_run_neither_joins_its_data_nor_takes_up_what_lies_there(tmp_path, capsys):
+    (tmp_path / "pets").mkdir()
+    for i in range(4):
+        Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(tmp_path / "pets" / f"{i}.png")
+    assert "out=pets/run lies in the folder" in error(capsys, "train", "pets", "--out", "pets/run", *TINY)
+    for name in ("checkpoints", "init"):
+        (tmp_path / name / name).mkdir(parents=True)
+        assert f"{name} has {name}, which a run would" in error(capsys, "train", "pets", "--out", name, *TINY)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".draft.tmp").touch()
+    main(["train", "pets", "--out", "run", *TINY])
+    assert (tmp_path / "run" / ".draft.tmp").exists()
+
+
+def test_single_fields_of_the_network(capsys):
+    main(["train", "digits", "--out", "run", *TINY, "--model.num-heads", "2"])
+    assert Run.load("run").model.num_heads == 2
+    message = error(capsys, "train", "digits", "--out", "other", *TINY, "--model.image-size", "4")
+    assert "model.image_size=4: the data have (8, 8); give image_size instead" in message
+
+
+def test_what_training_finds_wrong_is_one_line(tmp_path, capsys):
+    images = np.full((4, 8, 8), 1.4, np.float32)
+    images[0] = -1
+    np.savez("d.npz", images=images)
+    assert "1.4" in error(capsys, "train", "d.npz", *TINY)
+
+
 def test_unlabelled_arrays_of_two_channels(tmp_path, capsys):
     images = np.random.default_rng(0).integers(0, 255, (6, 8, 8, 2), np.uint8)
     np.savez("d.npz", images=images)

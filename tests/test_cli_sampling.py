@@ -138,6 +138,9 @@ def test_strip_gif_and_preview(run, capsys):
         ("--negative-caption red --guidance-scale 2", "caption='red'"),
         ("--guide-checkpoint 7 --guidance-scale 2", "checkpoint='7' is not in"),
         ("--preview-every 0", "preview_every=0 must be at least 1"),
+        ("--interpolate-classes 1 2 --class 3", "class='3' and a way from one class to another: give one of them"),
+        ("--interpolate-seeds 99999999999999999999 1 --class 3", "99999999999999999999 does not fit 64 bits"),
+        ("--image digit.png --upscale 2 --image-size 8", "upscale=2 sets the size; leave it out"),
     ],
 )
 def test_mistakes(run, capsys, options, message):
@@ -149,6 +152,23 @@ def test_mistakes(run, capsys, options, message):
     assert error.count("\n") == 1
     assert message in error
     assert not Path("x.png").exists()
+
+
+def test_the_name_says_what_is_written(run, capsys):
+    with pytest.raises(SystemExit):
+        main(["sample", str(run), "--out", "x.npy"])
+    assert "x.npy: " in capsys.readouterr().err
+    assert not Path("x.npy").exists()
+
+
+def test_a_row_is_one_class_however_many_samples_there_are(run):
+    grey = torch.linspace(-0.8, 1, 10)
+    x = grey[torch.arange(12) % 10].view(12, 1, 1, 1).expand(12, 1, 8, 8)
+    pixels = np.asarray(Image.open(Run.load(run).save_grid(x, Path("grid.png"))), np.float32)
+    height, width = pixels.shape[0] / 10, pixels.shape[1] / 2
+    tiles = np.array([[pixels[int((i + 0.5) * height), int((j + 0.5) * width)] for j in (0, 1)] for i in range(10)])
+    close(torch.from_numpy(tiles[:, 0] / 127.5 - 1), grey)
+    close(torch.from_numpy(tiles[:, 1] / 127.5 - 1), torch.cat([grey[:2], torch.full((8,), -1.0)]))
 
 
 def test_what_guidance_leads_away_from(run, monkeypatch):

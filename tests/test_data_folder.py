@@ -210,6 +210,31 @@ def test_refuses_metadata(tmp_path, rows, options, message):
         load_data(tmp_path / "d", **options)
 
 
+def test_a_comma_without_quotes_is_told(tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,a cat, sitting\n")
+    with pytest.raises(ValueError, match=r"row 1 of .*metadata\.csv has more values .* put quotes around"):
+        load_data(tmp_path)
+
+
+def test_a_first_row_without_label_does_not_hide_those_of_others(tmp_path):
+    for name in "ab":
+        Image.new("L", (8, 8)).save(tmp_path / f"{name}.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}\n{"file_name": "b.png", "label": "x"}\n')
+    with pytest.raises(ValueError, match="has no 'label' in 1 of 2 rows"):
+        load_data(tmp_path)
+
+
+def test_labels_with_large_gaps(tmp_path):
+    images = np.zeros((4, 8, 8), np.uint8)
+    np.savez(tmp_path / "years.npz", images=images, labels=[7, 8, 9, 9])
+    with pytest.warns(UserWarning, match="has images of 3 of the 10 classes 0 to 9"):
+        load_data(tmp_path / "years.npz")
+    np.savez(tmp_path / "ids.npz", images=images, labels=[7, 8, 9, 10**8])
+    with pytest.raises(ValueError, match="go up to 100000000; give names, or integers from 0 without gaps"):
+        load_data(tmp_path / "ids.npz")
+
+
 def test_rows_of_metadata_that_are_no_objects(tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}\n[1, 2]\n')

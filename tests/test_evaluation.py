@@ -132,6 +132,8 @@ def test_class_accuracy():
 def test_refusals():
     with pytest.raises(ValueError, match=r"num_samples=200 is fewer than 2,000.*bias.*allow_few"):
         evaluate(NEW, TRAIN, held_out=HELD_OUT, extractor="pixels")
+    with pytest.raises(ValueError, match="num_samples=5 must be at least 6"):
+        evaluate(NEW[:5], TRAIN, held_out=HELD_OUT, extractor="pixels", allow_few=True)
     with pytest.raises(ValueError, match=r"samples has images of shape \(1, 5, 5\), the data \(1, 6, 6\)"):
         evaluate(pictures(9, 0, 5), TRAIN, **OPTIONS)
     with pytest.raises(ValueError, match=r"held_out has images of shape \(1, 5, 5\)"):
@@ -142,7 +144,7 @@ def test_refusals():
     with pytest.raises(ValueError, match="labels has 3 entries for 200 samples"):
         evaluate(NEW, data, labels=torch.zeros(3), extractor="pixels", allow_few=True)
     with pytest.raises(ValueError, match=r"images go from 0 to 255; floats must be in \[-1, 1\]"):
-        evaluate(np.arange(256, dtype=np.float32).reshape(4, 1, 8, 8), TRAIN, **OPTIONS)
+        evaluate(np.arange(512, dtype=np.float32).reshape(8, 1, 8, 8) % 256, TRAIN, **OPTIONS)
     with pytest.raises(ValueError, match="samples are not finite"):
         evaluate(BadSamples(), TRAIN, **OPTIONS)
 

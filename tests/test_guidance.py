@@ -264,6 +264,8 @@ def test_everything_together_in_sample():
         model, Diffusion(), seeds=[0], class_labels=torch.tensor([1]), guidance_scale=2.0, guide=small(3, num_classes=5)
     )
     assert guided.isfinite().all()
+    both = {"guide": small(3, num_classes=5), "classifier": options["classifier"], "class_labels": torch.tensor([1])}
+    assert (sample(model, Diffusion(), seeds=[0], guidance_scale=2.0, **both) - guided).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(

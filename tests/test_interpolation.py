@@ -32,9 +32,8 @@ def test_the_ends_are_the_two_samples(sampler):
     x = interpolate(model, Diffusion(), seeds=(3, 8), count=5, class_labels=torch.tensor([1, 4]), **options)
     first = sample(model, Diffusion(), seeds=[3], class_labels=torch.tensor([1]), **options)
     assert_close(x[:1], first, rtol=1e-4, atol=1e-4)
-    if sampler != "ddpm":  # which draws on the way, from the first seed
-        last = sample(model, Diffusion(), seeds=[8], class_labels=torch.tensor([4]), **options)
-        assert_close(x[-1:], last, rtol=1e-4, atol=1e-4)
+    last = sample(model, Diffusion(), seeds=[8], class_labels=torch.tensor([4]), **options)
+    assert_close(x[-1:], last, rtol=1e-4, atol=1e-4)
     middle = interpolate(model, Diffusion(), seeds=(3, 8), count=3, class_labels=torch.tensor([1, 4]), **options)
     assert_close(middle[1], x[2], rtol=1e-4, atol=1e-4)
     assert x.shape == (5, 3, 8, 8)
@@ -48,6 +47,13 @@ def test_one_seed_and_one_condition_stay():
     options |= {"class_labels": torch.tensor([2]), "vector": torch.tensor([[1.0, 0.0, 1.0]])}
     assert_close(x[1:2], sample(model, Diffusion(), seeds=[3], **options), rtol=1e-4, atol=1e-4)
     assert (x[0] - x[2]).abs().max() > 0.01
+
+
+def test_a_way_that_leads_away_from_a_class():
+    model, options = small(num_classes=5), {"guidance_scale": 2.0, "negative": {"class_labels": torch.tensor([0])}}
+    x = interpolate(model, Diffusion(), seeds=(3, 8), class_labels=torch.tensor([1, 4]), count=3, **options, **FEW)
+    last = sample(model, Diffusion(), seeds=[8], class_labels=torch.tensor([4]), **options, **FEW)
+    assert_close(x[-1:], last, rtol=1e-4, atol=1e-4)
 
 
 def test_conditions_between():

@@ -171,12 +171,29 @@ def test_one_process_of_accelerate_on_a_cpu_is_told(run, tmp_path, monkeypatch):
         main(["sample", str(run), "--out", str(tmp_path / "a.png"), *OPTIONS, "--num-images", "1"])
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"), [(["--class", "cat"], "class='cat'"), (["--batch-size", "0"], "batch_size=0 must be")]
+)
+def test_a_refused_request_leaves_the_folder_usable(run, undisturbed, tmp_path, capsys, wrong, message):
+    folder = tmp_path / "new"
+    with pytest.raises(SystemExit):
+        main(["sample", str(run), "--out", str(folder), *OPTIONS, *wrong])
+    assert message in capsys.readouterr().err
+    main(["sample", str(run), "--out", str(folder), *OPTIONS])
+    assert contents(folder) == contents(undisturbed)
+
+
 def test_refuses_folders_of_other_things(tmp_path):
     (tmp_path / "holiday.png").write_bytes(b"")
     with pytest.raises(ValueError, match="holds something else than samples; give a new folder"):
         Shards(tmp_path, 10, 4, {})
     with pytest.raises(ValueError, match="holds something else than samples"):
         Shards(tmp_path / "holiday.png", 10, 4, {})
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "settings.json").write_text('{"volume": 11}')
+    with pytest.raises(ValueError, match="holds samples made with num_images"):
+        Shards(tmp_path / "mine", 10, 4, {})
+    assert (tmp_path / "mine" / "settings.json").read_text() == '{"volume": 11}'
 
 
 def test_a_folder_keeps_the_size_of_its_files(tmp_path):

@@ -59,7 +59,7 @@ def evaluate(
     with one_line_errors():
         if run is None and (samples is None or data is None):
             raise ValueError("give a RUN; or --samples and --data, for samples of any other model")
-        for name, value, least in (("num_data", num_data, 0), ("batch_size", batch_size, 1)):
+        for name, value, least in (("num_data", num_data, 0), ("batch_size", batch_size, 1), ("seed", seed, 0)):
             if value < least:
                 raise ValueError(f"{name}={value} must be at least {least}")
         given = [*sampling, *(["num_samples"] if num_samples is not None else [])]
@@ -113,4 +113,5 @@ def _folder(run: Path | None, samples: Path | None) -> Path:
     if run is not None:
         return run / "evaluation"
     assert samples is not None
+    samples = samples.resolve()
     return samples.with_name(f"{samples.stem}-evaluation")

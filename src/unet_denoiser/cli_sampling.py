@@ -67,8 +67,9 @@ def sample(
         out: the picture (default: RUN/samples.png), one row per class or caption; or a folder, for any number: it gets
             .npz files of some hundreds each, and the same command goes on where one was interrupted.
         separate: also write every image to a file of its own, into a folder beside the picture.
-        strip: also write how the first four come about, x_t and predicted x0 at up to ten steps: OUT-strip.png.
-        gif: also write how the first sixteen come about: OUT.gif.
+        strip: also write how the first four of the first batch come about, x_t and predicted x0 at up to ten steps:
+            OUT-strip.png.
+        gif: also write how the first sixteen of the first batch come about: OUT.gif.
         preview_every: write the picture every so many steps, with what is predicted for the images under way.
         device: "auto" takes a GPU where there is one.
         checkpoint: "latest", a step's number, or "best": the lowest smoothed training loss of those that are kept.
@@ -78,7 +79,7 @@ def sample(
         needs_ddim = edit.invert or edit.resample > 1  # unless told otherwise, which then is refused by its name
         defaults: dict[str, Any] = {"sampler": "ddim"} if needs_ddim else {}
         config = SamplingConfig(**defaults | sampling)
-        _check_output(num_images, seed, out, preview_every)
+        _check_output(num_images, seed, out, preview_every, batch_size)
         from unet_denoiser.distribution import join_processes
         from unet_denoiser.run import Run
         from unet_denoiser.tasks import Request
@@ -86,6 +87,8 @@ def sample(
         loaded, extras = Run.load(run), _Extras(separate, strip, gif, preview_every)
         if extras.filmed and not loaded.makes_pictures:
             raise ValueError(f"strip, gif and preview_every show pictures; {run} makes none")
+        if loaded.makes_pictures and out is not None and out.suffix == ".npy":
+            raise ValueError(f"out={out}: {run} makes pictures; give a name that ends in .png, or a folder's")
         count = num_images or (len(classes or captions or loaded.class_names or "1") if edit.invert else DEFAULT_COUNT)
         model = loaded.load_model(checkpoint)
         state, where = join_processes(device)
@@ -124,8 +127,10 @@ class _Extras(NamedTuple):
         return bool(self.strip or self.gif or self.preview_every)
 
 
-def _check_output(num_images: int | None, seed: int, out: Path | None, preview_every: int | None) -> None:
-    for name, value in (("num_images", num_images), ("preview_every", preview_every)):
+def _check_output(
+    num_images: int | None, seed: int, out: Path | None, preview_every: int | None, batch_size: int
+) -> None:
+    for name, value in (("num_images", num_images), ("preview_every", preview_every), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
     if not -(2**63) <= seed < 2**63 - (num_images or DEFAULT_COUNT):

@@ -19,7 +19,7 @@ from unet_denoiser.diffusion import Diffusion
 from unet_denoiser.recipe_sampling import SamplingConfig
 from unet_denoiser.samplers import NoiseLevel, Sampler
 from unet_denoiser.sampling import Step, denoise, sample
-from unet_denoiser.sampling_request import Start, concat_channels, config_of
+from unet_denoiser.sampling_request import Start, concat_channels, config_of, data_channels
 from unet_denoiser.unet import UNet
 
 MEMORYLESS = ("ddim", "ddpm", "euler", "euler_a")  # samplers whose next step depends on x_t alone
@@ -184,6 +184,8 @@ def _painted(
 ) -> Tensor:
     if resample < 1:
         raise ValueError(f"resample={resample} must be at least 1")
+    if like.shape[1] != (channels := data_channels(model.config, process)):
+        raise ValueError(f"images have {like.shape[1]} channels; the samples have {channels}")
     if resample > 1:
         options["config"] = config_of(options.get("config"), options, sampler="ddim")
         check_resampling(options["config"], process, resample)

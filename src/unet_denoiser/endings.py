@@ -18,6 +18,14 @@ def one_line_errors(
         yield
     except kinds as error:
         _exit(f"error: {error}", 2)
+    except RuntimeError as error:
+        if "memory" not in str(error) or "alloc" not in str(error):
+            raise
+        _exit(
+            "error: out of memory; a smaller batch_size or image_size, gradient_accumulation_steps in training, or a "
+            "smaller network needs less",
+            2,
+        )
     except KeyboardInterrupt as error:
         print(file=sys.stderr)
         _exit(str(error) or "interrupted", 130)
@@ -29,7 +37,7 @@ def one_line_ends(path: Path) -> Iterator[None]:
     from unet_denoiser.interrupts import Interrupted
     from unet_denoiser.safety import NotFinite
 
-    with one_line_errors((OSError, ImportError)):
+    with one_line_errors():
         try:
             yield
         except Interrupted as stop:

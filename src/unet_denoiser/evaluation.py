@@ -138,7 +138,9 @@ def _images(images: Any, name: str) -> ImageData:
 
 def check_count(count: int, allow_few: bool) -> None:
     """ValueError for fewer samples than figures mean something for."""
-    if count < (3 if allow_few else FEWEST):
+    if count < 6:
+        raise ValueError(f"num_samples={count} must be at least 6, for nearest neighbours; {FEWEST:,} mean something")
+    if count < FEWEST and not allow_few:
         raise ValueError(
             f"num_samples={count} is fewer than {FEWEST:,}: a Frechet distance is then mostly bias, which falls with "
             "their number, and the other figures are noise; make more, or allow_few to see them all the same"

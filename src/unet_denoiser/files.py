@@ -53,6 +53,8 @@ def sync(path: Path) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Delete what `write_atomically` calls that were killed have left, in a folder and those inside."""
     for path in list(folder.rglob(".*.tmp")):
+        if not path.name.removesuffix(".tmp").rpartition(".")[2].isdecimal():
+            continue  # not ours, which end in the number of a process
         if path.is_dir():
             shutil.rmtree(path)
         path.unlink(missing_ok=True)

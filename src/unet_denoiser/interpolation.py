@@ -33,12 +33,18 @@ def interpolate(model: UNet, process: Diffusion, *, seeds: tuple[int, int], coun
     weights = torch.linspace(0, 1, count)
     for name in [name for name in INPUTS if options.get(name) is not None]:
         options[name] = between(name, options[name], weights, model.config.num_classes)
-    size = options.get("image_size") or model.config.image_size
+    classes, negative = options.get("class_labels"), dict(options.get("negative") or {})
+    if classes is not None and classes.is_floating_point() and negative.get("class_labels") is not None:
+        negative["class_labels"] = _weights(negative["class_labels"], model.config.num_classes)  # as the others are now
+        options["negative"] = negative
+    like = options.get("concat")
+    size = options.get("image_size") or (model.config.image_size if like is None else tuple(like.shape[2:]))
     size = (size,) * model.config.dims if isinstance(size, int) else size
     shape = (data_channels(model.config, process), *size)
     ends = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     start = Start(torch.stack([slerp(ends[0], ends[1], float(weight)) for weight in weights]), add_noise=False)
-    return sample(model, process, seeds=[seeds[0]] * count, start=start, **options)
+    noise = [*[seeds[0]] * (count - 1), seeds[1]]  # that samplers draw on the way: the ends have their own
+    return sample(model, process, seeds=noise, start=start, **options)
 
 
 def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
@@ -63,8 +69,13 @@ def between(name: str, ends: Tensor, weights: Tensor, num_classes: int | None = 
     if len(ends) == 1:
         return ends.expand(len(weights), *ends.shape[1:])
     if name == "class_labels":
-        ends = F.one_hot(ends.cpu(), num_classes or -1).float()
+        ends = _weights(ends, num_classes)
     w = weights.view(-1, *[1] * (ends.ndim - 1)).to(ends.device)
     if ends.dtype == torch.bool:
         return torch.where(w == 0, ends[:1], torch.where(w == 1, ends[1:], ends.any(0, keepdim=True)))
     return torch.lerp(ends[:1], ends[1:], w.to(ends))
+
+
+def _weights(labels: Tensor, num_classes: int | None) -> Tensor:
+    """Classes (N,) as weights (N, num_classes) of their embeddings."""
+    return labels if labels.is_floating_point() else F.one_hot(labels.cpu(), num_classes or -1).float()

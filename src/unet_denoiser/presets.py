@@ -244,6 +244,8 @@ def architecture_for(
     rest = _by_size(max(image_size), options, on_cpu) if base is None else base.to_dict() | {"context_dim": None}
     if "head_dim" in options and "num_heads" not in options:
         options = {"num_heads": None, **options}
+    if options.get("num_heads") is not None and "head_dim" not in options:
+        options = {"head_dim": None, **options}
     return UNetConfig.from_dict(rest | data | options)
 
 

@@ -62,6 +62,9 @@ class EditingConfig:
             raise ValueError(f"strength={self.strength} must be above 0 and at most 1")
         if self.outpaint is not None and (min(self.outpaint) < 0 or not any(self.outpaint)):
             raise ValueError(f"outpaint={self.outpaint} must be pixels at the top, right, bottom and left, as 0 8 0 8")
+        for seed in self.interpolate_seeds or ():
+            if not -(2**63) <= seed < 2**63:
+                raise ValueError(f"interpolate_seeds={self.interpolate_seeds}: {seed} does not fit 64 bits")
         if self.resample < 1:
             raise ValueError(f"resample={self.resample} must be at least 1")
         if self.upscale is not None and self.upscale < 2:

@@ -12,6 +12,7 @@ RUN/metrics.jsonl     loss, gradient norm, learning rate and more over the steps
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -24,7 +25,7 @@ import torch
 from unet_denoiser.checkpoints import Checkpoints, read_checkpoint, read_facts
 from unet_denoiser.config import UNetConfig
 from unet_denoiser.convert import save
-from unet_denoiser.data import load_data
+from unet_denoiser.data import UnreadableItemError, load_data
 from unet_denoiser.diffusion import Diffusion
 from unet_denoiser.files import read_json, remove_leftovers, write_atomically
 from unet_denoiser.finetuning import merged, save_lora
@@ -46,7 +47,11 @@ def check_new(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"out={path} is a file; give a directory")
     if (path / "config.json").exists():
-        raise FileExistsError(f"{path} already holds a run: train --resume {path} goes on with it")
+        raise FileExistsError(
+            f"{path} already holds a run: train --resume {path} goes on with it; for a new one give another out"
+        )
+    if found := [name for name in ("checkpoints", "init", "model", "metrics.jsonl") if (path / name).exists()]:
+        raise FileExistsError(f"{path} has {found[0]}, which a run would overwrite; give another out")
 
 
 @dataclass(frozen=True)
@@ -155,7 +160,10 @@ class Run(Trained):
                     self.save(trainer, metrics)
                 if last or step.step % training.preview_every == 0:
                     if main or trainer.is_sharded:
-                        self.preview(trainer)
+                        try:
+                            self.preview(trainer)
+                        except UnreadableItemError as error:  # which training itself replaces
+                            warnings.warn(f"no preview at step {step.step}: {error}", stacklevel=2)
                     if main:
                         plot(metrics.read(), self.path / "loss.png")
                 yield step

@@ -114,6 +114,11 @@ class Sampler:
         self._options = {"eta": config.eta} if config.eta > 0 else {}
         middle = self._scheduler.sigmas_interpol.double().numpy() if self._kind.calls == "middle" else ratios
         t = _at_calls(self._kind, timesteps, timestep_of(process, middle.clip(1e-9)))
+        if not np.isfinite(t).all():  # in between, diffusers divides by a difference that can vanish
+            raise ValueError(
+                f"num_inference_steps={config.num_inference_steps}: sampler={self.name!r} finds no noise levels "
+                "between these; give another number, or no sigma_schedule"
+            )
         whole = (t == t.round()).all()
         self.timesteps: Tensor = torch.from_numpy(t.astype(np.int64 if whole else np.float32))
         own_ratios = torch.from_numpy(_at_calls(self._kind, _ratios_of(self._scheduler), middle)).float()

@@ -175,7 +175,7 @@ def sample_steps(
     """The steps of `sample` as they are done, batch after batch; arguments as there, and `rows` says which samples.
 
     Raises:
-        ValueError: as `sample`, when it is called.
+        ValueError: as `sample`, when it is called, or for what only guidance can tell, at the first step.
     """
     config, given = read_options(config, options_and_conditions)
     opposite = expanded(negative, len(seeds))
@@ -185,8 +185,10 @@ def sample_steps(
     channels = check_channels(model, process, given_concat(given))
     if guide is not None and check_channels(guide, process, given_concat(given)) != channels:
         raise ValueError(f"guide makes {guide.config.out_channels} channels; the network {model.config.out_channels}")
-    if classifier is not None:
+    if classifier is not None and (guide is None or guided is not None):
         guided = [name for name in guided or given if name in known_inputs(model) and name in (*CONDITIONS, "concat")]
+    if start is not None and start.x.shape[1] != channels:
+        raise ValueError(f"start has {start.x.shape[1]} channels; the samples have {channels}")
     sampler = Sampler(config, process, 0 if start is None else start.first_step)
     device = model.input_conv.weight.device
     if config.reuse is not None and loop is not denoise:
@@ -206,7 +208,7 @@ def sample_steps(
         with _evaluating(model), _evaluating(guide):
             for first in range(0, len(seeds), batch_size):
                 rows = slice(first, min(first + batch_size, len(seeds)))
-                generators = [torch.Generator().manual_seed(seed) for seed in seeds[rows]]
+                generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds[rows]]
                 x = torch.stack([torch.randn(channels, *sizes, generator=g) for g in generators]).to(device)
                 if start is not None:
                     x = _started(start, x, sampler, rows)

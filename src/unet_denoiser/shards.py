@@ -36,8 +36,9 @@ class Shards:
     def __init__(self, folder: Path, count: int, size: int, settings: Mapping[str, Any]) -> None:
         self.folder, self.count = folder, count
         wanted, grows = {"num_images": count, **json.loads(json.dumps(settings))}, False
-        if not (folder / SETTINGS).is_file():
-            if folder.exists() and (not folder.is_dir() or any(folder.glob("[!.]*"))):
+        if not (folder / SETTINGS).is_file() or self._only_settings():  # of a command that could not start, perhaps
+            others = (path for path in folder.glob("[!.]*") if path.name != SETTINGS)
+            if folder.exists() and (not folder.is_dir() or any(others)):
                 raise ValueError(f"out={folder} holds something else than samples; give a new folder")
             folder.mkdir(parents=True, exist_ok=True)
             self._write_settings({"shard_size": size, **wanted})
@@ -55,6 +56,11 @@ class Shards:
         if grows:  # a last file that is not full stays until the full one, which has another name, is there
             self._write_settings({"shard_size": self.size, **wanted})
         self.missing = [part for part in self.parts() if not self.path(part).exists()]
+
+    def _only_settings(self) -> bool:
+        """Whether the folder has our settings, and no samples yet."""
+        ours = {"shard_size", "num_images"} <= read_json(self.folder / SETTINGS).keys()
+        return ours and not any(self.folder.glob("*.npz"))
 
     def parts(self) -> list[range]:
         """The numbers of each file's samples."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from unet_denoiser.config import UNetConfig
 from unet_denoiser.data import as_found, load_data
+from unet_denoiser.data.base import per_axis
 from unet_denoiser.diffusion import Diffusion
 from unet_denoiser.distribution import resolve_device
 from unet_denoiser.finetuning import at_size, load_fitting, read_start
@@ -29,6 +30,12 @@ def started(source: str, given: dict[str, Any]) -> tuple[Run, Trainer]:
     place = Path(source.replace(":", "/"))
     out = given["out"] or Path("runs") / (place.name if place.is_dir() else place.stem)
     check_new(out)
+    for folder in (Path(source if local else ""), Path(given["dataset"].get("concat") or "")):
+        if folder.name and folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"out={out} lies in the folder {folder}, whose pictures the run's own would join; give a directory "
+                "outside of it as out"
+            )
     latent = given["dataset"].get("vae") is not None
     base, start, process = _start(given, training, latent)
     # of latents, a network has neither the pictures' size nor their channels
@@ -41,6 +48,9 @@ def started(source: str, given: dict[str, Any]) -> tuple[Run, Trainer]:
     conditions = {"vector_dim": data.vector_dim, "context_dim": data.context_dim}
     own = process.channels(data.channels, data.concat_channels)
     on_cpu = resolve_device(training.device) == "cpu"
+    size = options.get("image_size")
+    if size is not None and per_axis(size, len(data.image_size)) != tuple(data.image_size):
+        raise ValueError(f"model.image_size={size}: the data have {tuple(data.image_size)}; give image_size instead")
     config = architecture_for(data.channels, data.image_size, classes, conditions | options, base, own, on_cpu)
     rate = training.learning_rate or default_learning_rate(config.model_channels)
     training = replace(training, learning_rate=rate)

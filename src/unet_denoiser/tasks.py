@@ -86,12 +86,19 @@ def _edit(run: Run, model: UNet, request: Request, options: dict[str, Any]) -> T
     assert edit.image is not None
     if edit.upscale is not None:
         _check_upscaling(run, edit.upscale)
+        if request.image_size is not None:
+            raise ValueError(f"image_size={request.image_size}: upscale={edit.upscale} sets the size; leave it out")
         small = run.read_picture(edit.image, as_it_is=True)
         return upscale(model, process, small, edit.upscale, seeds=seeds, resample=edit.resample, **options)
     picture = run.read_picture(edit.image, request.image_size)
     if edit.mask is not None or edit.outpaint is not None:
         if edit.outpaint is not None:
             picture, mask = canvas(picture, edit.outpaint)
+            if any(n % run.latent_factor for n in picture.shape[2:]):
+                raise ValueError(
+                    f"outpaint={edit.outpaint} makes a picture of {tuple(picture.shape[2:])}; with latents both must "
+                    f"be multiples of {run.latent_factor}"
+                )
         else:
             assert edit.mask is not None
             mask = run.read_mask(edit.mask, picture.shape[2:])
@@ -125,6 +132,12 @@ def _conditions(run: Run, request: Request) -> dict[str, Tensor]:
     classes, captions = edit.interpolate_classes or request.classes, edit.interpolate_captions or request.captions
     if edit.interpolates:
         count = 2
+        for name, ways, names in (
+            ("class", edit.interpolate_classes, request.classes),
+            ("caption", edit.interpolate_captions, request.captions),
+        ):
+            if ways and names:
+                raise ValueError(f"{name}={names[0]!r} and a way from one {name} to another: give one of them")
         for name, names in (("class", request.classes), ("caption", request.captions)):
             if len(names) > 1:
                 raise ValueError(f"{name}={names[1]!r}: with interpolation all samples have one {name}; give one")

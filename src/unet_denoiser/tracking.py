@@ -141,7 +141,8 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
         smooth = _smoothed([value for _, value in known])
         shade = 0.15 + 0.8 * level / max(1, count - 1)
         levels.plot([step for step, _ in known], smooth, color=(shade * 0.9, 0.2, 1 - shade), label=f"{level + 1}")
-    levels.legend(title="noise level", fontsize="x-small", ncols=2)
+    if count:
+        levels.legend(title="noise level", fontsize="x-small", ncols=2)
     for axes, title in ((loss, "loss"), (norm, "gradient norm"), (levels, "loss per noise level, 1 the least noisy")):
         axes.set(title=title, xlabel="step", yscale="log")
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=100))

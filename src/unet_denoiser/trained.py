@@ -152,5 +152,8 @@ class Trained:
         if columns is not None or (not names and self.class_names is None):
             return save_grid(x, path, columns, self.picture_range)
         classes = len(names or self.class_names or [])
-        by_class = torch.cat([x[i::classes] for i in range(min(classes, len(x)))])
-        return save_grid(by_class, path, max(1, -(-len(x) // classes)), self.picture_range)
+        columns = max(1, -(-len(x) // classes))
+        blank = torch.full_like(x[:1], float(x.min()) if self.picture_range is None else self.picture_range[0])
+        rows = [x[i::classes] for i in range(min(classes, len(x)))]
+        by_class = torch.cat([part for row in rows for part in (row, *[blank] * (columns - len(row)))])
+        return save_grid(by_class, path, columns, self.picture_range)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -169,7 +170,15 @@ def encode_labels(
     if np.issubdtype(array.dtype, np.integer):
         if array.min() < 0:
             raise ValueError(f"labels of {where} go down to {array.min()}; give names, or integers from 0")
+        if names is None and array.max() >= 1000 + 10 * len(array):
+            raise ValueError(f"labels of {where} go up to {array.max()}; give names, or integers from 0 without gaps")
         known = list(names) if names is not None else [str(i) for i in range(int(array.max()) + 1)]
+        if names is None and 2 * (present := len(np.unique(array))) < len(known):
+            warnings.warn(
+                f"{where} has images of {present} of the {len(known)} classes 0 to {len(known) - 1}; the others would "
+                "be sampled untrained; number them without gaps, or give names",
+                stacklevel=3,
+            )
         if array.max() >= len(known):
             raise ValueError(f"class_names has {len(known)} entries, labels go up to {array.max()} in {where}")
         return torch.from_numpy(array.astype(np.int64)), known

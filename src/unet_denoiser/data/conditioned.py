@@ -296,10 +296,14 @@ def _paired(folder: str, data: Any, config: DataConfig, load: Callable[[DataConf
     channels = data.channels if has_vae else None
     paired: Any = load(replace(plain, source=folder, image_size=data.image_size, channels=channels))
     ours, theirs = ([str(Path(file).with_suffix("")) for file in each.files] for each in (data, paired))
-    if ours != theirs:
-        odd = sorted(set(ours) ^ set(theirs))[0]
+    if unpaired := sorted(set(ours) ^ set(theirs)):
+        odd = unpaired[0]
         where = folder if odd in ours else config.source
         raise ValueError(
             f"concat={folder}: {where} has no usable picture {odd}; names must be the same in both folders"
         )
+    if ours != theirs or len(set(ours)) < len(ours):  # as a.png and a.jpg
+        raise ValueError(f"concat={folder}: pairs need names of one order without their suffixes, and each name once")
+    if data.buckets is not None and [*map(list, data.buckets)] != [*map(list, paired.buckets or ())]:
+        raise ValueError(f"concat={folder}: with aspect_buckets both pictures of a pair need the same aspect")
     return paired

@@ -85,7 +85,7 @@ class FolderData(Pictures):
         refuse_options(config, ("label_column", "caption_column", "vector_columns"), "a folder without metadata")
 
     def _conditions_of_rows(self, rows: list[dict[str, Any]], config: DataConfig) -> None:
-        names = set(rows[0])
+        names = {name for row in rows for name in row}  # what a row lacks is then said by its column's name
         where = f"the metadata of {self.folder}"
         label = pick_column(names, "label_column", config.label_column, ("label", "labels"), where)
         caption = pick_column(names, "caption_column", config.caption_column, CAPTION_COLUMNS, where)
@@ -103,7 +103,11 @@ class FolderData(Pictures):
 def list_images(folder: Path) -> list[str]:
     """The files below a folder that are named as images are, hidden ones left out: sorted paths, relative, with "/"."""
     found = []
-    for root, folders, files in os.walk(folder, followlinks=True):
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for root, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         base = Path(root).relative_to(folder)
         named = [name for name in files if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES]
@@ -122,6 +126,10 @@ def read_metadata(folder: Path) -> dict[str, dict[str, Any]] | None:
         for number, row in enumerate(_read_rows(path), start=1):
             if not row.get("file_name"):
                 raise ValueError(f"row {number} of {path} has no file_name; it has {', '.join(map(str, row))}")
+            if None in row:  # where the csv module puts what is beyond the columns
+                raise ValueError(
+                    f"row {number} of {path} has more values than there are columns; put quotes around text with commas"
+                )
             rows[os.path.normpath(base / str(row.pop("file_name"))).replace(os.sep, "/")] = row
     return rows
 

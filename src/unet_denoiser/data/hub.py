@@ -186,6 +186,9 @@ def find_columns(table: Any, config: DataConfig) -> tuple[Columns, Any]:
     image = pick_column(names, "image_column", config.image_column, [*pictures, *IMAGE_COLUMNS], where)
     if image is None:
         raise ValueError(f"{where} has no column of images; give image_column, one of {', '.join(sorted(names))}")
+    kind = getattr(features[image], "dtype", "")
+    if isinstance(features[image], datasets.Value) and not kind.endswith(("binary", "string")):
+        raise ValueError(f"image_column={image!r} of {where} holds {kind}, not images")
     classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     label = pick_column(names, "label_column", config.label_column, [*classes, "label", "labels"], where)
     caption = pick_column(names, "caption_column", config.caption_column, CAPTION_COLUMNS, where)

@@ -122,6 +122,12 @@ def test_single_fields_of_the_network(capsys):
     assert "model.image_size=4: the data have (8, 8); give image_size instead" in message
 
 
+def test_captions_that_are_not_learned_are_told(tmp_path):
+    np.savez("d.npz", images=np.zeros((4, 8, 8), np.uint8), captions=["a", "b", "c", "d"])
+    with pytest.warns(UserWarning, match="captions, which are not learned without a text_encoder"):
+        main(["train", "d.npz", *TINY])
+
+
 def test_what_training_finds_wrong_is_one_line(tmp_path, capsys):
     images = np.full((4, 8, 8), 1.4, np.float32)
     images[0] = -1

@@ -162,7 +162,7 @@ def _statistics(x: Tensor, bounds: tuple[float, float] | None) -> dict[str, Any]
         "min": float(x.min()),
         "max": float(x.max()),
         "mean": x.mean(dim=[0, *range(2, x.ndim)]).tolist(),
-        "mean_error": float(x.flatten(2).mean(2).std(0).max()) / math.sqrt(len(x)),
+        "mean_error": float(x.flatten(2).mean(2).std(0, correction=min(1, len(x) - 1)).max()) / math.sqrt(len(x)),
         "std": float(variance.sqrt()),
         "roughness": float(rough),
         "saturated": float(ends),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ def started(source: str, given: dict[str, Any]) -> tuple[Run, Trainer]:
     fixed = {} if latent or base is None else {"image_size": base.image_size}
     data_config = DataConfig(source, **{"channels": options.get("in_channels")} | fixed | given["dataset"])
     data = load_data(data_config)
+    if getattr(data, "captions", None) and data_config.text_encoder is None:
+        warnings.warn("the data have captions, which are not learned without a text_encoder", stacklevel=2)
     if base and start:
         base = at_size(base, data.image_size)
     classes = None if data.class_names is None else len(data.class_names)

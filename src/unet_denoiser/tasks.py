@@ -138,7 +138,6 @@ def _conditions(run: Run, request: Request) -> dict[str, Tensor]:
         ):
             if ways and names:
                 raise ValueError(f"{name}={names[0]!r} and a way from one {name} to another: give one of them")
-        for name, names in (("class", request.classes), ("caption", request.captions)):
             if len(names) > 1:
                 raise ValueError(f"{name}={names[1]!r}: with interpolation all samples have one {name}; give one")
         if run.class_names is not None and not classes and not captions:

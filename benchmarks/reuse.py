@@ -52,8 +52,8 @@ class Setting:
 SETTINGS = [
     Setting("ddim", 50),
     Setting("ddim", 50, 5),
-    Setting("ddim", 50, 8, 0.25),
-    Setting("dpm++", 10, None, 0.25),
+    *(Setting("ddim", 50, n, 0.25) for n in (3, 8)),
+    *(Setting("dpm++", steps, None, 0.25) for steps in (25, 10)),
 ]
 
 

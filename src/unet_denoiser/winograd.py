@@ -102,7 +102,7 @@ def convolve(x: Tensor, transformed: Tensor, bias: Tensor | None = None) -> Tens
         v = _input_places(x, block, bt, buffers).view(36, block.tiles, in_ch)
         places = torch.bmm(v, transformed, out=buffers("product", x, 36, block.tiles, out_ch))
         if bias is not None:
-            places[_CONSTANT] += bias
+            places[_CONSTANT].add_(bias)
         # the columns of each place's row, those side by side, then the rows, straight into the output
         y = _times(at, places.view(6, 6, -1), buffers("y", x, 6, 4, block.tiles * out_ch))
         bands = buffers("bands", x, m, r, 6, columns, 4, out_ch)

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 import specification
 from helpers import as_multihead, randomise, relative_error
-from unet_denoiser import CrossAttention, SelfAttention
+from unet_denoiser import CrossAttention, SelfAttention, recompute
 from unet_denoiser.attention import ContextAttention, FeedForward, SpatialTransformer, to_grid, to_tokens
 from unet_denoiser.conv import plain_convolutions
 from unet_denoiser.layers import Context
@@ -149,7 +149,8 @@ def test_a_new_layer_is_the_identity(layer):
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_the_feed_forward_layer_computes_its_gate_again_and_equals_the_plain_one(autocast):
+def test_the_feed_forward_layer_computes_its_gate_again_and_equals_the_plain_one(autocast, monkeypatch):
+    monkeypatch.setattr(recompute, "_SMALL", 0)
     layer = randomise(FeedForward(8))
     x, weights = torch.randn(2, 5, 8, requires_grad=True), torch.randn(2, 5, 8)
 
@@ -169,6 +170,7 @@ def test_the_feed_forward_layer_computes_its_gate_again_and_equals_the_plain_one
     assert kept.count(32) == 0 < kept_plainly.count(32)  # the gate, and its product with the value
 
 
-def test_second_derivatives_of_the_feed_forward_layer():
+def test_second_derivatives_of_the_feed_forward_layer(monkeypatch):
+    monkeypatch.setattr(recompute, "_SMALL", 0)
     layer = randomise(FeedForward(3)).double()
     assert gradgradcheck(layer, torch.randn(1, 2, 3, dtype=torch.float64, requires_grad=True))

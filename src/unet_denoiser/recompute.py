@@ -16,17 +16,20 @@ from torch.nn.utils.stateless import _reparametrize_module
 from unet_denoiser.conv import CONV, Conv2d, convolve_3x3_backward, only_plain, winograd_pays
 
 
+_SMALL = 2**17  # values of x: computing fewer again costs up to a fifth of the step, by its calls, and saves little
+
+
 def recomputed(
-    cheap: Callable[..., Tensor], layer: Any, *inputs: Tensor | None, norm: nn.Module | None = None
+    cheap: Callable[..., Tensor], layer: Any, x: Tensor, *more: Tensor | None, norm: nn.Module | None = None
 ) -> Tensor:
-    """layer(cheap(*inputs)), where the backward pass computes `cheap` again instead of keeping its result.
+    """layer(cheap(x, *more)), where the backward pass computes `cheap` again instead of keeping its result.
 
     Args:
         cheap: a norm, an activation, a resampling: what costs little beside the layer.
         layer: a convolution or a linear layer.
         norm: the module that `cheap` calls, if any.
 
-    Function transforms, and modules that something else has wrapped, hooked or replaced, take the plain way, torch's
+    What is small, function transforms, and modules that something else has wrapped, hooked or replaced, take the plain way, torch's
     own autograd.
     """
     modules = [layer] if norm is None else [layer, norm]
@@ -34,16 +37,17 @@ def recomputed(
         not torch.is_grad_enabled()
         or torch.compiler.is_compiling()
         or only_plain()
+        or x.numel() < _SMALL
         or any(map(watched, modules))
         or type(layer) not in (nn.Linear, *CONV.values())
         or getattr(layer, "padding_mode", "zeros") != "zeros"
         or isinstance(getattr(layer, "padding", 0), str)
     )
     if plain:
-        return layer(cheap(*inputs))
+        return layer(cheap(x, *more))
     norm = nn.Module() if norm is None else norm
     parameters = list(norm.parameters())
-    return _Recomputed.apply(cheap, layer, norm, len(inputs), *inputs, *parameters, layer.weight, layer.bias)
+    return _Recomputed.apply(cheap, layer, norm, 1 + len(more), x, *more, *parameters, layer.weight, layer.bias)
 
 
 def watched(module: nn.Module) -> bool:

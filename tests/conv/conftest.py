@@ -4,21 +4,23 @@ import pytest
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from unet_denoiser import conv
+from unet_denoiser import conv, recompute
 
-WORTH = conv._WORTH
+WORTH, SMALL = conv._WORTH, recompute._SMALL
 
 
 @pytest.fixture(autouse=True)
 def narrow_winograd(monkeypatch):
-    """The filtering also where it is slower: with 64 channels, which tests can afford."""
+    """The filtering also where it is slower, with 64 channels, which tests can afford, and recomputing what is small."""
     monkeypatch.setattr(conv, "_WORTH", 2.5)
+    monkeypatch.setattr(recompute, "_SMALL", 0)
 
 
 @pytest.fixture
 def as_measured(monkeypatch, narrow_winograd):
-    """The rule as it is for users."""
+    """The rules as they are for users."""
     monkeypatch.setattr(conv, "_WORTH", WORTH)
+    monkeypatch.setattr(recompute, "_SMALL", SMALL)
 
 
 @pytest.fixture

@@ -143,3 +143,10 @@ def test_a_change_in_place_between_forward_and_backward_is_noticed():
         block.norm1.weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+@pytest.mark.usefixtures("as_measured")
+def test_what_takes_less_than_half_a_mebibyte_is_kept():
+    block, x, emb = block_and_args(64, 64, (32, 32), torch.float32, 1, norm_groups=8)
+    assert recomputed_steps(block(x, emb)) == 0
+    assert recomputed_steps(block(torch.cat([x, x[:1]]), torch.cat([emb, emb[:1]]))) == 2

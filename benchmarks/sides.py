@@ -45,6 +45,10 @@ def networks(quick: bool) -> dict[str, Network]:
     """The networks by name, at half the width or less when quick; 32x32 inputs, 77 tokens."""
     width = 64 if quick else 128
     head = width // 2
+    widths = (width // 4, width // 2, width // 2)
+    narrow = CIFAR | {"block_out_channels": widths, "norm_num_groups": 8, "attention_head_dim": 16}
+    narrow |= {"down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D")}
+    narrow |= {"up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D")}
     cifar = CIFAR | {"block_out_channels": (width, 2 * width, 2 * width, 2 * width), "dropout": 0.1}
     text = {"block_out_channels": (width, 2 * width, 4 * width), "cross_attention_dim": 256, "attention_head_dim": 4}
     adm = ADM | {"model_channels": width, "num_head_channels": head}
@@ -59,6 +63,7 @@ def networks(quick: bool) -> dict[str, Network]:
             channels=4,
             context_dim=256,
         ),
+        "narrow": Network("diffusers", UNet2DModel, narrow, ours={}),
         "adm-small": Network("guided-diffusion", UNetModel, adm, ours=unseen),
         "lucidrains": Network(
             "denoising-diffusion-pytorch",

@@ -15,7 +15,6 @@ from torch.nn.utils.stateless import _reparametrize_module
 
 from unet_denoiser.conv import CONV, Conv2d, convolve_3x3_backward, only_plain, winograd_pays
 
-
 _SMALL = 2**17  # values of x: computing fewer again costs up to a fifth of the step, by its calls, and saves little
 
 
@@ -29,8 +28,8 @@ def recomputed(
         layer: a convolution or a linear layer.
         norm: the module that `cheap` calls, if any.
 
-    What is small, function transforms, and modules that something else has wrapped, hooked or replaced, take the plain way, torch's
-    own autograd.
+    What is small, function transforms, and modules that something else has wrapped, hooked or replaced, take the plain
+    way, torch's own autograd.
     """
     modules = [layer] if norm is None else [layer, norm]
     plain = (

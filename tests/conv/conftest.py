@@ -11,7 +11,7 @@ WORTH, SMALL = conv._WORTH, recompute._SMALL
 
 @pytest.fixture(autouse=True)
 def narrow_winograd(monkeypatch):
-    """The filtering also where it is slower, with 64 channels, which tests can afford, and recomputing what is small."""
+    """The filtering also where it is slower, with 64 channels, which tests can afford; small layers compute again."""
     monkeypatch.setattr(conv, "_WORTH", 2.5)
     monkeypatch.setattr(recompute, "_SMALL", 0)
 

@@ -16,6 +16,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from unet_denoiser import Run, UNet, UNetConfig, sample
+from unet_denoiser.__main__ import main as entry
 from unet_denoiser.cli import main
 from unet_denoiser.recipe import TrainingConfig
 from unet_denoiser.recipe_data import DataConfig
@@ -300,3 +301,14 @@ def test_help_does_not_wait_for_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_an_interrupt_before_the_parser_is_there_is_no_traceback(monkeypatch):
+    class Loading:
+        def __getattr__(self, name):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "unet_denoiser.cli", Loading())
+    with pytest.raises(SystemExit) as exit_info:
+        entry()
+    assert exit_info.value.code == 130

@@ -133,6 +133,10 @@ def test_mistakes(run, capsys, monkeypatch):
     assert "num_inference_steps means nothing with --samples" in error(
         capsys, run.path, "--samples", "x.npz", "--num-inference-steps", 3
     )
+    for name, value in (("seed", 0), ("batch-size", 64), ("checkpoint", "latest")):
+        message = error(capsys, run.path, "--samples", "x.npz", f"--{name}", value)
+        assert f"{name.replace('-', '_')} means nothing with --samples" in message
+    assert "no file can be made in it" in error(capsys, run.path, *FAST, "--out", run.path / "config.json" / "new")
     assert "extractor='vgg' is neither one of auto, inception" in error(
         capsys, run.path, *FAST[:5], "--extractor", "vgg"
     )

@@ -1,5 +1,6 @@
 """What goes wrong around a training: kills, signals, full and read-only disks, numbers that are not finite."""
 
+import errno
 import os
 import resource
 import signal
@@ -15,6 +16,7 @@ import kills
 from test_training import make_trainer, steps_kept, two_classes, weights
 from unet_denoiser import ArrayData, DataConfig, Diffusion, Run
 from unet_denoiser.checkpoints import Checkpoints, read_checkpoint
+from unet_denoiser.files import check_writable, write_atomically
 from unet_denoiser.recipe import TrainingConfig
 from unet_denoiser.safety import NotFinite, first_bad_module
 from unet_denoiser.tracking import Metrics
@@ -60,7 +62,36 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path):
     assert errors.splitlines()[-1].startswith("unet-denoiser: error: ")
     assert "cannot be written" in errors.splitlines()[-1]
     assert "Traceback" not in errors
-    assert {p.name for p in (tmp_path / "run").rglob("*") if p.is_file()} == {"config.json", "metrics.jsonl"}
+    assert {p.name for p in (tmp_path / "run").rglob("*") if p.is_file()} == {".lock", "config.json", "metrics.jsonl"}
+
+
+def test_a_disk_without_a_path_in_its_error_gets_one(tmp_path):
+    def fail(path):
+        path.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match=r"No space left on device: '.*/weights'"):
+        write_atomically(tmp_path / "weights", fail)
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_nothing_can_be_written_is_told_beforehand(tmp_path):
+    check_writable(tmp_path / "new" / "newer")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"/file: no file can be made in it: Not a directory"):
+        check_writable(tmp_path / "file" / "new")
+
+
+def test_one_process_trains_in_a_directory(tmp_path):
+    trainer = make_trainer({"steps": 3})
+    run = Run(tmp_path, DataConfig("two"), trainer.model.config, trainer.process, trainer.config)
+    steps = run.train(trainer)
+    next(steps)
+    with pytest.raises(ValueError, match="another process trains in it"):
+        next(run.train(make_trainer({"steps": 3})))
+    assert [step.step for step in steps] == [2, 3]
+    assert not list(run.train(trainer))
 
 
 # ---- not finite ------------------------------------------------------------------------------------------------------

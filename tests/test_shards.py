@@ -193,6 +193,8 @@ def test_refuses_folders_of_other_things(tmp_path):
     (tmp_path / "mine" / "settings.json").write_text('{"volume": 11}')
     with pytest.raises(ValueError, match="holds samples made with num_images"):
         Shards(tmp_path / "mine", 10, 4, {})
+    with pytest.raises(ValueError, match="is not of samples: it lacks num_images or shard_size"):
+        read_shards(tmp_path / "mine")
     assert (tmp_path / "mine" / "settings.json").read_text() == '{"volume": 11}'
 
 

@@ -25,9 +25,9 @@ def evaluate(
     extractor: str = "auto",
     allow_few: bool = False,
     sampling: SamplingOptions = {},  # noqa: B006
-    seed: int = 0,
-    batch_size: int = 64,
-    checkpoint: str = "latest",
+    seed: OptionalNumber = None,
+    batch_size: OptionalNumber = None,
+    checkpoint: OptionalName = None,
     device: DeviceName = "auto",
     out: OptionalPath = None,
 ) -> None:
@@ -50,19 +50,20 @@ def evaluate(
             "transformers:NAME" for an image encoder, or a TorchScript file; "auto" is inception where its weights can
             be had, else efficientnet-lite0.
         allow_few: go on with fewer than 2,000 samples, whose figures are mostly bias and noise.
-        seed: seed of the first sample.
-        batch_size: samples made at a time.
-        checkpoint: "latest", a step's number, or "best".
+        seed: seed of the first sample (default: 0).
+        batch_size: samples made at a time (default: 64).
+        checkpoint: "latest", a step's number, or "best" (default: latest).
         device: "auto" takes a GPU where there is one.
         out: the folder to write (default: RUN/evaluation, or else beside the samples).
     """
     with one_line_errors():
         if run is None and (samples is None or data is None):
             raise ValueError("give a RUN; or --samples and --data, for samples of any other model")
+        of_samples = {"num_samples": num_samples, "seed": seed, "batch_size": batch_size, "checkpoint": checkpoint}
         for name, value, least in (("num_data", num_data, 0), ("batch_size", batch_size, 1), ("seed", seed, 0)):
-            if value < least:
+            if value is not None and value < least:
                 raise ValueError(f"{name}={value} must be at least {least}")
-        given = [*sampling, *(["num_samples"] if num_samples is not None else [])]
+        given = [*sampling, *(name for name, value in of_samples.items() if value is not None)]
         if samples is not None and given:
             raise ValueError(f"{given[0]} means nothing with --samples, which are made already; leave it out")
         if out is not None and out.is_file():
@@ -71,6 +72,7 @@ def evaluate(
         from unet_denoiser.distribution import resolve_device
         from unet_denoiser.evaluation import check_count
         from unet_denoiser.evaluation import evaluate as measure
+        from unet_denoiser.files import check_writable
         from unet_denoiser.generated import Generated, conditioned_data, evaluated_data, read_samples
         from unet_denoiser.run import Run
 
@@ -78,6 +80,8 @@ def evaluate(
         if samples is None:
             check_count(count, allow_few)
         loaded, place = None if run is None else Run.load(run), resolve_device(device)
+        folder = out or _folder(run, samples)
+        check_writable(folder)
         data_config, images, unseen = evaluated_data(loaded, data, held_out, held_out_split)
         made: Any
         if samples is not None:
@@ -85,15 +89,14 @@ def evaluate(
         else:
             assert loaded is not None
             options: dict[str, Any] = {
-                "seed": seed,
-                "batch_size": batch_size,
-                "checkpoint": checkpoint,
+                "seed": seed or 0,
+                "batch_size": batch_size or 64,
+                "checkpoint": checkpoint or "latest",
                 "device": place,
             }
             conditioned = conditioned_data(data_config, images)
             made = Generated(loaded, conditioned, count, config=config, **options)
             about = made.about
-        folder = out or _folder(run, samples)
         report = measure(
             made,
             images,

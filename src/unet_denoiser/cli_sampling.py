@@ -81,6 +81,7 @@ def sample(
         config = SamplingConfig(**defaults | sampling)
         _check_output(num_images, seed, out, preview_every, batch_size)
         from unet_denoiser.distribution import join_processes
+        from unet_denoiser.files import check_writable
         from unet_denoiser.run import Run
         from unet_denoiser.tasks import Request
 
@@ -90,6 +91,8 @@ def sample(
         if loaded.makes_pictures and out is not None and out.suffix == ".npy":
             raise ValueError(f"out={out}: {run} makes pictures; give a name that ends in .png, or a folder's")
         count = num_images or (len(classes or captions or loaded.class_names or "1") if edit.invert else DEFAULT_COUNT)
+        place = run / "samples.png" if out is None else out
+        check_writable(place.parent if place.suffix else place)
         model = loaded.load_model(checkpoint)
         state, where = join_processes(device)
         model = model.to(where)
@@ -106,12 +109,12 @@ def sample(
             negative_caption=negative_caption,
             guide=None if guide_checkpoint is None else loaded.load_model(guide_checkpoint).to(where),
         )
-        if out is None or out.suffix:
-            _draw(loaded, model, request, out or run / "samples.png", extras, batch_size, state)
+        if place.suffix:
+            _draw(loaded, model, request, place, extras, batch_size, state)
         elif any(extras):
             raise ValueError(f"separate, strip, gif and preview_every go with one picture, not with out={out}")
         else:
-            _fill(loaded, model, request, out, batch_size, state)
+            _fill(loaded, model, request, place, batch_size, state)
 
 
 class _Extras(NamedTuple):

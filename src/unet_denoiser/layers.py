@@ -299,7 +299,7 @@ class ResBlock(nn.Module):
         if scale is not None and shift is not None:
             h = torch.addcmul(shift, h, 1 + scale)
         h = silu(h, self.norm2)
-        return h if mask is None else torch.where(mask, h, 0.0) / (1 - _of_fifteen_bits(self.dropout.p) / 2**15)
+        return h if mask is None else torch.where(mask, h, 0.0).div_(1 - _of_fifteen_bits(self.dropout.p) / 2**15)
 
 
 class Block(nn.ModuleList):

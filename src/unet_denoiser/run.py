@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -52,6 +53,18 @@ def check_new(path: Path) -> None:
         )
     if found := [name for name in ("checkpoints", "init", "model", "metrics.jsonl") if (path / name).exists()]:
         raise FileExistsError(f"{path} has {found[0]}, which a run would overwrite; give another out")
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Keep other processes from training in the directory meanwhile; ValueError where one does."""
+    from filelock import FileLock, Timeout
+
+    try:
+        with FileLock(path / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise ValueError(f"{path}: another process trains in it; wait for it, or give another out") from None
 
 
 @dataclass(frozen=True)
@@ -133,9 +146,14 @@ class Run(Trained):
         """Train to the last step, writing checkpoints, previews and metrics on the way; yields after every step.
 
         Raises:
+            ValueError: another process trains it.
             Interrupted: SIGTERM or SIGINT asked to stop; the step was finished and a checkpoint written.
             NotFinite, OSError: training cannot go on; the last good checkpoint is there.
         """
+        with _alone(self.path) if trainer.accelerator.is_main_process else nullcontext():
+            yield from self._train(trainer)
+
+    def _train(self, trainer: Trainer) -> Iterator[TrainingStep]:
         main, training, signals = trainer.accelerator.is_main_process, trainer.config, [0]
         metrics = Metrics(self.path / "metrics.jsonl", self.process.num_train_timesteps)
         if trainer.step:

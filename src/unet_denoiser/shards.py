@@ -107,9 +107,11 @@ def read_shards(folder: Path, name: str = "images") -> np.ndarray:
     """One array of all files of a finished folder, in order; `images`, `labels` and `seeds` are what `sample` writes.
 
     Raises:
-        ValueError: files are missing.
+        ValueError: files are missing, or the folder is not of samples.
     """
     settings = read_json(folder / SETTINGS)
+    if not {"num_images", "shard_size"} <= settings.keys():
+        raise ValueError(f"{folder / SETTINGS} is not of samples: it lacks num_images or shard_size")
     shards = Shards(folder, settings.pop("num_images"), settings.pop("shard_size"), settings)
     if shards.missing:
         raise ValueError(f"{folder} lacks {len(shards.missing)} of its files; `sample` again with --out {folder}")

@@ -59,6 +59,19 @@ def test_group_rule_with_other_limits(channels, groups, expected):
 TIMES = torch.tensor([0.0, 1.0, 0.37, 20.5, 999.0, 1000.0])
 
 
+@pytest.mark.parametrize("trained", ["weight", "bias"])
+def test_a_norm_whose_input_needs_no_gradient(trained):
+    """As after frozen layers; torch's own crashes where the channels are last."""
+    norm = randomise(group_norm(8, 4)).requires_grad_(False)
+    getattr(norm, trained).requires_grad_(True)
+    x = torch.randn(2, 8, 8, 8)
+    last = x.contiguous(memory_format=torch.channels_last)
+    outs = [norm(x), norm(last)]
+    assert outs[1].is_contiguous(memory_format=torch.channels_last)
+    expected, found = (torch.autograd.grad((out * x).sum(), getattr(norm, trained))[0] for out in outs)
+    assert_close(found, expected)
+
+
 @pytest.mark.parametrize("dim", [4, 5, 32, 33, 320])
 @pytest.mark.parametrize(("frequencies", "shift"), [("endpoint", 1), ("half", 0)])
 def test_sinusoids_equal_diffusers(dim, frequencies, shift):

@@ -47,8 +47,8 @@ class Conv2d(nn.Conv2d):
             return convolve_3x3(x, self.weight, self.bias, cache=not training)
         if _is_pointwise(self) and is_channels_last(x):
             return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
-        if x.shape[0] * x.shape[2] * x.shape[3] <= 256:
-            x = x.contiguous()  # so few pixels cost less than the weights' reordering for channels last
+        if x.shape[0] * x.shape[2] * x.shape[3] <= 256 and self.weight.numel() >= 128 * 128 * 9:
+            x = x.contiguous()  # so few pixels cost less than the reordering of so many weights for channels last
         return super().forward(x)
 
 

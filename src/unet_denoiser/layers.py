@@ -51,6 +51,11 @@ class GroupNorm(nn.GroupNorm):
     """nn.GroupNorm that also takes a single value per group (one sample, one position), where torch's own refuses."""
 
     def forward(self, x: Tensor) -> Tensor:
+        trained = torch.is_grad_enabled() and (self.weight.requires_grad or self.bias.requires_grad)
+        if trained and not x.requires_grad and x.device.type == "cpu" and is_channels_last(x):
+            # torch 2.13 crashes in the gradient of weight and bias alone, where the channels are last
+            out = torch.group_norm(x.contiguous(), self.num_groups, self.weight, self.bias, self.eps)
+            return out.contiguous(memory_format=torch.channels_last)
         return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 

@@ -316,6 +316,7 @@ def test_run_directory_describes_itself(run):
     assert [step.step for step in run.train(trainer)] == list(range(1, 26))
     files = {str(p.relative_to(run.path)) for p in run.path.rglob("*") if p.is_file() and "checkpoints" not in p.parts}
     assert files == {
+        ".lock",
         "config.json",
         "loss.png",
         "metrics.jsonl",

@@ -64,7 +64,7 @@ def _alone(path: Path) -> Iterator[None]:
         with FileLock(path / ".lock", timeout=0):
             yield
     except Timeout:
-        raise ValueError(f"{path}: another process trains in it; wait for it, or give another out") from None
+        raise ValueError(f"{path}: another process trains in it; wait until it ends") from None
 
 
 @dataclass(frozen=True)

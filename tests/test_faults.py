@@ -89,7 +89,8 @@ def test_one_process_trains_in_a_directory(tmp_path):
     steps = run.train(trainer)
     next(steps)
     with pytest.raises(ValueError, match="another process trains in it"):
-        next(run.train(make_trainer({"steps": 3})))
+        next(run.with_training(steps=9).train(make_trainer({"steps": 9})))
+    assert Run.load(tmp_path).training.steps == 3  # what was refused has changed nothing
     assert [step.step for step in steps] == [2, 3]
     assert not list(run.train(trainer))
 

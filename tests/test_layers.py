@@ -22,9 +22,9 @@ from unet_denoiser.layers import (
     average_pool,
     crop,
     dropout_mask,
-    group_norm,
     nearest,
 )
+from unet_denoiser.norm import group_norm
 
 # ---- normalisation -------------------------------------------------------------------------------------------------
 
@@ -60,14 +60,14 @@ TIMES = torch.tensor([0.0, 1.0, 0.37, 20.5, 999.0, 1000.0])
 
 
 @pytest.mark.parametrize("trained", ["weight", "bias"])
-def test_a_norm_whose_input_needs_no_gradient(trained):
+@pytest.mark.parametrize(("size", "layout"), [((8, 8), torch.channels_last), ((4, 4, 4), torch.channels_last_3d)])
+def test_a_norm_whose_input_needs_no_gradient(size, layout, trained):
     """As after frozen layers; torch's own crashes where the channels are last."""
     norm = randomise(group_norm(8, 4)).requires_grad_(False)
     getattr(norm, trained).requires_grad_(True)
-    x = torch.randn(2, 8, 8, 8)
-    last = x.contiguous(memory_format=torch.channels_last)
-    outs = [norm(x), norm(last)]
-    assert outs[1].is_contiguous(memory_format=torch.channels_last)
+    x = torch.randn(2, 8, *size)
+    outs = [norm(x), norm(x.contiguous(memory_format=layout))]
+    assert outs[1].is_contiguous(memory_format=layout)
     expected, found = (torch.autograd.grad((out * x).sum(), getattr(norm, trained))[0] for out in outs)
     assert_close(found, expected)
 

@@ -13,7 +13,8 @@ from helpers import CONDITIONS, SMALL, as_multihead, inputs, randomise, relative
 from unet_denoiser import CrossAttention, ResBlock, SelfAttention, SinusoidalPosEmb, UNet, UNetConfig
 from unet_denoiser.attention import ContextAttention
 from unet_denoiser.conv import Conv2d
-from unet_denoiser.layers import Block, Downsample, GroupNorm, TimeMLP, TransposedUpsample
+from unet_denoiser.layers import Block, Downsample, TimeMLP, TransposedUpsample
+from unet_denoiser.norm import GroupNorm
 
 # ---- the specification ---------------------------------------------------------------------------------------------
 

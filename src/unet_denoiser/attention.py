@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unet_denoiser.layers import Context, Emb, Size, group_norm, zero
+from unet_denoiser.layers import Context, Emb, Size, zero
+from unet_denoiser.norm import group_norm
 from unet_denoiser.recompute import recomputed
 
 

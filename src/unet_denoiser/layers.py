@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unet_denoiser.conv import CONV, is_channels_last
+from unet_denoiser.norm import group_norm
 from unet_denoiser.recompute import recomputed, watched
 
 CONV_TRANSPOSE = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -45,26 +46,6 @@ class Context(NamedTuple):
     def of(self, layer: nn.Module) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
         """What `CrossAttention.forward` takes of it."""
         return self.tokens, self.mask, self.projected.get(layer)
-
-
-class GroupNorm(nn.GroupNorm):
-    """nn.GroupNorm that also takes a single value per group (one sample, one position), where torch's own refuses."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        trained = torch.is_grad_enabled() and (self.weight.requires_grad or self.bias.requires_grad)
-        if trained and not x.requires_grad and x.device.type == "cpu" and is_channels_last(x):
-            # torch 2.13 crashes in the gradient of weight and bias alone, where the channels are last
-            out = torch.group_norm(x.contiguous(), self.num_groups, self.weight, self.bias, self.eps)
-            return out.contiguous(memory_format=torch.channels_last)
-        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
-
-
-def group_norm(channels: int, groups: int = 32, eps: float = 1e-5) -> GroupNorm:
-    """GroupNorm over the largest number of groups that divides `channels` and is at most `groups`.
-
-    Checkpoints depend on this rule, a test pins it.
-    """
-    return GroupNorm(max(g for g in range(1, min(groups, channels) + 1) if channels % g == 0), channels, eps=eps)
 
 
 def silu(x: Tensor, source: nn.Module) -> Tensor:

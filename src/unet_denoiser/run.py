@@ -6,6 +6,7 @@ RUN/lora.safetensors  the LoRA alone, where one is trained; model/ has it merged
 RUN/init/             the network that training started from, with --init
 RUN/checkpoints/      training states to go on from, one file each
 RUN/samples/          pictures of samples with fixed seeds
+RUN/.lock             held by the process that trains here
 RUN/metrics.jsonl     loss, gradient norm, learning rate and more over the steps; RUN/loss.png shows them
 """
 
@@ -60,6 +61,7 @@ def _alone(path: Path) -> Iterator[None]:
     """Keep other processes from training in the directory meanwhile; ValueError where one does."""
     from filelock import FileLock, Timeout
 
+    path.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(path / ".lock", timeout=0):
             yield
@@ -159,6 +161,7 @@ class Run(Trained):
         if trainer.step:
             metrics.restore(read_facts(self.checkpoints.find(str(trainer.step))))
         if main:
+            self.write()
             remove_leftovers(self.path)
             metrics.cut(trainer.step)
         start_trackers(trainer, self.path, self.to_dict())

@@ -73,8 +73,6 @@ def started(source: str, given: dict[str, Any]) -> tuple[Run, Trainer]:
         if trainer.accelerator.is_main_process:
             print(f"{given['init']}: {fit}")
             write_pretrained(out / "init", config.to_dict(), weights)
-    if trainer.accelerator.is_main_process:
-        run.write()
     return run, trainer
 
 
@@ -114,6 +112,4 @@ def resumed(path: Path, given: dict[str, Any]) -> tuple[Run, Trainer]:
     trainer = run.trainer()
     if trainer.step > run.training.steps:
         raise ValueError(f"steps={run.training.steps}: {path} is already at step {trainer.step}")
-    if trainer.accelerator.is_main_process:
-        run.write()
     return run, trainer

@@ -29,9 +29,9 @@ from unet_denoiser.layers import (
     TimeMLP,
     TransposedUpsample,
     full_precision,
-    group_norm,
     zero,
 )
+from unet_denoiser.norm import group_norm
 from unet_denoiser.presets import preset
 from unet_denoiser.pretrained import Pretrained, fetch, signature_of
 

@@ -14,9 +14,9 @@ import torch
 from measure import progress, reset_peak, resident, table
 
 from unet_denoiser import Diffusion, Trainer, TrainingConfig, UNet, UNetConfig, preset
-from unet_denoiser.data import ArrayData
-from unet_denoiser.memory import Estimate, estimate
-from unet_denoiser.memory_config import MemoryConfig
+from unet_denoiser.config.memory import MemoryConfig
+from unet_denoiser.data.sources.arrays import ArrayData
+from unet_denoiser.models.memory_estimate import Estimate, estimate
 
 # name: network, size of the images, images per step
 MEASURED: dict[str, tuple[UNetConfig, int, int]] = {

@@ -13,8 +13,8 @@ from sklearn.decomposition import PCA
 from sklearn.svm import SVC
 
 from unet_denoiser import ArrayData, Diffusion, DiffusionConfig, Trainer, TrainingConfig, UNet, sample
-from unet_denoiser.data import digits
-from unet_denoiser.presets import architecture_for
+from unet_denoiser.config.defaults import architecture_for
+from unet_denoiser.data.sources.arrays import digits
 
 SAMPLES = 1000
 GRID = [

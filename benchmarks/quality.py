@@ -26,9 +26,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unet_denoiser import save_grid
-from unet_denoiser.features import Extractor, extract, load_extractor
-from unet_denoiser.files import write_atomically
-from unet_denoiser.metrics import frechet_distance, kernel_distance
+from unet_denoiser.evaluation.feature_extractors import Extractor, extract, load_extractor
+from unet_denoiser.evaluation.metrics import frechet_distance, kernel_distance
+from unet_denoiser.utils.files import write_atomically
 
 MARKS, SOONER = (0.25, 0.4, 0.5, 1.0), 0.4  # shares of the time after which weights are kept; one for ours alone
 SHARED, STEPS = "ddim, 25 steps", 25

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from unet_denoiser import ArrayData, Diffusion, Trainer, TrainingConfig, UNet, sample
-from unet_denoiser.presets import architecture_for
+from unet_denoiser.config.defaults import architecture_for
 
 PIECE = 100  # samples at a time
 SHORTENED = 50  # steps of the peers' own samplers, which have 1000

@@ -22,12 +22,12 @@ from measure import describe, fastest, machine, progress, table
 from torch import Tensor
 
 from unet_denoiser import Run, UNet, load_data, sample, save_grid
-from unet_denoiser.convert import save
-from unet_denoiser.features import Extractor, load_extractor
-from unet_denoiser.files import write_atomically
-from unet_denoiser.metrics import kernel_distance
-from unet_denoiser.recipe_data import DataConfig
-from unet_denoiser.shards import digest_weights
+from unet_denoiser.config.data import DataConfig
+from unet_denoiser.convert.checkpoint import save
+from unet_denoiser.evaluation.feature_extractors import Extractor, load_extractor
+from unet_denoiser.evaluation.metrics import kernel_distance
+from unet_denoiser.sampling.pipeline.npz_shards import digest_weights
+from unet_denoiser.utils.files import write_atomically
 
 GUIDANCE_SCALE, PIECE, LARGEST_ERROR = 2.0, 100, 1e-4
 BATCH = 16  # samples a call: with more, features of such a network leave the cache of a CPU

@@ -13,7 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from helpers_sampling import Mixture
 from unet_denoiser import Diffusion, Sampler, SamplingConfig, denoise
-from unet_denoiser.samplers import SAMPLERS
+from unet_denoiser.sampling.samplers import SAMPLERS
 
 SAMPLES = 4000
 MEANS, STDS, WEIGHTS = (-0.6, 0.6), (0.1, 0.2), (0.3, 0.7)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from measure import fastest
 from torch import Tensor
 
-from unet_denoiser.conv import convolve_3x3, convolve_3x3_backward, winograd_share
+from unet_denoiser.models.layers.conv import convolve_3x3, convolve_3x3_backward, winograd_share
 
 # batch, channels in and out, size
 SHAPES = (

@@ -13,7 +13,7 @@ import torch
 from sklearn.svm import SVC
 
 from unet_denoiser import Run, sample
-from unet_denoiser.data import digits
+from unet_denoiser.data.sources.arrays import digits
 
 RUN = Path("runs/digits")
 TRAIN = f"train digits --out {RUN} --steps 480 --batch-size 128 --learning-rate 2e-3 --ema-decay 0.99"

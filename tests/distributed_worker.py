@@ -13,8 +13,9 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.tensor import DTensor
 
-from unet_denoiser import Run, distribution
-from unet_denoiser.checkpoints import step_of
+from unet_denoiser import Run
+from unet_denoiser.training import distributed as distribution
+from unet_denoiser.training.checkpoints import step_of
 
 
 def sharding(**options):

@@ -9,8 +9,8 @@ from torch import nn
 
 from helpers import SMALL, inputs, randomise
 from unet_denoiser import ResBlock, UNet
-from unet_denoiser.conv import plain_convolutions
-from unet_denoiser.recompute import recomputed
+from unet_denoiser.models.layers.conv import plain_convolutions
+from unet_denoiser.models.layers.recompute import recomputed
 
 # networks whose first level is large enough for Winograd's filtering, by the parts that the presets are made of
 WIDE = SMALL | {"model_channels": 64, "norm_groups": 32, "image_size": 32, "attention_resolutions": (16,)}

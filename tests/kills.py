@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from unet_denoiser import Run, UNet, load_data
-from unet_denoiser.checkpoints import read_checkpoint, step_of
-from unet_denoiser.cli import main
+from unet_denoiser.cli.app import main
+from unet_denoiser.training.checkpoints import read_checkpoint, step_of
 
 NETWORK = ["--model.model-channels", "8", "--model.num-res-blocks", "1", "--model.channel-mult", "1"]
 SAVING = ["--checkpoint-every", "2", "--preview-every", "1000", "--keep-best"]

@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from unet_denoiser.cli import main
+from unet_denoiser.cli.app import main
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -12,10 +12,17 @@ from torch.testing import assert_close
 
 import specification
 from helpers import as_multihead, randomise, relative_error
-from unet_denoiser import CrossAttention, SelfAttention, recompute
-from unet_denoiser.attention import ContextAttention, FeedForward, SpatialTransformer, to_grid, to_tokens
-from unet_denoiser.conv import plain_convolutions
-from unet_denoiser.layers import Context
+from unet_denoiser import CrossAttention, SelfAttention
+from unet_denoiser.models.layers import recompute
+from unet_denoiser.models.layers.attention import (
+    ContextAttention,
+    FeedForward,
+    SpatialTransformer,
+    to_grid,
+    to_tokens,
+)
+from unet_denoiser.models.layers.context import Context
+from unet_denoiser.models.layers.conv import plain_convolutions
 
 SIZES = [(1,), (7,), (1, 1), (4, 3), (2, 3, 5)]
 

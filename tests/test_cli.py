@@ -17,9 +17,9 @@ from torch.testing import assert_close
 
 from unet_denoiser import Run, UNet, UNetConfig, sample
 from unet_denoiser.__main__ import main as entry
-from unet_denoiser.cli import main
-from unet_denoiser.recipe import TrainingConfig
-from unet_denoiser.recipe_data import DataConfig
+from unet_denoiser.cli.app import main
+from unet_denoiser.config.data import DataConfig
+from unet_denoiser.config.training import TrainingConfig
 
 TINY = "--model.model-channels 8 --model.num-res-blocks 1 --batch-size 4 --steps 3 --device cpu".split()  # noqa: SIM905
 

@@ -11,8 +11,8 @@ from torch.testing import assert_close
 
 from helpers import randomise
 from unet_denoiser import Run, UNet, image_to_image, interpolate, sample
-from unet_denoiser.cli import main
-from unet_denoiser.data import digits
+from unet_denoiser.cli.app import main
+from unet_denoiser.data.sources.arrays import digits
 
 TINY = "--model.model-channels 8 --model.num-res-blocks 1 --batch-size 4 --steps 1 --device cpu".split()  # noqa: SIM905
 

@@ -6,8 +6,8 @@ import torch
 
 from helpers import small
 from unet_denoiser import Diffusion, Guidance, SamplingConfig, sample
-from unet_denoiser.concat import downscaled, enlarged, masked, random_mask
-from unet_denoiser.inputs import with_concat
+from unet_denoiser.data.wrappers.concat import downscaled, enlarged, masked, random_mask
+from unet_denoiser.diffusion.process import with_concat
 
 
 def test_downscaled_keeps_what_a_small_picture_can_hold():

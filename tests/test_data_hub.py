@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 from unet_denoiser import load_data
-from unet_denoiser.data import as_data, make_loader
-from unet_denoiser.data.hub import HubData, HubStream
+from unet_denoiser.data.dataloader import make_loader
+from unet_denoiser.data.sources.custom import as_data
+from unet_denoiser.data.sources.huggingface import HubData, HubStream
 
 
 @pytest.fixture(autouse=True)

@@ -10,10 +10,10 @@ import torch
 from torch.testing import assert_close
 
 from unet_denoiser import Diffusion, TrainingConfig, UNetConfig, denoise, preset
-from unet_denoiser.draws import draw_noise
-from unet_denoiser.objectives import LossWeighting
-from unet_denoiser.recipe import LossWeightingName
-from unet_denoiser.samplers import SAMPLERS
+from unet_denoiser.config.base import LossWeightingName
+from unet_denoiser.diffusion.loss import draw_noise
+from unet_denoiser.diffusion.loss_weighting import LossWeighting
+from unet_denoiser.sampling.samplers import SAMPLERS
 
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")

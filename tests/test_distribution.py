@@ -11,8 +11,8 @@ import pytest
 
 from test_training import NET, two_classes, without_times
 from unet_denoiser import DataConfig, Diffusion, Run, TrainingConfig, UNet
-from unet_denoiser.checkpoints import read_checkpoint
-from unet_denoiser.data import make_loader
+from unet_denoiser.data.dataloader import make_loader
+from unet_denoiser.training.checkpoints import read_checkpoint
 
 OPTIONS = {"steps": 6, "batch_size": 8, "gradient_accumulation_steps": 2, "checkpoint_every": 1, "keep_last": 9}
 

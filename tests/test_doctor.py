@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from unet_denoiser import Diffusion, TrainingConfig, UNet, UNetConfig
-from unet_denoiser.cli import main
-from unet_denoiser.data import ArrayData, as_found
-from unet_denoiser.doctor import examine
-from unet_denoiser.recipe_data import DataConfig
-from unet_denoiser.run import Run
+from unet_denoiser.cli.app import main
+from unet_denoiser.config.data import DataConfig
+from unet_denoiser.data.load import as_found
+from unet_denoiser.data.sources.arrays import ArrayData
+from unet_denoiser.evaluation.doctor import examine
+from unet_denoiser.training.run import Run
 
 TINY = {"model_channels": 8, "channel_mult": (1,), "num_res_blocks": 1, "attention_resolutions": (), "num_heads": 1}
 TINY |= {"context_dim": None, "image_size": 4, "norm_groups": 2, "dropout": 0.0}

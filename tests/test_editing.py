@@ -7,8 +7,8 @@ from torch.testing import assert_close
 from gaussian import Gaussian, as_network
 from helpers import small
 from unet_denoiser import Diffusion, image_to_image, inpaint, outpaint, sample, upscale
-from unet_denoiser.concat import enlarged, masked
-from unet_denoiser.editing import canvas
+from unet_denoiser.data.wrappers.concat import enlarged, masked
+from unet_denoiser.sampling.editing.image_editing import canvas
 
 SEEDS = range(4)
 FEW = {"num_inference_steps": 5}

@@ -9,11 +9,12 @@ from PIL import Image
 
 from helpers import SMALL
 from unet_denoiser import ArrayData, Diffusion, Run, TrainingConfig, UNetConfig
-from unet_denoiser.cli import main
-from unet_denoiser.data import as_found, digits, load_data
-from unet_denoiser.generated import Generated, _in_proportion
-from unet_denoiser.recipe_data import DataConfig
-from unet_denoiser.recipe_sampling import SamplingConfig
+from unet_denoiser.cli.app import main
+from unet_denoiser.config.data import DataConfig
+from unet_denoiser.config.sampling import SamplingConfig
+from unet_denoiser.data.load import as_found, load_data
+from unet_denoiser.data.sources.arrays import digits
+from unet_denoiser.evaluation.samples import Generated, _in_proportion
 
 FAST = "--num-samples 40 --allow-few --num-inference-steps 2 --extractor pixels --device cpu".split()  # noqa: SIM905
 

@@ -7,9 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from unet_denoiser import ArrayData, evaluate, evaluation, feature_cache
-from unet_denoiser.data import digits, load_data
-from unet_denoiser.metrics import frechet_distance, kernel_distance
+from unet_denoiser import ArrayData, evaluate
+from unet_denoiser.data.load import load_data
+from unet_denoiser.data.sources.arrays import digits
+from unet_denoiser.evaluation import evaluator as evaluation
+from unet_denoiser.evaluation import feature_cache
+from unet_denoiser.evaluation.metrics import frechet_distance, kernel_distance
 
 
 @pytest.fixture(autouse=True)

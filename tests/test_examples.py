@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unet_denoiser.cli import main
+from unet_denoiser.cli.app import main
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

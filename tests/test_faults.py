@@ -15,11 +15,11 @@ import torch
 import kills
 from test_training import make_trainer, steps_kept, two_classes, weights
 from unet_denoiser import ArrayData, DataConfig, Diffusion, Run
-from unet_denoiser.checkpoints import Checkpoints, read_checkpoint
-from unet_denoiser.files import check_writable, write_atomically
-from unet_denoiser.recipe import TrainingConfig
-from unet_denoiser.safety import NotFinite, first_bad_module
-from unet_denoiser.tracking import Metrics
+from unet_denoiser.config.training import TrainingConfig
+from unet_denoiser.training.checkpoints import Checkpoints, read_checkpoint
+from unet_denoiser.training.tracking import Metrics
+from unet_denoiser.utils.files import check_writable, write_atomically
+from unet_denoiser.utils.finite import NotFinite, first_bad_module
 
 
 def test_kills_at_random_moments_change_nothing(tmp_path):

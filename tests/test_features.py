@@ -8,8 +8,8 @@ import torch
 import transformers
 from torch.testing import assert_close
 
-from unet_denoiser import features
-from unet_denoiser.features import Extractor, extract, load_extractor
+from unet_denoiser.evaluation import feature_extractors as features
+from unet_denoiser.evaluation.feature_extractors import Extractor, extract, load_extractor
 
 
 def rounded(x):

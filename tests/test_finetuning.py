@@ -9,8 +9,8 @@ from torch.testing import assert_close
 from helpers import SMALL, inputs, randomise, relative_error, small
 from test_training import Vectors, make_trainer, two_classes, weights
 from unet_denoiser import DataConfig, Diffusion, Run, UNet, merge_lora
-from unet_denoiser.cli import main
-from unet_denoiser.finetuning import at_size, load_fitting
+from unet_denoiser.cli.app import main
+from unet_denoiser.training.finetuning import at_size, load_fitting
 
 TINY = ["--batch-size", "4", "--device", "cpu", "--num-workers", "0"]
 NETWORK = ["--model.model-channels", "8", "--model.num-res-blocks", "1"]

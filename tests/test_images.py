@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from unet_denoiser.images import save_grid, save_image, to_uint8
+from unet_denoiser.utils.images import save_grid, save_image, to_uint8
 
 
 def test_values():

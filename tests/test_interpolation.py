@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from helpers import small
 from unet_denoiser import Diffusion, interpolate, sample
-from unet_denoiser.interpolation import between, slerp
+from unet_denoiser.sampling.editing.interpolation import between, slerp
 
 FEW = {"num_inference_steps": 4}
 

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from unet_denoiser.data import ArrayData
-from unet_denoiser.data.conditioned import LatentData
-from unet_denoiser.latents import Autoencoder
+from unet_denoiser.data.sources.arrays import ArrayData
+from unet_denoiser.data.wrappers.latents import LatentData
+from unet_denoiser.models.autoencoder import Autoencoder
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +85,7 @@ def test_tiny_and_a_pipelines_folder(tmp_path):
 
 def test_a_trained_autoencoder_comes_near_the_picture(tmp_path):
     """Decoded latents, through the cache's float16 and the measured statistics, are the digits again."""
-    from unet_denoiser.data import digits
+    from unet_denoiser.data.sources.arrays import digits
 
     images = digits()[0][:512]
     x = torch.from_numpy(images)

@@ -12,19 +12,18 @@ from torch.testing import assert_close
 import specification
 from helpers import randomise, relative_error
 from unet_denoiser import ResBlock, SinusoidalPosEmb
-from unet_denoiser.layers import (
+from unet_denoiser.models.layers.embeddings import TimeMLP
+from unet_denoiser.models.layers.norm import group_norm
+from unet_denoiser.models.layers.resampling import (
     AveragePool,
-    Block,
     Downsample,
     NearestUpsample,
-    TimeMLP,
     TransposedUpsample,
     average_pool,
     crop,
-    dropout_mask,
     nearest,
 )
-from unet_denoiser.norm import group_norm
+from unet_denoiser.models.layers.resblock import Block, dropout_mask
 
 # ---- normalisation -------------------------------------------------------------------------------------------------
 

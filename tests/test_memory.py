@@ -10,10 +10,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from unet_denoiser import UNet, UNetConfig
-from unet_denoiser.cli import main
-from unet_denoiser.conv import plain_convolutions
-from unet_denoiser.memory import estimate
-from unet_denoiser.memory_config import MemoryConfig
+from unet_denoiser.cli.app import main
+from unet_denoiser.config.memory import MemoryConfig
+from unet_denoiser.models.layers.conv import plain_convolutions
+from unet_denoiser.models.memory_estimate import estimate
 
 PLAIN = UNetConfig(
     model_channels=64,

@@ -9,8 +9,14 @@ from sklearn.metrics import pairwise_distances_argmin_min
 from torch.testing import assert_close
 from torchmetrics.image.kid import poly_mmd
 
-from unet_denoiser import metrics
-from unet_denoiser.metrics import class_accuracy, frechet_distance, kernel_distance, manifold_overlap, nearest
+from unet_denoiser.evaluation import metrics
+from unet_denoiser.evaluation.metrics import (
+    class_accuracy,
+    frechet_distance,
+    kernel_distance,
+    manifold_overlap,
+    nearest,
+)
 
 
 def with_moments(mean, covariance, count=200):

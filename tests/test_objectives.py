@@ -8,7 +8,9 @@ import torch
 from torch.testing import assert_close
 
 from unet_denoiser import Diffusion, TrainingConfig
-from unet_denoiser.objectives import Losses, LossPerLevel, LossWeighting, loss_weights
+from unet_denoiser.diffusion.loss import Losses
+from unet_denoiser.diffusion.loss_weighting import LossWeighting, loss_weights
+from unet_denoiser.training.tracking import LossPerLevel
 
 
 def test_losses_are_per_sample_with_their_timesteps():

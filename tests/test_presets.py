@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from unet_denoiser import Diffusion, UNet, UNetConfig, list_presets, preset
-from unet_denoiser.presets import architecture_for
+from unet_denoiser.config.defaults import architecture_for
 
 # of the networks as they were published, counted from their own code
 PARAMETERS = {

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 from helpers import CONDITIONS, inputs, small
 from unet_denoiser import UNet, UNetConfig
-from unet_denoiser.pretrained import write_atomically
+from unet_denoiser.utils.files import write_atomically
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 

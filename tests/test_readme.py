@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from helpers import randomise
 from unet_denoiser import UNet, preset
-from unet_denoiser.cli import main
-from unet_denoiser.convert import save, write
+from unet_denoiser.cli.app import main
+from unet_denoiser.convert.checkpoint import save, write
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -7,11 +7,11 @@ import torch
 
 from helpers import CONDITIONS, inputs, randomise, small
 from unet_denoiser import Diffusion, UNet
-from unet_denoiser import reuse as module
-from unet_denoiser.attention import CrossAttention
-from unet_denoiser.conv import plain_convolutions
-from unet_denoiser.reuse import FastNetwork, fast_network
-from unet_denoiser.sampling import sample
+from unet_denoiser.models.layers.attention import CrossAttention
+from unet_denoiser.models.layers.conv import plain_convolutions
+from unet_denoiser.sampling import cached_unet as module
+from unet_denoiser.sampling.cached_unet import FastNetwork, fast_network
+from unet_denoiser.sampling.loop import sample
 
 KINDS = [
     {"num_classes": 5, "vector_dim": 3},

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from helpers import small
 from helpers_sampling import Mixture
 from unet_denoiser import Diffusion, Sampler, SamplingConfig, denoise, sample
-from unet_denoiser.samplers import SAMPLERS
+from unet_denoiser.sampling.samplers import SAMPLERS
 
 STOCHASTIC = [name for name, kind in SAMPLERS.items() if kind.stochastic]
 BOUNDED = [name for name, kind in SAMPLERS.items() if kind.bounded]
@@ -264,6 +264,6 @@ def test_refuses_what_the_process_cannot(options, message):
 
 
 def test_lms_without_scipy_says_so(monkeypatch):
-    monkeypatch.setattr("unet_denoiser.samplers.find_spec", lambda name: None)
+    monkeypatch.setattr("unet_denoiser.sampling.samplers.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"sampler='lms' needs SciPy.*'dpm\+\+' does without"):
         Sampler(SamplingConfig("lms"), Diffusion())

@@ -8,8 +8,8 @@ from torch.testing import assert_close
 from helpers import small
 from helpers_sampling import Mixture
 from unet_denoiser import Diffusion, Sampler, SamplingConfig, Start, denoise, sample
-from unet_denoiser.samplers import SAMPLERS
-from unet_denoiser.sampling import dynamically_thresholded
+from unet_denoiser.sampling.loop import dynamically_thresholded
+from unet_denoiser.sampling.samplers import SAMPLERS
 
 FEW = ("ddpm", "dpm++", "heun", "pndm")  # of each manner of calling the network, and of drawing noise
 MEAN, STD = 0.3, 0.5

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 
 from unet_denoiser import Run, sample
-from unet_denoiser.cli import main
-from unet_denoiser.data import load_data
-from unet_denoiser.images import to_uint8
-from unet_denoiser.recipe_data import DataConfig
-from unet_denoiser.shards import Shards, digest_weights, read_shards
+from unet_denoiser.cli.app import main
+from unet_denoiser.config.data import DataConfig
+from unet_denoiser.data.load import load_data
+from unet_denoiser.sampling.pipeline.npz_shards import Shards, digest_weights, read_shards
+from unet_denoiser.utils.images import to_uint8
 
 TINY = "--model.model-channels 8 --model.num-res-blocks 1 --batch-size 4 --steps 1 --device cpu".split()  # noqa: SIM905
 OPTIONS = ["--num-inference-steps", "2", "--batch-size", "2", "--num-images", "40", "--device", "cpu", "--seed", "7"]

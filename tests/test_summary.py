@@ -7,7 +7,7 @@ import pytest
 
 from helpers import CONDITIONS, SMALL
 from unet_denoiser import UNet, UNetConfig, preset, summarize
-from unet_denoiser.diagram import diagram
+from unet_denoiser.models.diagram import diagram
 
 
 @pytest.mark.parametrize("options", [{}, CONDITIONS, {"upsample": "resblock", "dims": 3}, {"image_size": (8, 5)}])

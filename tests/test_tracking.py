@@ -9,9 +9,9 @@ from PIL import Image
 
 from test_training import make_trainer
 from unet_denoiser import DataConfig, Run
-from unet_denoiser.objectives import Losses
-from unet_denoiser.tracking import Metrics, plot
-from unet_denoiser.training import TrainingStep
+from unet_denoiser.diffusion.loss import Losses
+from unet_denoiser.training.tracking import Metrics, plot
+from unet_denoiser.training.trainer import TrainingStep
 
 
 def step(number, loss, t, skipped=False):

@@ -11,9 +11,9 @@ from torch.testing import assert_close
 
 from helpers import SMALL, relative_error
 from unet_denoiser import ArrayData, DataConfig, Diffusion, Run, Trainer, TrainingConfig, UNet, sample
-from unet_denoiser.checkpoints import step_of
-from unet_denoiser.run import check_new
-from unet_denoiser.tracking import Metrics
+from unet_denoiser.training.checkpoints import step_of
+from unet_denoiser.training.run import check_new
+from unet_denoiser.training.tracking import Metrics
 
 NET = SMALL | {"in_channels": 1, "out_channels": 1, "image_size": 4, "attention_resolutions": (), "dropout": 0.1}
 

@@ -11,10 +11,12 @@ from torch.testing import assert_close
 import specification
 from helpers import CONDITIONS, SMALL, as_multihead, inputs, randomise, relative_error, small
 from unet_denoiser import CrossAttention, ResBlock, SelfAttention, SinusoidalPosEmb, UNet, UNetConfig
-from unet_denoiser.attention import ContextAttention
-from unet_denoiser.conv import Conv2d
-from unet_denoiser.layers import Block, Downsample, TimeMLP, TransposedUpsample
-from unet_denoiser.norm import GroupNorm
+from unet_denoiser.models.layers.attention import ContextAttention
+from unet_denoiser.models.layers.conv import Conv2d
+from unet_denoiser.models.layers.embeddings import TimeMLP
+from unet_denoiser.models.layers.norm import GroupNorm
+from unet_denoiser.models.layers.resampling import Downsample, TransposedUpsample
+from unet_denoiser.models.layers.resblock import Block
 
 # ---- the specification ---------------------------------------------------------------------------------------------
 

@@ -7,8 +7,8 @@ from diffusers.models.embeddings import TimestepEmbedding
 from torch.testing import assert_close
 
 from helpers import CONDITIONS, inputs, randomise, relative_error, small
-from unet_denoiser.attention import TransformerBlock
-from unet_denoiser.layers import Context
+from unet_denoiser.models.layers.attention import TransformerBlock
+from unet_denoiser.models.layers.context import Context
 
 NAMES = {"class_labels": "num_classes", "vector": "vector_dim", "context": "context_dim"}
 ATTENTION = ["plain", "transformer"]

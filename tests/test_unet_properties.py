@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from helpers import inputs, randomise
 from unet_denoiser import CrossAttention, SelfAttention, UNet, UNetConfig
-from unet_denoiser.attention import ContextAttention, SpatialTransformer, TransformerBlock
+from unet_denoiser.models.layers.attention import ContextAttention, SpatialTransformer, TransformerBlock
 
 CONDITIONS = {"class_labels": "num_classes", "vector": "vector_dim", "context": "context_dim"}
 checked = settings(

@@ -106,7 +106,9 @@ def test_checkpointing_needs_less_memory(measure):
 def test_checkpointing_costs_nothing_without_gradients(monkeypatch):
     model = small()
     model.enable_gradient_checkpointing()
-    monkeypatch.setattr("unet_denoiser.unet.checkpoint", lambda *args, **kwargs: pytest.fail("checkpoint was called"))
+    monkeypatch.setattr(
+        "unet_denoiser.models.unet.checkpoint", lambda *args, **kwargs: pytest.fail("checkpoint was called")
+    )
     with torch.no_grad():
         model(**inputs(model.config))
     with pytest.raises(pytest.fail.Exception):

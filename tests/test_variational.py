@@ -67,7 +67,7 @@ def test_terms_are_torchs_divergence_and_density():
 
 def test_probabilities_of_all_values_sum_to_one():
     """The 256 steps of the data's range, their outermost reaching to infinity, whatever the range."""
-    from unet_denoiser.variational import _negative_log_likelihood
+    from unet_denoiser.diffusion.vlb import _negative_log_likelihood
 
     for r in (1.0, 0.5):
         values = torch.linspace(-r, r, 256)

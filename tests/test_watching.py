@@ -8,8 +8,8 @@ from torch.testing import assert_close
 
 from helpers import small
 from unet_denoiser import Diffusion, Film, sample, sample_steps
-from unet_denoiser.images import save_gif
-from unet_denoiser.watching import FRAMES, LivePreview
+from unet_denoiser.sampling.callbacks import FRAMES, LivePreview
+from unet_denoiser.utils.images import save_gif
 
 
 def filmed(count=3, **options):

@@ -11,9 +11,9 @@ from torch.autograd import gradcheck
 from torch.library import opcheck
 
 from helpers import relative_error
-from unet_denoiser import winograd
-from unet_denoiser.conv import conv3x3, conv3x3_backward
-from unet_denoiser.winograd import convolve, transform_weight, weight_gradient
+from unet_denoiser.models.layers import winograd
+from unet_denoiser.models.layers.conv import conv3x3, conv3x3_backward
+from unet_denoiser.models.layers.winograd import convolve, transform_weight, weight_gradient
 
 checked = settings(
     deadline=None, derandomize=True, max_examples=80, suppress_health_check=[HealthCheck.too_slow], database=None

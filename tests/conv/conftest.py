@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from unet_denoiser import conv, recompute
+from unet_denoiser.models.layers import conv, recompute
 
 WORTH, SMALL = conv._WORTH, recompute._SMALL
 
@@ -26,7 +26,9 @@ def as_measured(monkeypatch, narrow_winograd):
 @pytest.fixture
 def _same_masks(monkeypatch):
     """Dropout that leaves out the same values whatever the layout in memory."""
-    monkeypatch.setattr("unet_denoiser.layers.dropout_mask", lambda like, p: torch.rand(like.shape) >= p)
+    monkeypatch.setattr(
+        "unet_denoiser.models.layers.resblock.dropout_mask", lambda like, p: torch.rand(like.shape) >= p
+    )
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from torch import nn
 
 from helpers import relative_error
 from helpers_conv import AfterSiLU, assert_same, gradients
-from unet_denoiser import conv
-from unet_denoiser.conv import Conv2d, winograd_pays
+from unet_denoiser.models.layers import conv
+from unet_denoiser.models.layers.conv import Conv2d, winograd_pays
 
 checked = settings(
     deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.too_slow], database=None

@@ -9,8 +9,8 @@ from torch import nn
 
 from helpers import relative_error
 from helpers_conv import SHALLOW, gradients, wide
-from unet_denoiser import conv
-from unet_denoiser.conv import Conv2d
+from unet_denoiser.models.layers import conv
+from unet_denoiser.models.layers.conv import Conv2d
 
 
 def step(layer):

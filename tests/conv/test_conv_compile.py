@@ -5,7 +5,7 @@ import torch
 
 from helpers import relative_error
 from helpers_conv import SHALLOW, assert_same, gradients, plain, wide
-from unet_denoiser.conv import Conv2d
+from unet_denoiser.models.layers.conv import Conv2d
 
 
 @pytest.mark.usefixtures("_fresh_compiler")

@@ -12,8 +12,8 @@ from torch.func import functional_call, grad, jvp, vmap
 from helpers import SMALL, inputs, randomise, relative_error
 from helpers_conv import KINDS, SHALLOW, AfterSiLU, Twice, assert_same, block_and_args, gradients, plain, wide
 from unet_denoiser import UNet
-from unet_denoiser.conv import Conv2d
-from unet_denoiser.recompute import recomputed
+from unet_denoiser.models.layers.conv import Conv2d
+from unet_denoiser.models.layers.recompute import recomputed
 
 # ---- torch.func, derivatives of derivatives ------------------------------------------------------------------------
 

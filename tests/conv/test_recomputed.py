@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from helpers import randomise
 from helpers_conv import Twice, assert_same, block_and_args, gradients, plain, recomputed_steps
-from unet_denoiser.layers import NearestUpsample
+from unet_denoiser.models.layers.resampling import NearestUpsample
 
 
 @pytest.mark.usefixtures("_same_masks")

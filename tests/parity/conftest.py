@@ -2,7 +2,7 @@
 
 import pytest
 
-from unet_denoiser import recompute
+from unet_denoiser.models.layers import recompute
 
 
 @pytest.fixture(autouse=True)

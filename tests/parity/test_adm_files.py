@@ -13,7 +13,7 @@ from test_checkpoints import assert_equal_gradients, assert_same_tensors
 
 from helpers import randomise, relative_error
 from unet_denoiser import UNet
-from unet_denoiser.convert import write
+from unet_denoiser.convert.checkpoint import write
 
 SMALL = {"image_size": 16, "model_channels": 32, "channel_mult": (1, 2), "num_res_blocks": 1}
 SMALL |= {"in_channels": 3, "out_channels": 6, "attention_resolutions": (1, 2), "use_scale_shift_norm": True}

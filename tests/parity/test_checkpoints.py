@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from helpers import randomise, relative_error
 from unet_denoiser import UNet, preset
-from unet_denoiser.convert import save, write
-from unet_denoiser.convert.infer import complete, infer, recognise, skeleton
+from unet_denoiser.convert.architecture import complete, infer, recognise, skeleton
+from unet_denoiser.convert.checkpoint import save, write
 
 # 8 channels or more per group, as in the published networks: with one, the time embedding would have no effect
 LEVELS = {"layers_per_block": 1, "block_out_channels": (32, 64), "norm_num_groups": 4}

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from helpers import relative_error
 from unet_denoiser import UNet
-from unet_denoiser.convert import write
+from unet_denoiser.convert.checkpoint import write
 
 SIZE, WIDTH, MULTS, BLOCKS, ATTENDED, CLASSES = 16, 128, (1, 2), 1, (8,), 7
 
@@ -167,7 +167,7 @@ def test_refuses_what_it_is_not(name, value, message, tmp_path):
 def test_the_published_network_is_recognised():
     """Names and shapes of the ImageNet-64 file come from the preset and lead back to it."""
     from unet_denoiser import preset
-    from unet_denoiser.convert.infer import infer, recognise, skeleton
+    from unet_denoiser.convert.architecture import infer, recognise, skeleton
 
     with torch.device("meta"):
         theirs = write(UNet.from_preset("edm-imagenet64-cond").state_dict(), preset("edm-imagenet64-cond"), "edm")

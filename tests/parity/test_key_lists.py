@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from unet_denoiser import UNet, preset
-from unet_denoiser.convert import write
+from unet_denoiser.convert.checkpoint import write
 
 # found, not imported: its own dependencies are not installed (see the Makefile)
 LISTS = Path(find_spec("sd_mecha").origin).parent / "extensions" / "builtin" / "model_configs"

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from helpers import randomise, relative_error, small
 from unet_denoiser import UNet
-from unet_denoiser.convert import write
+from unet_denoiser.convert.checkpoint import write
 from unet_denoiser.convert.lora import merge_lora
 
 SD1 = {

@@ -9,10 +9,10 @@ from test_checkpoints import DIFFUSERS
 
 from helpers import randomise
 from unet_denoiser import UNet
-from unet_denoiser.cli import main
-from unet_denoiser.conversion import compare
-from unet_denoiser.convert import save, write
+from unet_denoiser.cli.app import main
+from unet_denoiser.convert.checkpoint import save, write
 from unet_denoiser.convert.lora import merge_lora
+from unet_denoiser.models.verify import compare
 
 
 def verify(source, target, *options):

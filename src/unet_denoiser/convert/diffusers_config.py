@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from unet_denoiser.config import UNetConfig
+from unet_denoiser.config.unet import UNetConfig
 
 # What this class cannot be: field, and the values that mean nothing special
 _PLAIN: dict[str, tuple[Any, ...]] = {

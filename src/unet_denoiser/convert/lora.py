@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from unet_denoiser.convert.layouts import LAYOUTS, skeleton_of
-from unet_denoiser.convert.tensors import swap_halves
-from unet_denoiser.pretrained import read_safetensors
+from unet_denoiser.convert.key_maps import LAYOUTS, skeleton_of
+from unet_denoiser.convert.state_dict import swap_halves
+from unet_denoiser.utils.tensor_files import read_safetensors
 
 _TEXT = ("text_encoder", "lora_te")
 _PAIRS = (("lora_A", "lora_B"), ("lora_down", "lora_up"), ("lora.down", "lora.up"))

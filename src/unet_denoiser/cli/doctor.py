@@ -1,0 +1,51 @@
+"""The command that measures a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from unet_denoiser.cli.errors import one_line_errors
+from unet_denoiser.cli.options import OptionalPath
+from unet_denoiser.config.base import DeviceName
+
+
+def doctor(
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
+    *,
+    data: OptionalPath = None,
+    num_images: int = 128,
+    num_samples: int = 32,
+    device: DeviceName = "auto",
+) -> None:
+    """Look at a run: why are its samples grey, noisy or copies? Writes RUN/doctor.
+
+    Args:
+        run: a run directory.
+        data: the data it was trained on, where they are now (default: as trained).
+        num_images: images that the loss per noise level is measured on.
+        num_samples: samples to make and to look for among the training images.
+        device: "auto" takes a GPU where there is one.
+    """
+    from tqdm import tqdm
+
+    with one_line_errors():
+        from unet_denoiser.data.load import load_data
+        from unet_denoiser.evaluation.doctor import SAMPLING_STEPS, examine
+        from unet_denoiser.training.run import Run
+        from unet_denoiser.utils.device import resolve_device
+
+        loaded = Run.load(run)
+        images = None if data is None else load_data(loaded.with_data(source=str(data)).data)
+        with tqdm(total=num_samples * SAMPLING_STEPS, unit="step", disable=None) as bar:
+            report = examine(
+                loaded,
+                images,
+                num_images=num_images,
+                num_samples=num_samples,
+                device=resolve_device(device),
+                on_step=lambda step: bar.update(len(step.x)),
+            )
+    print(report.text())

@@ -1,0 +1,56 @@
+"""How the command ends where it cannot go on: one line and an exit code, no traceback."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+
+@contextmanager
+def one_line_errors(
+    kinds: tuple[type[Exception], ...] = (ValueError, TypeError, OSError, ImportError),
+) -> Iterator[None]:
+    """Print what the user can mend as one line and exit with code 2; leave anything else alone."""
+    try:
+        yield
+    except kinds as error:
+        _exit(f"error: {error}", 2)
+    except RuntimeError as error:
+        if "memory" not in str(error) or "alloc" not in str(error):
+            raise
+        _exit(
+            "error: out of memory; a smaller batch_size or image_size, gradient_accumulation_steps in training, or a "
+            "smaller network needs less",
+            2,
+        )
+    except KeyboardInterrupt as error:
+        print(file=sys.stderr)
+        _exit(str(error) or "interrupted", 130)
+
+
+@contextmanager
+def one_line_ends(path: Path) -> Iterator[None]:
+    """The ways in which training may end before its last step: asked to, in trouble, or without a disk."""
+    from unet_denoiser.utils.finite import NotFinite
+    from unet_denoiser.utils.signals import Interrupted
+
+    with one_line_errors():
+        try:
+            yield
+        except Interrupted as stop:
+            _exit(f"{path}: {stop}; to go on: unet-denoiser train --resume {path}", 128 + stop.number)
+        except NotFinite as error:
+            _exit(f"error: {error}; {path} has the last good checkpoint", 1)
+
+
+def one_line_warning(message: Warning | str, *where: Any, **more: Any) -> str:
+    """A warning as `warnings.formatwarning` makes one, without the place in our code."""
+    return f"unet-denoiser: warning: {' '.join(str(message).split())}\n"
+
+
+def _exit(message: str, code: int) -> NoReturn:
+    print(f"unet-denoiser: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(code) from None

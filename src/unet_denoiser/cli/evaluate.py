@@ -1,0 +1,120 @@
+"""The command that measures samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from unet_denoiser.cli.errors import one_line_errors
+from unet_denoiser.cli.options import OptionalName, OptionalNumber, OptionalPath, SamplingOptions
+from unet_denoiser.config.base import DeviceName
+from unet_denoiser.config.sampling import SamplingConfig
+
+
+def evaluate(
+    run: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help_behavior_hint="")] = None,
+    *,
+    data: OptionalName = None,
+    held_out: OptionalName = None,
+    held_out_split: OptionalName = None,
+    samples: OptionalPath = None,
+    num_samples: OptionalNumber = None,
+    num_data: int = 10_000,
+    extractor: str = "auto",
+    allow_few: bool = False,
+    sampling: SamplingOptions = {},  # noqa: B006
+    seed: OptionalNumber = None,
+    batch_size: OptionalNumber = None,
+    checkpoint: OptionalName = None,
+    device: DeviceName = "auto",
+    out: OptionalPath = None,
+) -> None:
+    """Measure samples of a run: distances to its data, precision, coverage, classes, and whether they are copies.
+
+    Every figure stands beside that of held-out images, which no model can be expected to beat. Writes RUN/evaluation:
+    report.json, and a picture of the samples that are closest to training images.
+
+    Args:
+        run: a run directory; may be left out with --samples and --data.
+        data: what it was trained on, as for `train` (default: as trained).
+        held_out: images it was not trained on, likewise; "digits:held-out" are those of digits (default: half of the
+            images of DATA that are used are taken for them).
+        held_out_split: the split of DATA, where it is hf:NAME or Parquet files, that has the held-out images.
+        samples: measure these instead of making samples: a folder of pictures or of .npz files, an .npz or an .npy,
+            of any model.
+        num_samples: how many samples to make (default: 10,000).
+        num_data: how many images of DATA are used for features, in a random order; 0 takes all.
+        extractor: what features are compared: "inception" (the FID's), "efficientnet-lite0", "pixels",
+            "transformers:NAME" for an image encoder, or a TorchScript file; "auto" is inception where its weights can
+            be had, else efficientnet-lite0.
+        allow_few: go on with fewer than 2,000 samples, whose figures are mostly bias and noise.
+        seed: seed of the first sample (default: 0).
+        batch_size: samples made at a time (default: 64).
+        checkpoint: "latest", a step's number, or "best" (default: latest).
+        device: "auto" takes a GPU where there is one.
+        out: the folder to write (default: RUN/evaluation, or else beside the samples).
+    """
+    with one_line_errors():
+        if run is None and (samples is None or data is None):
+            raise ValueError("give a RUN; or --samples and --data, for samples of any other model")
+        of_samples = {"num_samples": num_samples, "seed": seed, "batch_size": batch_size, "checkpoint": checkpoint}
+        for name, value, least in (("num_data", num_data, 0), ("batch_size", batch_size, 1), ("seed", seed, 0)):
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value} must be at least {least}")
+        given = [*sampling, *(name for name, value in of_samples.items() if value is not None)]
+        if samples is not None and given:
+            raise ValueError(f"{given[0]} means nothing with --samples, which are made already; leave it out")
+        if out is not None and out.is_file():
+            raise ValueError(f"out={out} is a file; give a folder")
+        config = SamplingConfig(**sampling)
+        from unet_denoiser.evaluation.evaluator import check_count
+        from unet_denoiser.evaluation.evaluator import evaluate as measure
+        from unet_denoiser.evaluation.samples import Generated, conditioned_data, evaluated_data, read_samples
+        from unet_denoiser.training.run import Run
+        from unet_denoiser.utils.device import resolve_device
+        from unet_denoiser.utils.files import check_writable
+
+        count = 10_000 if num_samples is None else num_samples
+        if samples is None:
+            check_count(count, allow_few)
+        loaded, place = None if run is None else Run.load(run), resolve_device(device)
+        folder = out or _folder(run, samples)
+        check_writable(folder)
+        data_config, images, unseen = evaluated_data(loaded, data, held_out, held_out_split)
+        made: Any
+        if samples is not None:
+            made, about = read_samples(samples, images), {"source": str(samples)}
+        else:
+            assert loaded is not None
+            options: dict[str, Any] = {
+                "seed": seed or 0,
+                "batch_size": batch_size or 64,
+                "checkpoint": checkpoint or "latest",
+                "device": place,
+            }
+            conditioned = conditioned_data(data_config, images)
+            made = Generated(loaded, conditioned, count, config=config, **options)
+            about = made.about
+        report = measure(
+            made,
+            images,
+            held_out=unseen,
+            extractor=extractor,
+            num_data=num_data,
+            allow_few=allow_few,
+            device=place,
+            folder=folder,
+            about=about,
+        )
+    print(report.text())
+    print(folder / "report.json")
+
+
+def _folder(run: Path | None, samples: Path | None) -> Path:
+    if run is not None:
+        return run / "evaluation"
+    assert samples is not None
+    samples = samples.resolve()
+    return samples.with_name(f"{samples.stem}-evaluation")

@@ -1,0 +1,82 @@
+"""The commands that look at networks and convert them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from unet_denoiser.cli.errors import one_line_errors
+from unet_denoiser.cli.options import MemoryOptions, OptionalPath, show
+from unet_denoiser.config.base import DeviceName
+from unet_denoiser.config.memory import MemoryConfig
+from unet_denoiser.config.unet import UNetConfig
+
+
+def info(
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME_OR_RUN")],
+    *,
+    diagram: OptionalPath = None,
+    memory: bool = False,
+    step: MemoryOptions = {},  # noqa: B006
+    device: DeviceName = "auto",
+) -> None:
+    """Show a network: its levels with sizes, widths, heads, parameters and FLOPs; with --memory, what training needs.
+
+    Args:
+        name: a preset's name, a run directory, or a directory with a saved model.
+        diagram: also draw the network into this .svg file.
+        memory: estimate the memory and the operations of a training step instead; the options below describe it, and
+            a run has its own defaults for them.
+        device: what it would be trained on; "auto" is a GPU where there is one here.
+    """
+    if memory:
+        return _show_memory(name, step, device)
+    with one_line_errors():
+        if step:
+            raise ValueError(f"{next(iter(step))}: the options of a training step need --memory")
+        config, _ = _network(name)
+        if diagram is not None:
+            if diagram.suffix != ".svg":
+                raise ValueError(f"diagram={diagram}: give a name that ends in .svg")
+            from unet_denoiser.models.diagram import diagram as draw
+            from unet_denoiser.utils.files import write_atomically
+
+            write_atomically(diagram, lambda path: path.write_text(draw(config), encoding="utf-8"))
+    from unet_denoiser.models.summary import summarize, table
+
+    print(table(summarize(config)))
+    print("\n" + ", ".join(f"{k}={show(v)}" for k, v in asdict(config).items()))
+
+
+def _network(name: str) -> tuple[UNetConfig, Any]:
+    """The architecture that a name means, and the run it is of, if any."""
+    from unet_denoiser.config.presets import PRESETS, preset
+    from unet_denoiser.training.run import Run
+    from unet_denoiser.utils.files import read_json
+
+    if name in PRESETS:
+        return preset(name), None
+    if (Path(name) / "model").is_dir() or (Path(name) / "metrics.jsonl").exists():
+        run = Run.load(name)
+        return run.model, run
+    if (Path(name) / "config.json").is_file():
+        return UNetConfig.from_dict(read_json(Path(name) / "config.json")), None
+    raise ValueError(f"{name!r} is neither a run or model directory nor a preset: {', '.join(PRESETS)}")
+
+
+def _show_memory(name: str, options: dict[str, Any], device: DeviceName) -> None:
+    with one_line_errors():
+        from unet_denoiser.models.memory_estimate import estimate, table
+        from unet_denoiser.utils.device import resolve_device
+
+        config, run = _network(name)
+        shared = ("batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "mixed_precision")
+        given = {} if run is None else {key: getattr(run.training, key) for key in shared}
+        about = MemoryConfig(**given | options)
+        place = resolve_device("auto") if device == "auto" else device
+        print(table(estimate(config, about, place), about, place))
+        if run is not None and run.training.lora_rank:
+            print("This is for training all weights; a LoRA needs less, by most of the gradients' and optimizer's.")

@@ -1,0 +1,57 @@
+"""What the configurations share."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, Concatenate, Literal, ParamSpec, get_args
+
+P = ParamSpec("P")
+
+
+def signature_of(cls: Callable[P, Any]) -> Callable[[Callable[..., None]], Callable[Concatenate[Any, P], None]]:
+    """Give an `__init__(self, *args, **kwargs)` the parameters of `cls`, for help(), editors and type checkers."""
+
+    def decorate(init: Callable[..., None]) -> Callable[Concatenate[Any, P], None]:
+        parameters = inspect.signature(cls).parameters.values()
+        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        init.__signature__ = inspect.Signature([own, *parameters])  # type: ignore[attr-defined]
+        return init
+
+    return decorate
+
+
+BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"]
+
+
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
+
+
+VarianceType = Literal["fixed_small", "fixed_large", "learned_range"]
+
+
+LossWeightingName = Literal["constant", "min_snr", "p2", "truncated_snr", "learned"]
+
+
+DeviceName = Literal["auto", "cpu", "cuda", "mps"]
+
+
+MixedPrecision = Literal["no", "bf16", "fp16"]
+
+
+TrackerName = Literal["tensorboard", "wandb"]
+
+
+ForeignFormat = Literal["diffusers", "ldm", "adm", "ddpm"]
+
+
+CheckpointFormat = Literal["unet-denoiser", "pipeline", ForeignFormat]
+
+
+QKVOrder = Literal["legacy", "new"]
+
+
+def check_choice(name: str, value: object, choices: object) -> None:
+    """ValueError naming the field, the value and the valid ones, unless `value` is one of a Literal's."""
+    if value not in get_args(choices):
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, get_args(choices)))}")

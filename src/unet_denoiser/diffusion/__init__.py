@@ -1,0 +1,5 @@
+"""The forward process and the training loss."""
+
+from unet_denoiser.diffusion.loss import Losses as Losses
+from unet_denoiser.diffusion.loss_weighting import LossWeighting as LossWeighting
+from unet_denoiser.diffusion.process import Diffusion as Diffusion

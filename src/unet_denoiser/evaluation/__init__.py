@@ -1,0 +1,6 @@
+"""How good samples are, and whether they are copies."""
+
+from unet_denoiser.evaluation.evaluator import evaluate as evaluate
+from unet_denoiser.evaluation.feature_extractors import load_extractor as load_extractor
+from unet_denoiser.evaluation.metrics import frechet_distance as frechet_distance
+from unet_denoiser.evaluation.metrics import kernel_distance as kernel_distance

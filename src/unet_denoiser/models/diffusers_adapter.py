@@ -1,0 +1,102 @@
+"""Our network where a diffusers pipeline wants its own: the call, the names and the configuration of their U-Nets."""
+
+from __future__ import annotations
+
+import inspect
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.configuration_utils import FrozenDict
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from torch import Tensor, nn
+
+from unet_denoiser.convert.diffusers_config import to_diffusers
+from unet_denoiser.models.layers.embeddings import SinusoidalPosEmb
+from unet_denoiser.models.unet import UNet
+
+
+class DiffusersUNet(nn.Module):
+    """A `UNet` with the call and `.config` of UNet2DConditionModel or UNet2DModel, for `DiffusionPipeline(unet=...)`.
+
+    Args:
+        model: a network whose configuration diffusers has a counterpart for.
+
+    Raises:
+        ValueError: an option that diffusers' networks have no counterpart for.
+    """
+
+    def __init__(self, model: UNet) -> None:
+        super().__init__()
+        self.model = model
+        own = to_diffusers(model.config)
+        peer = inspect.signature(getattr(diffusers, own["_class_name"]).__init__).parameters
+        defaults = {name: p.default for name, p in peer.items() if name != "self"}
+        self.config = FrozenDict(defaults | own | {"_diffusers_version": diffusers.__version__})
+        self.sizes = SinusoidalPosEmb(256, "half")
+        self.encoder_hid_proj = None
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        encoder_hidden_states: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+        down_block_additional_residuals: tuple[Tensor, ...] | None = None,
+        mid_block_additional_residual: Tensor | None = None,
+        down_intrablock_additional_residuals: tuple[Tensor, ...] | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """UNet2DConditionModel.forward; (B, C, H, W) in `.sample`, or in a tuple with return_dict=False.
+
+        Raises:
+            ValueError: arguments that this network has no counterpart for (T2I adapters, attention arguments).
+        """
+        for name, value in (
+            ("attention_mask", attention_mask),
+            ("cross_attention_kwargs", cross_attention_kwargs),
+            ("down_intrablock_additional_residuals", down_intrablock_additional_residuals),
+        ):
+            if value is not None and len(value):
+                raise ValueError(f"{name} has no counterpart in this network")
+        mask = encoder_attention_mask
+        out = self.model(
+            sample,
+            torch.as_tensor(timestep, device=sample.device).expand(len(sample)),
+            encoder_hidden_states,
+            context_mask=None if mask is None else mask.bool(),
+            class_labels=class_labels,
+            vector=self._vector(**added_cond_kwargs) if added_cond_kwargs else None,
+            time_cond=timestep_cond,
+            skip_residuals=down_block_additional_residuals,
+            bottleneck_residual=mid_block_additional_residual,
+        )
+        return UNet2DConditionOutput(sample=out) if return_dict else (out,)
+
+    def _vector(self, text_embeds: Tensor, time_ids: Tensor) -> Tensor:
+        """SDXL's pooled text beside its sizes, each of those as 256 cosines and sines: (B, vector_dim)."""
+        sines, cosines = self.sizes(time_ids.flatten()).chunk(2, dim=1)
+        sizes = torch.cat([cosines, sines], dim=1).reshape(len(time_ids), -1)
+        return torch.cat([text_embeds, sizes.to(text_embeds.dtype)], dim=1)
+
+    @property
+    def add_embedding(self) -> Any:
+        """What the SDXL pipelines look at to check the vector's width."""
+        embedding = self.model.vector_embedding
+        return None if embedding is None else SimpleNamespace(linear_1=embedding.get_submodule("0"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the weights."""
+        return self.model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.input_conv.weight.device

@@ -1,0 +1,93 @@
+"""Downsampling and upsampling."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unet_denoiser.models.layers.common import Emb, Size
+from unet_denoiser.models.layers.context import Context
+from unet_denoiser.models.layers.conv import CONV
+from unet_denoiser.models.layers.recompute import recomputed
+
+CONV_TRANSPOSE = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+
+
+AVG_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d}
+
+
+def keep(x: Tensor, size: Size = None) -> Tensor:
+    return x
+
+
+def average_pool(x: Tensor, size: Size = None) -> Tensor:
+    """Halve by averaging; the last row or column of an odd size counts twice."""
+    if x.ndim < 5:
+        return AVG_POOL[x.ndim - 2](x, 2, ceil_mode=True, count_include_pad=False)
+    # the pooling of volumes refuses a length of 1; one column more leaves an even size as it is, since it stays unread
+    return F.avg_pool3d(F.pad(x, (0, 1) * 3, mode="replicate"), 2)
+
+
+def nearest(x: Tensor, size: Size = None) -> Tensor:
+    """Double by repetition, then cut to `size`."""
+    return crop(F.interpolate(x, size=[2 * n for n in x.shape[2:]]), size)
+
+
+def crop(x: Tensor, size: Size) -> Tensor:
+    """The first `size` entries of each spatial axis; all of them for None."""
+    for axis, length in enumerate(size or (), start=2):
+        if torch.compiler.is_exporting():
+            # slicing asks torch.export to prove length <= 2 * ceil(length / 2), which is true but beyond it; training
+            # must not do this: compiled by torch 2.13, its backward pass writes beyond its memory
+            x = x.index_select(axis, torch.arange(length, device=x.device))
+        else:
+            x = x.narrow(axis, 0, length)
+    return x
+
+
+class AveragePool(nn.Module):
+    """Downsampling without parameters."""
+
+    def forward(self, x: Tensor, emb: Emb = None, context: Context | None = None, size: Size = None) -> Tensor:
+        return average_pool(x)
+
+
+class Downsample(nn.Module):
+    """Downsampling by a convolution of stride 2.
+
+    Args:
+        channels: in and out.
+        asymmetric: pad right and bottom only, as DDPM's weights expect; else both sides.
+    """
+
+    def __init__(self, channels: int, dims: int = 2, asymmetric: bool = False) -> None:
+        super().__init__()
+        self.conv = CONV[dims](channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
+        # an even size needs one column of padding and an odd one two; with two, an even size leaves the second unread
+        self.pad = (0, 2) * dims if asymmetric else (0, 0)
+
+    def forward(self, x: Tensor, emb: Emb = None, context: Context | None = None, size: Size = None) -> Tensor:
+        return self.conv(F.pad(x, self.pad))
+
+
+class TransposedUpsample(nn.Module):
+    """Upsampling by a transposed convolution of kernel 4 and stride 2, cut to the size of the skip."""
+
+    def __init__(self, channels: int, dims: int = 2) -> None:
+        super().__init__()
+        self.conv = CONV_TRANSPOSE[dims](channels, channels, 4, stride=2, padding=1)
+
+    def forward(self, x: Tensor, emb: Emb = None, context: Context | None = None, size: Size = None) -> Tensor:
+        return crop(self.conv(x), size)
+
+
+class NearestUpsample(nn.Module):
+    """Upsampling by repetition, then a 3x3 convolution."""
+
+    def __init__(self, channels: int, dims: int = 2) -> None:
+        super().__init__()
+        self.conv = CONV[dims](channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, emb: Emb = None, context: Context | None = None, size: Size = None) -> Tensor:
+        return recomputed(lambda x: nearest(x, size), self.conv, x)

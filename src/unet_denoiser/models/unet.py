@@ -1,0 +1,302 @@
+"""The U-Net: predicts the noise in x_t at timestep t (Ronneberger et al. 2015; Ho et al. 2020, DDPM)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from unet_denoiser.config.base import signature_of
+from unet_denoiser.config.presets import preset
+from unet_denoiser.config.unet import UNetConfig
+from unet_denoiser.convert.checkpoint import read
+from unet_denoiser.convert.checkpoint_files import weight_files
+from unet_denoiser.models.input_checks import check_inputs
+from unet_denoiser.models.layers.attention import ContextAttention, SelfAttention, SpatialTransformer
+from unet_denoiser.models.layers.common import full_precision, zero
+from unet_denoiser.models.layers.context import Context, context_of
+from unet_denoiser.models.layers.conv import CONV, channels_last
+from unet_denoiser.models.layers.embeddings import ClassEmbedding, TimeMLP
+from unet_denoiser.models.layers.norm import group_norm
+from unet_denoiser.models.layers.resampling import AveragePool, Downsample, NearestUpsample, TransposedUpsample
+from unet_denoiser.models.layers.resblock import Block, ResBlock
+from unet_denoiser.models.pretrained import Pretrained, fetch
+from unet_denoiser.utils.files import read_json
+
+
+class UNet(Pretrained, nn.Module):
+    """Predicts the noise in a noisy image, signal or volume at each timestep.
+
+    The arguments are `UNetConfig`'s, described there; `UNet()` is the network of the specification. The instance keeps
+    them as `config`. With L levels of n residual blocks, encoder[i * (n + 1) + j] is block j of level i (j = n is the
+    downsampling after it), and decoder[(L - 1 - i) * (n + 1) + j] its counterpart, whose last entry j = n ends with the
+    upsampling to level i - 1.
+
+    Raises:
+        ValueError, TypeError: an option that cannot work.
+    """
+
+    config_class = UNetConfig
+
+    @signature_of(UNetConfig)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+        self.config = c = UNetConfig(*args, **kwargs)
+        self.gradient_checkpointing = False
+        build, last = _Builder(c), len(c.widths) - 1
+
+        self.time_mlp = TimeMLP(c.model_channels, c.time_frequencies)
+        self.time_cond = nn.Linear(c.time_cond_dim, c.model_channels, bias=False) if c.time_cond_dim else None
+        self.class_embedding = ClassEmbedding(c.num_classes, c.time_dim) if c.num_classes else None
+        self.vector_embedding = build.vector_embedding() if c.vector_dim else None
+        self.null_class = build.null(c.num_classes and c.time_dim)
+        self.null_vector = build.null(c.vector_dim and c.time_dim)
+        self.null_context = build.null(c.context_dim)
+
+        self.input_conv = CONV[c.dims](c.in_channels, c.stem_width, 3, padding=1)
+        ch, skips = c.stem_width, [channels for _, channels in c.skip_levels]
+        self.encoder = nn.ModuleList()
+        for level, width in enumerate(c.widths):
+            for _ in range(c.num_res_blocks):
+                self.encoder.append(Block([build.res(ch, width), *build.attention(level)]))
+                ch = width
+            if level < last:
+                self.encoder.append(build.downsample(ch))
+
+        self.bottleneck = nn.ModuleList([build.res(ch, ch), *build.attention(last, always=True), build.res(ch, ch)])
+
+        self.decoder = nn.ModuleList()
+        for level, width in reversed(list(enumerate(c.widths))):
+            for j in range(c.num_res_blocks + 1):
+                block = Block([build.res(ch + skips.pop(), width), *build.attention(level)])
+                ch = width
+                if level > 0 and j == c.num_res_blocks:
+                    block.append(build.upsample(ch))
+                self.decoder.append(block)
+
+        # what FSDP gathers and frees as one
+        parts = [*self.encoder, *self.bottleneck, *self.decoder]
+        self._no_split_modules = sorted({type(part).__name__ for part in parts})
+
+        conv_out = zero(CONV[c.dims](ch, c.out_channels, 3, padding=1))
+        self.output = nn.Sequential(group_norm(ch, c.norm_groups, c.norm_eps), nn.SiLU(), conv_out)
+
+    @classmethod
+    def from_preset(cls, name: str, **options: Any) -> Self:
+        """A randomly initialised network of a published architecture, `options` changing single fields.
+
+        Raises:
+            ValueError: a name that `list_presets` does not have.
+        """
+        return cls.from_config(replace(preset(name), **options))
+
+    @classmethod
+    def _read(
+        cls, source: str | Path, config_path: Path | None, hub: dict[str, Any], options: dict[str, Any]
+    ) -> tuple[Self, dict[str, Tensor]]:
+        """Our own format, or any that `unet_denoiser.convert` reads; `options` then say what a file does not tell."""
+        if config_path is not None and "_class_name" not in read_json(config_path):
+            return super()._read(source, config_path, hub, options)
+        path = Path(source)
+        if config_path is not None:
+            path = weight_files(lambda name: fetch(source, name, hub), options.get("variant"))[0].parent
+        empty: list[Self] = []
+
+        def shapes_of(config: UNetConfig) -> dict[str, torch.Size]:
+            empty.append(cls._empty(config))
+            return {name: p.shape for name, p in empty[0].state_dict().items()}
+
+        _, state = read(path, shapes_of, **options)
+        return empty[0], state
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor | None = None,
+        *,
+        context_mask: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        vector: Tensor | None = None,
+        time_cond: Tensor | None = None,
+        drop: Mapping[str, Tensor] | None = None,
+        skip_residuals: Sequence[Tensor] | None = None,
+        bottleneck_residual: Tensor | None = None,
+    ) -> Tensor:
+        """Predict, for every sample of a batch, what the noisy input hides (the noise, unless trained otherwise).
+
+        Args:
+            x: (B, in_channels, *spatial), any size of at least 1 per axis.
+            t: (B,) timesteps, integer or float.
+            context: (B, S, context_dim) tokens for cross-attention.
+            context_mask: (B, S) bool, False at padding. A row without any True counts as an absent context.
+            class_labels: (B,) integers in [0, num_classes), or (B, num_classes) weights of the classes' embeddings.
+            vector: (B, vector_dim).
+            time_cond: (B, time_cond_dim); without it nothing is added to the sinusoids.
+            drop: which samples have a condition replaced by its learned null: {"class_labels": (B,) bool, ...}.
+            skip_residuals: added to the skips, one tensor each, from the input convolution on (control networks).
+            bottleneck_residual: added to the bottleneck's output.
+
+        Returns:
+            (B, out_channels, *spatial).
+
+        Raises:
+            ValueError, TypeError: a condition the network was not built for, one that is missing while
+                learned_null=False, or a wrong shape, range or dtype; before anything is computed.
+        """
+        conditions = {"class_labels": class_labels, "vector": vector, "context": context}
+        residuals = (skip_residuals, bottleneck_residual)
+        check_inputs(self.config, self.dtype, x, t, conditions, context_mask, time_cond, drop, *residuals)
+        with full_precision(x.device.type):
+            emb = self.embed_time(t, time_cond)
+            added, attended = self.embed_conditions(t.shape[0], conditions, context_mask, drop or {})
+            emb = sum(added, start=emb)
+
+        skips = self.encode_shallow(x, emb, attended)
+        h = self.deep_features(skips[-1], emb, attended, 1, (skip_residuals or ())[1:], bottleneck_residual)
+        if skip_residuals is not None:
+            skips = [skips[0] + skip_residuals[0]]
+        out = self.decode_shallow(h, skips, emb, attended)
+        return out.contiguous() if x.is_contiguous() else out
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the weights, and of the input that goes with them."""
+        return self.input_conv.weight.dtype
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Keep only the blocks' inputs for the backward pass and compute the rest again: less memory, more time."""
+        self.gradient_checkpointing = True
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Keep all activations for the backward pass (the default)."""
+        self.gradient_checkpointing = False
+
+    # ---- the parts of forward, which sampling calls apart (reuse.py) -----------------------------------------------
+
+    def embed_time(self, t: Tensor, time_cond: Tensor | None = None) -> Tensor:
+        """The embedding (B, time_dim) of timesteps (B,), without that of conditions."""
+        if self.time_cond is None or time_cond is None:
+            return self.time_mlp(t)
+        return self.time_mlp(t, self.time_cond(time_cond.to(self.dtype)))  # in half precision it may come, in autocast
+
+    def embed_conditions(
+        self, batch: int, given: Mapping[str, Tensor | None], mask: Tensor | None, drop: Mapping[str, Tensor]
+    ) -> tuple[list[Tensor], Context | None]:
+        """What the conditions add to the time's embedding, and the context that cross-attention sees."""
+        added: list[Any] = []
+        for name, embed, null in (
+            ("class_labels", self.class_embedding, self.null_class),
+            ("vector", self.vector_embedding, self.null_vector),
+        ):
+            if embed is not None:
+                value = given.get(name)
+                if value is not None and value.is_floating_point():
+                    value = value.to(self.dtype)
+                added.append(null if value is None else _replace(embed(value), null, drop.get(name)))
+        if self.config.context_dim is None:
+            return added, None
+        return added, context_of(given.get("context"), mask, drop.get("context"), self.null_context, batch)
+
+    def encode_shallow(self, x: Tensor, emb: Tensor, context: Context | None, depth: int = 1) -> list[Tensor]:
+        """The first `depth` skips: those of the decoder's last `depth` blocks."""
+        skips = [self.input_conv(channels_last(x))]
+        for block in list(self.encoder)[: depth - 1]:
+            skips.append(self._run(block, skips[-1], emb, context))
+        return skips
+
+    def deep_features(
+        self,
+        h: Tensor,
+        emb: Tensor,
+        context: Context | None,
+        depth: int = 1,
+        skip_residuals: Sequence[Tensor] = (),
+        bottleneck_residual: Tensor | None = None,
+    ) -> Tensor:
+        """What enters the decoder's last `depth` blocks, from the last shallow skip: most of the network's work."""
+        size, skips = h.shape[2:], []
+        for block in list(self.encoder)[depth - 1 :]:
+            h = self._run(block, h, emb, context)
+            skips.append(h)
+        for block in self.bottleneck:
+            h = self._run(block, h, emb, context)
+        if skip_residuals:
+            skips = [skip + residual for skip, residual in zip(skips, skip_residuals, strict=True)]
+        if bottleneck_residual is not None:
+            h = h + bottleneck_residual
+        return self._decode(list(self.decoder)[:-depth], h, skips, emb, context, size)
+
+    def decode_shallow(self, h: Tensor, skips: list[Tensor], emb: Tensor, context: Context | None) -> Tensor:
+        """The output, from deep features and the shallow skips, with the decoder's last blocks, one for each skip."""
+        size = skips[0].shape[2:]
+        return self.output(self._decode(list(self.decoder)[-len(skips) :], h, skips, emb, context, size))
+
+    def _decode(
+        self, blocks: list[nn.Module], h: Tensor, skips: list[Tensor], emb: Tensor, context: Context | None, size: Any
+    ) -> Tensor:
+        """Blocks with a skip each; an upsampling comes out at the next skip's size, or after the last at `size`."""
+        sizes = [size, *(skip.shape[2:] for skip in skips)]
+        for i, block in zip(reversed(range(len(skips))), blocks, strict=True):
+            h = self._run(block, torch.cat([h, skips[i]], dim=1), emb, context, sizes[i])
+        return h
+
+    def _run(self, block: nn.Module, *args: Any) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
+
+
+class _Builder:
+    """The layers of one network, with the arguments they share said once."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        self.config = config
+        self.norm: dict[str, Any] = {"norm_groups": config.norm_groups, "norm_eps": config.norm_eps}
+
+    def res(self, in_ch: int, out_ch: int, resample: Any = "none") -> ResBlock:
+        c = self.config
+        return ResBlock(
+            in_ch, out_ch, c.time_dim, c.dropout, dims=c.dims, modulation=c.modulation, resample=resample, **self.norm
+        )
+
+    def attention(self, level: int, always: bool = False) -> list[nn.Module]:
+        c = self.config
+        width, heads = c.widths[level], c.heads(level)
+        if not (always or c.has_attention(level)):
+            return []
+        if c.attention == "transformer":
+            options: dict[str, Any] = {"cross_only": c.cross_only(level), "norm_groups": c.norm_groups}
+            return [SpatialTransformer(width, heads, c.context_dim, c.depth(level), **options)]
+        if c.context_dim is None:
+            return [SelfAttention(width, heads, **self.norm)]
+        return [SelfAttention(width, heads, **self.norm), ContextAttention(width, c.context_dim, heads, **self.norm)]
+
+    def downsample(self, ch: int) -> nn.Module:
+        kind, dims = self.config.downsample, self.config.dims
+        if kind == "resblock":
+            return self.res(ch, ch, "down")
+        return AveragePool() if kind == "avgpool" else Downsample(ch, dims, asymmetric=kind == "conv_asymmetric")
+
+    def upsample(self, ch: int) -> nn.Module:
+        kind, dims = self.config.upsample, self.config.dims
+        if kind == "resblock":
+            return self.res(ch, ch, "up")
+        return TransposedUpsample(ch, dims) if kind == "conv_transpose" else NearestUpsample(ch, dims)
+
+    def vector_embedding(self) -> nn.Module:
+        c = self.config
+        return nn.Sequential(nn.Linear(c.vector_dim or 0, c.time_dim), nn.SiLU(), nn.Linear(c.time_dim, c.time_dim))
+
+    def null(self, width: int | None) -> nn.Parameter | None:
+        return nn.Parameter(torch.zeros(width)) if width and self.config.learned_null else None
+
+
+def _replace(value: Tensor, null: Tensor | None, where: Tensor | None) -> Tensor:
+    """`value` (B, D), with `null` (D,) in the rows of `where` (B,)."""
+    return value if where is None or null is None else torch.where(where[:, None], null, value)

@@ -1,0 +1,1 @@
+"""Sampling from an existing image."""

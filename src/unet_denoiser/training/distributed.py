@@ -1,0 +1,84 @@
+"""Many processes: Accelerate's engine for a training, whole tensors of what is in shards, processes that sample."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from unet_denoiser.config.training import TrainingConfig
+from unet_denoiser.utils.device import resolve_device
+
+
+def make_accelerator(config: TrainingConfig) -> Accelerator:
+    """Accelerate's engine: one process as it is, many with `accelerate launch`, DDP or FSDP2 as that was told.
+
+    Raises:
+        ValueError: a device or a precision that is not here, or a batch that cannot be shared out.
+    """
+    device = resolve_device(config.device)
+    _check_precision(config.mixed_precision, device)
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in ("no", config.mixed_precision):
+        raise ValueError(
+            f"mixed_precision={config.mixed_precision!r}, but accelerate launch was told {launched!r}: "
+            f"give --mixed-precision {launched} to train"
+        )
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
+        AcceleratorState._reset_state()  # that of another training in this process, which has its autocast already
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=config.mixed_precision)
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if sharded and not is_sharded(accelerator) and accelerator.num_processes > 1:
+        raise ValueError("Accelerate shards on GPUs only; without --use_fsdp every process has the whole network")
+    if is_sharded(accelerator):
+        plugin: Any = accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            raise ValueError(f"fsdp_version={plugin.fsdp_version} is not supported; give --fsdp_version 2")
+        if plugin.auto_wrap_policy is None:
+            from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+
+            plugin.auto_wrap_policy = transformer_auto_wrap_policy  # by the network's own list of its blocks
+    parts = accelerator.num_processes * config.gradient_accumulation_steps
+    if config.batch_size % parts:
+        raise ValueError(
+            f"batch_size={config.batch_size} cannot be divided among {accelerator.num_processes} processes in "
+            f"{config.gradient_accumulation_steps} equal parts; give a multiple of {parts}"
+        )
+    return accelerator
+
+
+def _check_precision(precision: str, device: str) -> None:
+    if precision == "fp16" and device != "cuda":
+        raise ValueError(f"mixed_precision='fp16' needs a CUDA GPU, and this is {device}; give 'bf16' or 'no'")
+    no_bf16 = device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == "bf16" and (no_bf16 or device == "mps"):
+        raise ValueError(f"mixed_precision='bf16' is not supported by this {device} device; give 'no'")
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether each process keeps only its shard of every weight (FSDP)."""
+    return str(accelerator.distributed_type).endswith("FSDP")
+
+
+def whole(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """Copies of the whole tensors in memory. Every process must call it; without `keep` it gets an empty dict."""
+    found = {}
+    for name, t in tensors.items():
+        full = t.full_tensor() if isinstance(t, DTensor) else t
+        if keep:
+            found[name] = full.detach().to("cpu", copy=True).contiguous()
+    return found
+
+
+def shard_like(t: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor on the device of `like`, or this process's shard of it where `like` is one."""
+    t = t.to(like.device)
+    if isinstance(like, DTensor):
+        return distribute_tensor(t, like.device_mesh, like.placements, src_data_rank=None)
+    return t

@@ -1,0 +1,94 @@
+"""Tensors in [-1, 1] to files, and back: PNG for 1, 3 and 4 channels, .npy for anything else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from unet_denoiser.utils.files import write_atomically
+
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+def to_uint8(x: Tensor, data_range: tuple[float, float] | None = None) -> Tensor:
+    """(…) floats in `data_range` (default [-1, 1]) -> uint8 0 to 255, rounded, clamped."""
+    low, high = data_range or (-1.0, 1.0)
+    return ((x.float() - low) * (255 / (high - low))).round().clamp(0, 255).to(torch.uint8)
+
+
+def save_image(x: Tensor, path: str | Path) -> Path:
+    """Save one sample (C, *spatial): uint8 (C, H, W) with 1, 3 or 4 channels as PNG, others as .npy; the path used."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = x.cpu().numpy()
+    if x.ndim != 3 or x.shape[0] not in MODES or x.dtype != torch.uint8:
+        path = path.with_suffix(".npy")
+        write_atomically(path, lambda p: _save_npy(p, array))
+        return path
+    image = _to_pil(x)
+    write_atomically(path, lambda p: image.save(p, format="PNG"))
+    return path
+
+
+def save_grid(
+    x: Tensor, path: str | Path, columns: int | None = None, data_range: tuple[float, float] | None = None
+) -> Path:
+    """Save samples (N, C, H, W) as one picture, row by row; samples that are no images go to one .npy instead.
+
+    Samples smaller than 32 pixels are enlarged by a whole factor, so that there is something to see.
+
+    Returns:
+        The path used, with the suffix .npy if that was needed.
+    """
+    if x.ndim != 4 or x.shape[1] not in MODES:
+        return save_image(x, path)
+    return save_image(make_grid(x, columns, data_range), path)
+
+
+def make_grid(x: Tensor, columns: int | None = None, data_range: tuple[float, float] | None = None) -> Tensor:
+    """Samples (N, C, H, W) row by row in one uint8 picture (C, H', W'), as `save_grid` saves it."""
+    columns = columns or math.ceil(math.sqrt(len(x)))
+    scale, pad = max(1, math.ceil(32 / min(x.shape[2:]))), 2
+    tiles = to_uint8(x, data_range).cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    n, c, h, w = tiles.shape
+    rows = math.ceil(n / columns)
+    grid = torch.full((c, rows * (h + pad) + pad, columns * (w + pad) + pad), 128, dtype=torch.uint8)
+    for i, tile in enumerate(tiles):
+        top, left = pad + (i // columns) * (h + pad), pad + (i % columns) * (w + pad)
+        grid[:, top : top + h, left : left + w] = tile
+    return grid
+
+
+def save_gif(frames: Sequence[Tensor], path: str | Path, seconds: float = 3.0) -> Path:
+    """Save uint8 pictures (C, H, W), C 1, 3 or 4, as a GIF that lasts `seconds` and holds its last frame for one more.
+
+    Raises:
+        ValueError: no frames, or channels that a GIF cannot have.
+    """
+    path = Path(path)
+    if not frames or frames[0].ndim != 3 or frames[0].shape[0] not in MODES or frames[0].dtype != torch.uint8:
+        raise ValueError(f"{path}: a GIF shows uint8 pictures of 1, 3 or 4 channels")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    first, *others = map(_to_pil, frames)
+    each = max(20, round(1000 * seconds / len(frames)))  # milliseconds; viewers slow down what is faster
+    durations = [each] * len(others) + [1000]
+    options: dict[str, Any] = {"append_images": others, "duration": durations, "loop": 0}
+    write_atomically(path, lambda p: first.save(p, format="GIF", save_all=True, **options))
+    return path
+
+
+def _to_pil(pixels: Tensor) -> Image.Image:
+    array = pixels.cpu().numpy().transpose(1, 2, 0)
+    return Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array)
+
+
+def _save_npy(path: Path, array: np.ndarray) -> None:
+    with path.open("wb") as file:  # np.save on a path would add a suffix to the temporary name
+        np.save(file, array, allow_pickle=False)

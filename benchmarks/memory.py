@@ -15,8 +15,8 @@ from measure import progress, reset_peak, resident, table
 
 from unet_denoiser import Diffusion, Trainer, TrainingConfig, UNet, UNetConfig, preset
 from unet_denoiser.config.memory import MemoryConfig
-from unet_denoiser.data.sources.arrays import ArrayData
-from unet_denoiser.models.memory_estimate import Estimate, estimate
+from unet_denoiser.data.sources.arrays import ArrayDataset
+from unet_denoiser.models.memory_estimate import MemoryEstimate, estimate
 
 # name: network, size of the images, images per step
 MEASURED: dict[str, tuple[UNetConfig, int, int]] = {
@@ -34,7 +34,7 @@ MEASURED: dict[str, tuple[UNetConfig, int, int]] = {
 }
 
 
-class Random(ArrayData):
+class Random(ArrayDataset):
     """As many random images as a step takes, with the conditions that a network was built for."""
 
     def __init__(self, config: UNetConfig, size: int, count: int) -> None:
@@ -84,7 +84,7 @@ def measured() -> str:
     return table(head, rows)
 
 
-def _compare(said: Estimate, found: dict[str, float]) -> list[str]:
+def _compare(said: MemoryEstimate, found: dict[str, float]) -> list[str]:
     held = said.parameters + said.optimizer + said.ema
     holes = (found["peak"] - found["held"]) / (said.peak - held)
     mebibytes = said.activations, said.peak, said.resident, found["peak"]
@@ -124,11 +124,11 @@ def clusters() -> str:
     return table(head, rows)
 
 
-def _largest(name: str, sharding: str, count: int, checkpointing: bool, room: float) -> tuple[int, Estimate]:
+def _largest(name: str, sharding: str, count: int, checkpointing: bool, room: float) -> tuple[int, MemoryEstimate]:
     """How many images fit on each GPU (0: not even one), and the estimate for them (or for one)."""
     options = {"mixed_precision": "bf16", "gradient_checkpointing": checkpointing, "sharding": sharding}
 
-    def of(batch: int) -> Estimate:
+    def of(batch: int) -> MemoryEstimate:
         about = MemoryConfig(batch_size=batch * count, num_processes=count, **options)
         return estimate(preset(name), about, "cuda")
 

@@ -12,7 +12,7 @@ import torch
 from sklearn.decomposition import PCA
 from sklearn.svm import SVC
 
-from unet_denoiser import ArrayData, Diffusion, DiffusionConfig, Trainer, TrainingConfig, UNet, sample
+from unet_denoiser import ArrayDataset, Diffusion, DiffusionConfig, Trainer, TrainingConfig, UNet, sample
 from unet_denoiser.config.defaults import architecture_for
 from unet_denoiser.data.sources.arrays import digits
 
@@ -66,7 +66,7 @@ class Judge:
 def train(prediction: str, schedule: str, weighting: str, options: dict, steps: int, seed: int) -> tuple:
     process = Diffusion(**asdict(DiffusionConfig(prediction_type=prediction, beta_schedule=schedule, **options)))
     images, labels = digits()
-    data = ArrayData(images, labels, [str(i) for i in range(10)])
+    data = ArrayDataset(images, labels, [str(i) for i in range(10)])
     small = {"model_channels": 16, "num_res_blocks": 1, "dropout": 0.0}
     config = architecture_for(1, (8, 8), 10, small, network_channels=process.channels(1))
     chosen = {"learning_rate": 2e-3, "ema_decay": 0.99, "warmup_steps": 50, "device": "cpu", "seed": seed}

@@ -17,7 +17,7 @@ from lucidrains import GaussianDiffusion, Unet
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from unet_denoiser import ArrayData, Diffusion, Trainer, TrainingConfig, UNet, sample
+from unet_denoiser import ArrayDataset, Diffusion, Trainer, TrainingConfig, UNet, sample
 from unet_denoiser.config.defaults import architecture_for
 
 PIECE = 100  # samples at a time
@@ -100,7 +100,10 @@ class Ours(Side):
     def begin(self, steps: int) -> None:
         torch.manual_seed(0)
         self.trainer = Trainer(
-            self.architecture(), self.process, ArrayData(self.images.numpy()), TrainingConfig(steps=steps, device="cpu")
+            self.architecture(),
+            self.process,
+            ArrayDataset(self.images.numpy()),
+            TrainingConfig(steps=steps, device="cpu"),
         )
         self._steps = self.trainer.steps()
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from unet_denoiser import Run, UNet, load_data, sample, save_grid
 from unet_denoiser.config.data import DataConfig
-from unet_denoiser.convert.checkpoint import save
+from unet_denoiser.convert.checkpoint import export_checkpoint
 from unet_denoiser.evaluation.feature_extractors import Extractor, load_extractor
 from unet_denoiser.evaluation.metrics import kernel_distance
 from unet_denoiser.sampling.pipeline.npz_shards import digest_weights
@@ -93,7 +93,7 @@ def as_diffusers(model: UNet) -> diffusers.UNet2DModel:
     state["class_embedding.weight"] = torch.cat([state["class_embedding.weight"], null[None]])
     config = replace(model.config, learned_null=False, num_classes=model.config.num_classes + 1)
     with tempfile.TemporaryDirectory() as folder:
-        save(state, config, Path(folder), "diffusers")
+        export_checkpoint(state, config, Path(folder), "diffusers")
         return diffusers.UNet2DModel.from_pretrained(folder).eval()
 
 

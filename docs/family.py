@@ -18,8 +18,9 @@ FAMILIES = {
 }
 HEAD = """# The family
 
-Which options of [`UNetConfig`](../src/unet_denoiser/config/unet.py) make each published network: `UNet.from_preset(NAME)`
-builds it, `unet-denoiser info NAME` shows its levels. Options at their defaults, the specification's, are left out.
+Which options of [`UNetConfig`](../src/unet_denoiser/config/unet.py) make each published network:
+`UNet.from_preset(NAME)` builds it, `unet-denoiser info NAME` shows its levels.
+Options at their defaults, the specification's, are left out.
 This page is written by `python docs/family.py`; a test keeps it in step with the presets.
 """
 

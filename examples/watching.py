@@ -7,12 +7,12 @@ Leaves watching.png, rewritten in every step, watching-strip.png and watching.gi
 
 import sys
 
-from unet_denoiser import Film, Run, sample_steps, save_grid
+from unet_denoiser import Run, TrajectoryRecorder, sample_steps, save_grid
 
 
 def main(directory: str) -> None:
     run = Run.load(directory)
-    film = Film(run.decode, run.picture_range)
+    film = TrajectoryRecorder(run.decode, run.picture_range)
     labels = {} if run.class_names is None else {"class_labels": run.labels(16)}
     for step in sample_steps(run.load_model(), run.process, seeds=range(16), **labels):
         film(step)

@@ -22,34 +22,36 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "config": (
-        "UNetConfig",
-        "DiffusionConfig",
-        "TrainingConfig",
-        "DataConfig",
-        "SamplingConfig",
-        "list_presets",
-        "preset",
+        *("UNetConfig", "DiffusionConfig", "TrainingConfig", "DataConfig", "SamplingConfig", "EditingConfig"),
+        *("MemoryConfig", "preset", "list_presets"),
     ),
     "models": ("UNet", "ResBlock", "SinusoidalPosEmb", "SelfAttention", "CrossAttention"),
     "models.diffusers_adapter": ("DiffusersUNet",),
     "models.summary": ("summarize",),
-    "diffusion": ("Diffusion",),
-    "data": ("load_data", "ImageData", "ArrayData", "FolderData"),
+    "diffusion": ("Diffusion", "Losses", "LossWeighting"),
+    "data": ("load_data", "make_loader", "ImageDataset", "ArrayDataset", "ImageFolder"),
     "sampling": (
-        *("sample", "sample_steps", "denoise", "Sampler", "Guidance", "Start", "Film"),
+        *("sample", "sample_steps", "denoise", "Sampler", "Guidance", "Start", "TrajectoryRecorder"),
         *("image_to_image", "inpaint", "outpaint", "upscale", "interpolate", "invert", "regenerate"),
     ),
-    "training": ("Trainer", "EMA", "Run"),
-    "evaluation": ("evaluate", "load_extractor"),
-    "convert": ("merge_lora",),
+    "training": ("Trainer", "TrainingStep", "EMA", "Run"),
+    "evaluation": ("evaluate", "load_extractor", "frechet_distance", "kernel_distance"),
+    "convert": ("import_checkpoint", "export_state_dict", "export_checkpoint", "merge_lora"),
     "utils.images": ("save_grid",),
 }
 _HOME = {name: package for package, names in _EXPORTS.items() for name in names}
+_RENAMED = {
+    "ImageData": "ImageDataset",
+    "ArrayData": "ArrayDataset",
+    "FolderData": "ImageFolder",
+    "Film": "TrajectoryRecorder",
+}
 __all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> Any:
     """Import each public name when it is first used, so that `import unet_denoiser` costs next to nothing."""
+    name = _RENAMED.get(name, name)
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -4,7 +4,7 @@ import diffusers
 import pytest
 import torch
 
-from helpers import randomise
+from support.networks import randomise
 from unet_denoiser import DiffusersUNet, UNet
 
 pytestmark = pytest.mark.filterwarnings("ignore:norm_groups:UserWarning")

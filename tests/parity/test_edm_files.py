@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers import relative_error
+from support.networks import relative_error
 from unet_denoiser import UNet
-from unet_denoiser.convert.checkpoint import write
+from unet_denoiser.convert.checkpoint import export_state_dict
 
 SIZE, WIDTH, MULTS, BLOCKS, ATTENDED, CLASSES = 16, 128, (1, 2), 1, (8,), 7
 
@@ -144,7 +144,7 @@ def test_the_same_numbers_and_tensors(classes, augment, prefix, tmp_path):
         # both in double precision, but for our sinusoids; in single precision either is 2e-6 to 3e-6 from that
         assert relative_error(out, oracle(exact, *inputs)) < 2e-7
 
-    back = write(model.state_dict(), model.config, "edm")
+    back = export_state_dict(model.state_dict(), model.config, "edm")
     assert back.keys() == {name for name in state if "resample_filter" not in name}
     assert all(torch.equal(tensor, state[name]) for name, tensor in back.items())
 
@@ -167,12 +167,14 @@ def test_refuses_what_it_is_not(name, value, message, tmp_path):
 def test_the_published_network_is_recognised():
     """Names and shapes of the ImageNet-64 file come from the preset and lead back to it."""
     from unet_denoiser import preset
-    from unet_denoiser.convert.architecture import infer, recognise, skeleton
+    from unet_denoiser.convert.architecture import detect_layout, detect_structure, infer_options
 
     with torch.device("meta"):
-        theirs = write(UNet.from_preset("edm-imagenet64-cond").state_dict(), preset("edm-imagenet64-cond"), "edm")
+        theirs = export_state_dict(
+            UNet.from_preset("edm-imagenet64-cond").state_dict(), preset("edm-imagenet64-cond"), "edm"
+        )
     shapes = {name: tuple(tensor.shape) for name, tensor in theirs.items()}
-    assert recognise(shapes) == "edm"
-    seen = infer("edm", shapes, skeleton("edm", shapes))
+    assert detect_layout(shapes) == "edm"
+    seen = infer_options("edm", shapes, detect_structure("edm", shapes))
     wanted = preset("edm-imagenet64-cond").to_dict()
     assert {name: wanted[name] for name in seen} == {n: list(v) if isinstance(v, tuple) else v for n, v in seen.items()}

@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from unet_denoiser import UNet, preset
-from unet_denoiser.convert.checkpoint import write
+from unet_denoiser.convert.checkpoint import export_state_dict
 
 # found, not imported: its own dependencies are not installed (see the Makefile)
 LISTS = Path(find_spec("sd_mecha").origin).parent / "extensions" / "builtin" / "model_configs"
@@ -27,6 +27,6 @@ def test_real_checkpoints(file, name, layout, prefix, count):
     part = next(key for key in components if "diffuser" in key or "unet" in key)
     real = {key: tuple(entry["shape"]) for key, entry in components[part].items() if key.startswith(prefix)}
     with torch.device("meta"):
-        ours = write(UNet.from_preset(name).state_dict(), preset(name), layout)
+        ours = export_state_dict(UNet.from_preset(name).state_dict(), preset(name), layout)
     assert {prefix + key: tuple(p.shape) for key, p in ours.items()} == real
     assert len(real) == count

@@ -10,9 +10,9 @@ from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
-from helpers import randomise, relative_error, small
+from support.networks import randomise, relative_error, small
 from unet_denoiser import UNet
-from unet_denoiser.convert.checkpoint import write
+from unet_denoiser.convert.checkpoint import export_state_dict
 from unet_denoiser.convert.lora import merge_lora
 
 SD1 = {
@@ -87,7 +87,7 @@ def test_merged_equals_diffusers(options, naming, alpha, tmp_path):
     peer, ours = pair(options, tmp_path)
     before = {name: p.clone() for name, p in ours.state_dict().items()}
     layout = "compvis" if naming == "kohya-ldm" else "diffusers"
-    tensors = lora_for(write(before, ours.config, layout), naming, alpha)
+    tensors = lora_for(export_state_dict(before, ours.config, layout), naming, alpha)
     state, alphas = StableDiffusionXLLoraLoaderMixin.lora_state_dict(dict(tensors), unet_config=peer.config)
     peer.load_lora_adapter(state, network_alphas=alphas, prefix="unet")
     peer.fuse_lora()
@@ -237,7 +237,7 @@ DAMAGES = {
 @pytest.mark.parametrize("naming", ["diffusers", "kohya"])
 def test_a_damaged_tensor_is_named_and_nothing_is_merged(naming, name, ours):
     before = {key: p.clone() for key, p in ours.state_dict().items()}
-    lora = lora_for(write(before, ours.config, "diffusers"), naming, 4.0)
+    lora = lora_for(export_state_dict(before, ours.config, "diffusers"), naming, 4.0)
     damage, message = DAMAGES[name]
     for key in [
         key for key in lora if key.endswith("weight") and ("mid_block" in key and ("to_q" in key or "conv1" in key))

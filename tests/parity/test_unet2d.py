@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 
-from helpers import inputs, randomise, relative_error
+from support.networks import inputs, randomise, relative_error
 from unet_denoiser import UNet
 
 COMMON = {"model_channels": 16, "channel_mult": (1, 2, 3), "num_res_blocks": 2, "image_size": 16, "norm_groups": 4}

@@ -4,13 +4,13 @@ import pytest
 import torch
 from guided_diffusion.unet import UNetModel
 from safetensors.torch import save_file
-from test_adm_files import CASES, SMALL
-from test_checkpoints import DIFFUSERS
 
-from helpers import randomise
+from support.adm import CASES, SMALL
+from support.checkpoints import DIFFUSERS
+from support.networks import randomise
 from unet_denoiser import UNet
 from unet_denoiser.cli.app import main
-from unet_denoiser.convert.checkpoint import save, write
+from unet_denoiser.convert.checkpoint import export_checkpoint, export_state_dict
 from unet_denoiser.convert.lora import merge_lora
 from unet_denoiser.models.verify import compare
 
@@ -63,7 +63,7 @@ def test_ldm_files(name, tmp_path, capsys):
     kind, options = DIFFUSERS[name]
     randomise(kind(**options)).save_pretrained(tmp_path / "theirs")
     model = UNet.from_pretrained(tmp_path / "theirs")
-    save(model.state_dict(), model.config, tmp_path / "ldm.safetensors", "ldm")
+    export_checkpoint(model.state_dict(), model.config, tmp_path / "ldm.safetensors", "ldm")
     verify(
         tmp_path / "ldm.safetensors",
         tmp_path / "ours",
@@ -92,7 +92,7 @@ def ddpm_file(folder, tmp_path):
     kind, options = DIFFUSERS["ddpm"]
     randomise(kind(**options)).save_pretrained(tmp_path / "ddpm")
     model = UNet.from_pretrained(tmp_path / "ddpm")
-    save_file(write(model.state_dict(), model.config, "ddpm"), tmp_path / "ddpm.safetensors")
+    save_file(export_state_dict(model.state_dict(), model.config, "ddpm"), tmp_path / "ddpm.safetensors")
     return tmp_path / "ddpm.safetensors"
 
 

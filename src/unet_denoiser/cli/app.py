@@ -11,7 +11,7 @@ from unet_denoiser.cli.doctor import doctor
 from unet_denoiser.cli.errors import one_line_warning
 from unet_denoiser.cli.evaluate import evaluate
 from unet_denoiser.cli.info import info
-from unet_denoiser.cli.options import chosen
+from unet_denoiser.cli.options import parse_command
 from unet_denoiser.cli.sample import sample
 from unet_denoiser.cli.train import train
 
@@ -34,6 +34,6 @@ def main(args: Sequence[str] | None = None) -> None:
     before, warnings.formatwarning = warnings.formatwarning, one_line_warning
     what = "Train a diffusion model on your images, sample from it, look at networks and convert them."
     try:
-        chosen(COMMANDS, what, args)()
+        parse_command(COMMANDS, what, args)()
     finally:
         warnings.formatwarning = before

@@ -72,7 +72,7 @@ def convert_checkpoint(
     Raises:
         FileExistsError, FileNotFoundError, ValueError: what is wrong, by name; then nothing has been written.
     """
-    from unet_denoiser.convert.checkpoint import save
+    from unet_denoiser.convert.checkpoint import export_checkpoint
     from unet_denoiser.convert.lora import merge_lora
     from unet_denoiser.models.unet import UNet
     from unet_denoiser.models.verify import TOLERANCE, compare
@@ -112,7 +112,7 @@ def convert_checkpoint(
     if to == "unet-denoiser":
         write_atomically(target, model.save_pretrained)
     elif to == "diffusers":
-        write_atomically(target, lambda path: save(model.state_dict(), model.config, path, to))
+        write_atomically(target, lambda path: export_checkpoint(model.state_dict(), model.config, path, to))
     else:
-        save(model.state_dict(), model.config, target, to, qkv_order=options.get("qkv_order"))
+        export_checkpoint(model.state_dict(), model.config, target, to, qkv_order=options.get("qkv_order"))
     return done

@@ -34,15 +34,15 @@ def one_line_errors(
 @contextmanager
 def one_line_ends(path: Path) -> Iterator[None]:
     """The ways in which training may end before its last step: asked to, in trouble, or without a disk."""
-    from unet_denoiser.utils.finite import NotFinite
-    from unet_denoiser.utils.signals import Interrupted
+    from unet_denoiser.utils.finite import NonFiniteError
+    from unet_denoiser.utils.signals import TrainingInterrupted
 
     with one_line_errors():
         try:
             yield
-        except Interrupted as stop:
+        except TrainingInterrupted as stop:
             _exit(f"{path}: {stop}; to go on: unet-denoiser train --resume {path}", 128 + stop.number)
-        except NotFinite as error:
+        except NonFiniteError as error:
             _exit(f"error: {error}; {path} has the last good checkpoint", 1)
 
 

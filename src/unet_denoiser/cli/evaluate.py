@@ -71,7 +71,7 @@ def evaluate(
         config = SamplingConfig(**sampling)
         from unet_denoiser.evaluation.evaluator import check_count
         from unet_denoiser.evaluation.evaluator import evaluate as measure
-        from unet_denoiser.evaluation.samples import Generated, conditioned_data, evaluated_data, read_samples
+        from unet_denoiser.evaluation.samples import GeneratedSamples, conditioned_data, evaluated_data, read_samples
         from unet_denoiser.training.run import Run
         from unet_denoiser.utils.device import resolve_device
         from unet_denoiser.utils.files import check_writable
@@ -95,7 +95,7 @@ def evaluate(
                 "device": place,
             }
             conditioned = conditioned_data(data_config, images)
-            made = Generated(loaded, conditioned, count, config=config, **options)
+            made = GeneratedSamples(loaded, conditioned, count, config=config, **options)
             about = made.about
         report = measure(
             made,

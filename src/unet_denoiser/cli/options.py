@@ -43,7 +43,7 @@ def show(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def chosen(
+def parse_command(
     commands: Mapping[str, Callable[..., None]], description: str, args: Sequence[str] | None
 ) -> Callable[[], None]:
     """The command that a command line asks for, with its options; a mistake prints one line and exits with code 2."""

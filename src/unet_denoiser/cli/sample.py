@@ -81,7 +81,7 @@ def sample(
         config = SamplingConfig(**defaults | sampling)
         _check_output(num_images, seed, out, preview_every, batch_size)
         from unet_denoiser.sampling.pipeline.distributed import join_processes
-        from unet_denoiser.sampling.pipeline.generation import Request
+        from unet_denoiser.sampling.pipeline.generation import GenerationRequest
         from unet_denoiser.training.run import Run
         from unet_denoiser.utils.files import check_writable
 
@@ -96,7 +96,7 @@ def sample(
         model = loaded.load_model(checkpoint)
         state, where = join_processes(device)
         model = model.to(where)
-        request = Request(
+        request = GenerationRequest(
             edit,
             config,
             range(seed, seed + count),
@@ -148,8 +148,8 @@ def _draw(run: Any, model: Any, request: Any, picture: Path, extras: _Extras, ba
     """Samples as one picture, with what else is wanted of them."""
     from tqdm import tqdm
 
-    from unet_denoiser.sampling.callbacks import Film, LivePreview
-    from unet_denoiser.sampling.pipeline.distributed import perform_together
+    from unet_denoiser.sampling.callbacks import LivePreview, TrajectoryRecorder
+    from unet_denoiser.sampling.pipeline.distributed import generate_distributed
     from unet_denoiser.sampling.samplers import Sampler
 
     if extras.filmed and state.num_processes > 1:
@@ -159,7 +159,7 @@ def _draw(run: Any, model: Any, request: Any, picture: Path, extras: _Extras, ba
         columns = len(x) if request.edit.interpolates else None
         return run.save_grid(x, picture, request.classes or request.captions, columns=columns)
 
-    count, film = len(request.seeds), Film(run.decode, run.picture_range)
+    count, film = len(request.seeds), TrajectoryRecorder(run.decode, run.picture_range)
     watch: list[Callable[[Any], None]] = [film] * (extras.strip or extras.gif)
     if extras.preview_every is not None:
         watch.append(LivePreview(count, extras.preview_every, lambda x: save(run.decode(x))))
@@ -172,7 +172,7 @@ def _draw(run: Any, model: Any, request: Any, picture: Path, extras: _Extras, ba
             for each in watch:
                 each(step)
 
-        x = perform_together(run, model, request, state, batch_size=batch_size, on_step=seen)
+        x = generate_distributed(run, model, request, state, batch_size=batch_size, on_step=seen)
     if not state.is_main_process:
         return
     written = save(x)
@@ -189,7 +189,7 @@ def _fill(run: Any, model: Any, request: Any, folder: Path, batch_size: int, sta
     """Samples as files in a folder; the process's share of them."""
     from tqdm import tqdm
 
-    from unet_denoiser.sampling.pipeline.distributed import fill, open_shards
+    from unet_denoiser.sampling.pipeline.distributed import generate_shards, open_shards
 
     shards = open_shards(run, model, request, folder, batch_size, state)
     missing = sum(map(len, shards.missing))
@@ -197,7 +197,7 @@ def _fill(run: Any, model: Any, request: Any, folder: Path, batch_size: int, sta
     shown = None if state.is_main_process else True
     try:
         with tqdm(total=missing // state.num_processes, unit="img", disable=shown) as bar:
-            for part in fill(run, model, request, shards, state, batch_size=batch_size):
+            for part in generate_shards(run, model, request, shards, state, batch_size=batch_size):
                 done += len(part)
                 bar.update(len(part))
     except KeyboardInterrupt:

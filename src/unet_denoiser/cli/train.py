@@ -51,9 +51,9 @@ def train(
             raise ValueError("give either DATA or --resume RUN")
         if out is not None and not out.name:
             raise ValueError(f"out={str(out)!r} names no new directory; give one, as in runs/pictures")
-        from unet_denoiser.training.launch import resumed, started
+        from unet_denoiser.training.launch import resume_run, start_run
 
-        run, trainer = resumed(resume, locals()) if resume else started(str(data), locals())
+        run, trainer = resume_run(resume, locals()) if resume else start_run(str(data), locals())
         total = sum(p.numel() for p in trainer.model.parameters())
         images = f"{len(trainer.data):,} images" if hasattr(trainer.data, "__len__") else "a stream of images"
         say = print if trainer.accelerator.is_main_process else lambda text: None

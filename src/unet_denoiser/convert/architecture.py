@@ -9,7 +9,7 @@ from typing import Any
 from unet_denoiser.config.base import QKVOrder
 from unet_denoiser.config.presets import PRESETS, preset
 from unet_denoiser.config.unet import UNetConfig
-from unet_denoiser.convert.key_maps import LAYOUTS, Skeleton
+from unet_denoiser.convert.key_maps import LAYOUTS, BlockStructure
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -30,7 +30,7 @@ _MEANT: dict[str, dict[str, Any]] = {
 _UNSEEN = ("num_heads", "head_dim", "dropout", "image_size", "attention_resolutions", "norm_groups")
 
 
-def recognise(names: Collection[str]) -> str:
+def detect_layout(names: Collection[str]) -> str:
     """The layout of a checkpoint, a key of `LAYOUTS`; ValueError when it is none of them."""
     for layout, sign in _SIGNS.items():
         if sign in names:
@@ -41,7 +41,7 @@ def recognise(names: Collection[str]) -> str:
     raise ValueError(f"not a U-Net of this family: it has {some}; expected one of {', '.join(_SIGNS.values())}")
 
 
-def skeleton(layout: str, names: Collection[str]) -> Skeleton:
+def detect_structure(layout: str, names: Collection[str]) -> BlockStructure:
     """Count the blocks and levels."""
     resolution = 0
     if layout == "compvis":
@@ -60,7 +60,7 @@ def skeleton(layout: str, names: Collection[str]) -> Skeleton:
     if blocks < 1 or levels < 1:
         raise ValueError(f"a {layout} checkpoint without encoder blocks: it is not a whole U-Net")
     transformer = any(".transformer_blocks." in name for name in names)
-    bare = Skeleton(blocks, levels, (True,) * levels, transformer, resolution)
+    bare = BlockStructure(blocks, levels, (True,) * levels, transformer, resolution)
 
     def attended(level: int) -> bool:
         entries = range(level * (blocks + 1), level * (blocks + 1) + blocks)
@@ -69,7 +69,7 @@ def skeleton(layout: str, names: Collection[str]) -> Skeleton:
     return bare._replace(attended=tuple(map(attended, range(levels))))
 
 
-def infer(layout: str, shapes: Shapes, bones: Skeleton) -> dict[str, Any]:
+def infer_options(layout: str, shapes: Shapes, bones: BlockStructure) -> dict[str, Any]:
     """The options of `UNetConfig` that names and shapes tell; all but the heads, the resolutions' scale and dropout."""
     n, levels = bones.blocks, bones.levels
 
@@ -137,7 +137,7 @@ def _edm_groups(shapes: Shapes) -> int:
     return groups.pop()
 
 
-def _transformer_options(shapes: Shapes, layout: str, bones: Skeleton, widths: list[int]) -> dict[str, Any]:
+def _transformer_options(shapes: Shapes, layout: str, bones: BlockStructure, widths: list[int]) -> dict[str, Any]:
     bones = bones._replace(attended=(True,) * bones.levels)  # so that every level can be asked
 
     def depth(prefix: str) -> int:
@@ -161,7 +161,7 @@ def _transformer_options(shapes: Shapes, layout: str, bones: Skeleton, widths: l
     return options
 
 
-def complete(options: dict[str, Any], given: Mapping[str, Any]) -> tuple[UNetConfig, str | None]:
+def fill_from_preset(options: dict[str, Any], given: Mapping[str, Any]) -> tuple[UNetConfig, str | None]:
     """Add what shapes cannot tell: from `given`, else from the preset that has everything else in common.
 
     Returns:
@@ -181,7 +181,7 @@ def complete(options: dict[str, Any], given: Mapping[str, Any]) -> tuple[UNetCon
             return UNetConfig(**options | own | dict(given)), name
     raise ValueError(
         "the file does not tell the number of attention heads, and no known network has its shapes "
-        f"({described(probe)}); give num_heads=... or head_dim=..., for example head_dim=64"
+        f"({describe(probe)}); give num_heads=... or head_dim=..., for example head_dim=64"
     )
 
 
@@ -191,7 +191,7 @@ def published_order(config: UNetConfig) -> QKVOrder:
     return "new" if any(_visible(preset(name)) == _visible(config) for name in new) else "legacy"
 
 
-def described(config: UNetConfig) -> str:
+def describe(config: UNetConfig) -> str:
     """The known network that is nearest to an architecture, and where they differ."""
     own = _visible(config)
     differences = {

@@ -1,8 +1,4 @@
-"""Checkpoints of other code, into our names and back: pure functions from state dicts to state dicts.
-
-`read` takes a file or folder in any layout of the family; `write` gives one back. One file per concern: `layouts`
-(names), `infer` (the architecture, from names and shapes), `tensors` (the edits), `diffusers_config`, `files`.
-"""
+"""Read a checkpoint of any layout, and write one: pure functions between state dicts."""
 
 from __future__ import annotations
 
@@ -15,16 +11,23 @@ from torch import Tensor
 
 from unet_denoiser.config.base import ForeignFormat, QKVOrder, check_choice
 from unet_denoiser.config.unet import UNetConfig
-from unet_denoiser.convert.architecture import complete, described, infer, published_order, recognise, skeleton
+from unet_denoiser.convert.architecture import (
+    describe,
+    detect_layout,
+    detect_structure,
+    fill_from_preset,
+    infer_options,
+    published_order,
+)
 from unet_denoiser.convert.checkpoint_files import read_state, save_state
 from unet_denoiser.convert.diffusers_config import from_diffusers, has_linear_projections, to_diffusers
-from unet_denoiser.convert.key_maps import LAYOUTS, Skeleton, skeleton_of
-from unet_denoiser.convert.state_dict import Dialect, Packing, to_ours, to_theirs
+from unet_denoiser.convert.key_maps import LAYOUTS, BlockStructure, block_structure
+from unet_denoiser.convert.state_dict import FormatVariant, Packing, to_foreign, to_internal
 
 ShapesOf = Callable[[UNetConfig], Mapping[str, Sequence[int]]]
 
 
-def read(
+def import_checkpoint(
     path: Path,
     shapes_of: ShapesOf,
     *,
@@ -47,9 +50,9 @@ def read(
         FileNotFoundError, ValueError: what is wrong, by name.
     """
     state, foreign = read_state(path, ema, variant)
-    layout = recognise(state)
-    bones = skeleton(layout, state)
-    seen = infer(layout, {name: tuple(t.shape) for name, t in state.items()}, bones)
+    layout = detect_layout(state)
+    bones = detect_structure(layout, state)
+    seen = infer_options(layout, {name: tuple(t.shape) for name, t in state.items()}, bones)
     known, cosines_first = None, layout in ("compvis", "edm")
     options = _placed(options.get("image_size", (foreign or {}).get("sample_size")), bones) | options
     if foreign is not None:
@@ -60,7 +63,7 @@ def read(
     else:
         if layout == "diffusers":
             seen["time_frequencies"], cosines_first = "half", True
-        config, known = complete(seen, options)
+        config, known = fill_from_preset(seen, options)
     packed = layout != "edm" and any(".qkv." in name for name in state)
     many_heads = any(config.heads(level) > 1 for level in range(bones.levels))
     if packed and many_heads and qkv_order is None and known is None:
@@ -68,14 +71,14 @@ def read(
     if qkv_order is not None and not packed:
         raise ValueError(f"qkv_order={qkv_order!r}: this file does not leave the order open; leave it out")
     packing: Packing = "edm" if layout == "edm" else qkv_order or published_order(config)
-    dialect = Dialect(LAYOUTS[layout], bones, config.heads, packing, cosines_first)
+    dialect = FormatVariant(LAYOUTS[layout], bones, config.heads, packing, cosines_first)
     try:
-        return config, to_ours(state, shapes_of(config), dialect)
+        return config, to_internal(state, shapes_of(config), dialect)
     except ValueError as error:
-        raise ValueError(f"{described(config)}, but {error}") from None
+        raise ValueError(f"{describe(config)}, but {error}") from None
 
 
-def write(
+def export_state_dict(
     state: Mapping[str, Tensor], config: UNetConfig, layout: str, *, qkv_order: QKVOrder | None = None
 ) -> dict[str, Tensor]:
     """Our parameters under the names of a layout: "compvis" (ADM, LDM, Stable Diffusion), "diffusers", "ddpm" or "edm".
@@ -90,10 +93,12 @@ def write(
     cosines_first = config.time_frequencies == "half"
     linear = has_linear_projections(config)
     packing: Packing = "edm" if layout == "edm" else qkv_order or published_order(config)
-    return to_theirs(state, Dialect(LAYOUTS[layout], skeleton_of(config), config.heads, packing, cosines_first, linear))
+    return to_foreign(
+        state, FormatVariant(LAYOUTS[layout], block_structure(config), config.heads, packing, cosines_first, linear)
+    )
 
 
-def save(
+def export_checkpoint(
     state: Mapping[str, Tensor],
     config: UNetConfig,
     path: Path,
@@ -113,11 +118,11 @@ def save(
     check_choice("to", to, ForeignFormat)
     if to == "diffusers":
         foreign = to_diffusers(config)
-        save_state(write(state, config, "diffusers"), path, foreign)
+        save_state(export_state_dict(state, config, "diffusers"), path, foreign)
         return
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: the format {to!r} is one file; give a name that ends in .safetensors")
-    theirs = write(state, config, "ddpm" if to == "ddpm" else "compvis", qkv_order=qkv_order)
+    theirs = export_state_dict(state, config, "ddpm" if to == "ddpm" else "compvis", qkv_order=qkv_order)
     save_state({f"model.diffusion_model.{n}" if to == "ldm" else n: t for n, t in theirs.items()}, path)
 
 
@@ -128,7 +133,7 @@ def _by_head_width(config: UNetConfig) -> UNetConfig:
     return replace(config, num_heads=None, head_dim=widths.pop()) if one_width else config
 
 
-def _placed(size: Any, bones: Skeleton) -> dict[str, Any]:
+def _placed(size: Any, bones: BlockStructure) -> dict[str, Any]:
     """The options that have attention where the file has it, in a network for images of this size."""
     sizes = [size] if isinstance(size, int) else size
     if not isinstance(sizes, list | tuple) or not sizes or not all(type(n) is int and n > 0 for n in sizes):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from unet_denoiser.config.unet import UNetConfig
 
 
-class Skeleton(NamedTuple):
+class BlockStructure(NamedTuple):
     """What the index arithmetic needs: residual blocks per level, levels, which have attention, and its kind.
 
     resolution: of the first level, for the layout that has it in its names.
@@ -25,14 +25,16 @@ class Skeleton(NamedTuple):
     resolution: int = 0
 
 
-def skeleton_of(config: UNetConfig) -> Skeleton:
+def block_structure(config: UNetConfig) -> BlockStructure:
     """The skeleton of an architecture."""
     levels = len(config.widths)
     attended = tuple(map(config.has_attention, range(levels)))
-    return Skeleton(config.num_res_blocks, levels, attended, config.attention == "transformer", config.resolutions[0])
+    return BlockStructure(
+        config.num_res_blocks, levels, attended, config.attention == "transformer", config.resolutions[0]
+    )
 
 
-class Source(NamedTuple):
+class ForeignTensor(NamedTuple):
     """A foreign tensor, and how it differs from our parameter.
 
     ones: trailing dimensions of length one that it has and ours has not (a 1x1 convolution for a linear layer).
@@ -47,7 +49,7 @@ class Source(NamedTuple):
     transposed: bool = False
 
 
-class Place(NamedTuple):
+class ParameterLocation(NamedTuple):
     """Where a parameter is: half, entry, child of that, block of a level, what is left of its name, kind of layer."""
 
     half: str
@@ -59,26 +61,26 @@ class Place(NamedTuple):
     kind: str  # "res", "attention", "down" or "up"
 
 
-Layout = Callable[[str, Skeleton], Source]
+Layout = Callable[[str, BlockStructure], ForeignTensor]
 
 
-def locate(name: str, skeleton: Skeleton) -> Place:
+def locate(name: str, skeleton: BlockStructure) -> ParameterLocation:
     """Take a name like "decoder.5.1.attn.to_q.weight" apart."""
     half, first, rest = name.split(".", 2)
     n, last = skeleton.blocks, skeleton.levels - 1
     index = int(first)
     if half == "bottleneck":
-        return Place(half, index, last, 0, index, rest, "attention" if index == 1 else "res")
+        return ParameterLocation(half, index, last, 0, index, rest, "attention" if index == 1 else "res")
     level, block = divmod(index, n + 1)
     if half == "encoder" and block == n:
-        return Place(half, index, level, block, 0, rest, "down")
+        return ParameterLocation(half, index, level, block, 0, rest, "down")
     child, leaf = rest.split(".", 1)
     level = level if half == "encoder" else last - level
     kind = "res" if child == "0" else "attention" if child == "1" and skeleton.attended[level] else "up"
-    return Place(half, index, level, block, int(child), leaf, kind)
+    return ParameterLocation(half, index, level, block, int(child), leaf, kind)
 
 
-def layer_name(name: str, skeleton: Skeleton) -> str:
+def layer_name(name: str, skeleton: BlockStructure) -> str:
     """What a reader calls the layer of a parameter: "the attention of encoder block 5"; "" outside the blocks."""
     if not name.startswith(("encoder", "bottleneck", "decoder")):
         return ""
@@ -108,13 +110,13 @@ def _ones(leaf: str, count: int) -> int:
     return count if leaf.endswith("weight") else 0
 
 
-def _packed(prefix: str, place: Place, projection: str, ones: int) -> Source:
+def _packed(prefix: str, place: ParameterLocation, projection: str, ones: int) -> ForeignTensor:
     """Attention with query, key and value in one tensor."""
     stem, _, end = place.leaf.rpartition(".")
     if stem == "attn.to_out":
-        return Source(f"{prefix}.{projection}.{end}", _ones(end, ones))
+        return ForeignTensor(f"{prefix}.{projection}.{end}", _ones(end, ones))
     part = ("attn.to_q", "attn.to_k", "attn.to_v").index(stem)
-    return Source(f"{prefix}.qkv.{end}", _ones(end, ones), part, place.level)
+    return ForeignTensor(f"{prefix}.qkv.{end}", _ones(end, ones), part, place.level)
 
 
 # ---- ADM, improved-diffusion, LDM, Stable Diffusion ------------------------------------------------------------------
@@ -137,10 +139,10 @@ _COMPVIS_RES = {
 }
 
 
-def compvis(name: str, skeleton: Skeleton) -> Source:
+def compvis(name: str, skeleton: BlockStructure) -> ForeignTensor:
     """The flat layout: input_blocks, middle_block, output_blocks."""
     if not name.startswith(("encoder", "bottleneck", "decoder")):
-        return Source(_rename(name, _COMPVIS_TOP))
+        return ForeignTensor(_rename(name, _COMPVIS_TOP))
     place = locate(name, skeleton)
     prefix = {
         "encoder": f"input_blocks.{place.entry + 1}.{place.child}",
@@ -149,13 +151,13 @@ def compvis(name: str, skeleton: Skeleton) -> Source:
     }[place.half]
     leaf = place.leaf
     if leaf.startswith("conv."):
-        return Source(f"{prefix}.{leaf.replace('conv', 'op') if place.kind == 'down' else leaf}")
+        return ForeignTensor(f"{prefix}.{leaf.replace('conv', 'op') if place.kind == 'down' else leaf}")
     if place.kind != "attention":
-        return Source(f"{prefix}.{_rename(leaf, _COMPVIS_RES)}")
+        return ForeignTensor(f"{prefix}.{_rename(leaf, _COMPVIS_RES)}")
     if skeleton.transformer:
-        return Source(f"{prefix}.{_transformer(leaf)}", _ones(leaf, 2) if leaf.startswith("proj_") else 0)
+        return ForeignTensor(f"{prefix}.{_transformer(leaf)}", _ones(leaf, 2) if leaf.startswith("proj_") else 0)
     if leaf.startswith("norm."):
-        return Source(f"{prefix}.{leaf}")
+        return ForeignTensor(f"{prefix}.{leaf}")
     return _packed(prefix, place, "proj_out", 1)
 
 
@@ -190,10 +192,10 @@ _DIFFUSERS_ATTENTION = {
 }
 
 
-def diffusers(name: str, skeleton: Skeleton) -> Source:
+def diffusers(name: str, skeleton: BlockStructure) -> ForeignTensor:
     """The nested layout: down_blocks, mid_block, up_blocks, from the lowest resolution up."""
     if not name.startswith(("encoder", "bottleneck", "decoder")):
-        return Source(_rename(name, _DIFFUSERS_TOP))
+        return ForeignTensor(_rename(name, _DIFFUSERS_TOP))
     place = locate(name, skeleton)
     parent = {
         "encoder": f"down_blocks.{place.level}",
@@ -205,10 +207,10 @@ def diffusers(name: str, skeleton: Skeleton) -> Source:
         prefix = f"{parent}.attentions.{block if place.half != 'bottleneck' else 0}"
         if skeleton.transformer:
             ones = _ones(place.leaf, 2) if place.leaf.startswith("proj_") else 0
-            return Source(f"{prefix}.{_transformer(place.leaf)}", ones)
-        return Source(f"{prefix}.{_rename(place.leaf, _DIFFUSERS_ATTENTION)}")
+            return ForeignTensor(f"{prefix}.{_transformer(place.leaf)}", ones)
+        return ForeignTensor(f"{prefix}.{_rename(place.leaf, _DIFFUSERS_ATTENTION)}")
     group = {"res": f"resnets.{block}", "down": "downsamplers.0", "up": "upsamplers.0"}[place.kind]
-    return Source(f"{parent}.{group}.{_rename(place.leaf, _DIFFUSERS_RES)}")
+    return ForeignTensor(f"{parent}.{group}.{_rename(place.leaf, _DIFFUSERS_RES)}")
 
 
 # ---- the PyTorch port of DDPM ----------------------------------------------------------------------------------------
@@ -230,10 +232,10 @@ _DDPM_ATTENTION = {
 }
 
 
-def ddpm(name: str, skeleton: Skeleton) -> Source:
+def ddpm(name: str, skeleton: BlockStructure) -> ForeignTensor:
     """The layout by level: down, mid, up, numbered by resolution in both halves."""
     if not name.startswith(("encoder", "bottleneck", "decoder")):
-        return Source(_rename(name, _DDPM_TOP))
+        return ForeignTensor(_rename(name, _DDPM_TOP))
     place = locate(name, skeleton)
     if place.half == "bottleneck":
         prefix = "mid." + ("block_1", "attn_1", "block_2")[place.child]
@@ -243,8 +245,8 @@ def ddpm(name: str, skeleton: Skeleton) -> Source:
         prefix = f"{parent}.{group.get(place.kind, place.kind + 'sample')}"
     if place.kind == "attention":
         ones = 0 if place.leaf.startswith("norm") else _ones(place.leaf, 2)
-        return Source(f"{prefix}.{_rename(place.leaf, _DDPM_ATTENTION)}", ones)
-    return Source(f"{prefix}.{_rename(place.leaf, _DDPM_RES)}")
+        return ForeignTensor(f"{prefix}.{_rename(place.leaf, _DDPM_ATTENTION)}", ones)
+    return ForeignTensor(f"{prefix}.{_rename(place.leaf, _DDPM_RES)}")
 
 
 # ---- EDM's DhariwalUNet ----------------------------------------------------------------------------------------------
@@ -267,12 +269,12 @@ _EDM_RES = {
 }
 
 
-def edm(name: str, skeleton: Skeleton) -> Source:
+def edm(name: str, skeleton: BlockStructure) -> ForeignTensor:
     """The layout by resolution: enc and dec, where a residual block holds its attention too."""
     if name.startswith("input_conv"):
-        return Source(f"enc.{_square(skeleton.resolution)}_conv.{name.partition('.')[2]}")
+        return ForeignTensor(f"enc.{_square(skeleton.resolution)}_conv.{name.partition('.')[2]}")
     if not name.startswith(("encoder", "bottleneck", "decoder")):
-        return Source(_rename(name, _EDM_TOP), transposed=name == "class_embedding.weight")
+        return ForeignTensor(_rename(name, _EDM_TOP), transposed=name == "class_embedding.weight")
     place = locate(name, skeleton)
     # resampling is the first block of the level it leads to
     level = place.level + {"down": 1, "up": -1}.get(place.kind, 0)
@@ -280,9 +282,9 @@ def edm(name: str, skeleton: Skeleton) -> Source:
     entry = place.kind if place.kind in ("down", "up") else block
     prefix = f"{'enc' if place.half == 'encoder' else 'dec'}.{_square(skeleton.resolution >> level)}_{entry}"
     if place.kind != "attention":
-        return Source(f"{prefix}.{_rename(place.leaf, _EDM_RES)}")
+        return ForeignTensor(f"{prefix}.{_rename(place.leaf, _EDM_RES)}")
     if place.leaf.startswith("norm."):
-        return Source(f"{prefix}.norm2.{place.leaf.partition('.')[2]}")
+        return ForeignTensor(f"{prefix}.norm2.{place.leaf.partition('.')[2]}")
     return _packed(prefix, place, "proj", 2)
 
 

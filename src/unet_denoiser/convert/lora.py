@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from unet_denoiser.convert.key_maps import LAYOUTS, skeleton_of
+from unet_denoiser.convert.key_maps import LAYOUTS, block_structure
 from unet_denoiser.convert.state_dict import swap_halves
 from unet_denoiser.utils.tensor_files import read_safetensors
 
@@ -214,7 +214,7 @@ def _shown(tensor: Tensor) -> str:
 
 def _modules(model: nn.Module) -> dict[str, str]:
     """Our weight for each foreign module's name with underscores, in both layouts; packed projections have none."""
-    bones = skeleton_of(model.config)  # type: ignore[arg-type]
+    bones = block_structure(model.config)  # type: ignore[arg-type]
     found = {}
     for ours, _ in model.named_parameters():
         if not ours.endswith(".weight") or ours.startswith(("time_cond", "null_")):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unet_denoiser.config.base import QKVOrder
-from unet_denoiser.convert.key_maps import Layout, Skeleton, Source, layer_name
+from unet_denoiser.convert.key_maps import BlockStructure, ForeignTensor, Layout, layer_name
 
 Packing = Literal[QKVOrder, "edm"]
 
@@ -17,7 +17,7 @@ Packing = Literal[QKVOrder, "edm"]
 _SINUSOIDS = {"time_mlp.1.weight": 1, "time_cond.weight": 0}
 
 
-class Dialect(NamedTuple):
+class FormatVariant(NamedTuple):
     """What differs between files of one layout.
 
     heads: number of heads of a level. packing: rows of a packed projection are (head, qkv, channel) in "legacy" files,
@@ -26,18 +26,20 @@ class Dialect(NamedTuple):
     """
 
     layout: Layout
-    skeleton: Skeleton
+    skeleton: BlockStructure
     heads: Callable[[int], int]
     packing: Packing = "legacy"
     cosines_first: bool = True
     linear: bool = False
 
-    def source(self, name: str) -> Source:
+    def source(self, name: str) -> ForeignTensor:
         found = self.layout(name, self.skeleton)
         return found._replace(ones=0) if self.linear and ".proj_" in name else found
 
 
-def to_ours(state: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], dialect: Dialect) -> dict[str, Tensor]:
+def to_internal(
+    state: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], dialect: FormatVariant
+) -> dict[str, Tensor]:
     """Our parameters, of these shapes, from a foreign state dict.
 
     Raises:
@@ -72,7 +74,7 @@ def to_ours(state: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], di
     return ours
 
 
-def _lacking(sources: Mapping[str, str], state: Mapping[str, Tensor], skeleton: Skeleton) -> list[str]:
+def _lacking(sources: Mapping[str, str], state: Mapping[str, Tensor], skeleton: BlockStructure) -> list[str]:
     """What is missing: a whole layer by what it is, anything less by name."""
     layers: dict[str, list[str]] = {}
     for name, source in sources.items():
@@ -87,8 +89,8 @@ def _lacking(sources: Mapping[str, str], state: Mapping[str, Tensor], skeleton: 
     return problems
 
 
-def to_theirs(ours: Mapping[str, Tensor], dialect: Dialect) -> dict[str, Tensor]:
-    """The foreign state dict of our parameters: the inverse of `to_ours`, bit for bit."""
+def to_foreign(ours: Mapping[str, Tensor], dialect: FormatVariant) -> dict[str, Tensor]:
+    """The foreign state dict of our parameters: the inverse of `to_internal`, bit for bit."""
     theirs: dict[str, Tensor] = {}
     packed: dict[str, list[Tensor]] = {}
     for name, tensor in ours.items():

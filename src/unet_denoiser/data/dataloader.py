@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
 
-from unet_denoiser.data.dataset import ImageData, Place, StreamData
+from unet_denoiser.data.dataset import ImageDataset, StreamDataset, StreamIndex
 from unet_denoiser.data.transforms import UnreadableItemError
 
 PREFETCHED = 4  # batches per worker
 REPLACEMENTS = 100  # unreadable items in a row after which the data are taken to be gone
 
 
-class EndlessBatches(Sampler[list[Place]]):
+class EndlessBatches(Sampler[list[StreamIndex]]):
     """Batches `start` to `stop` of an endless stream: a new random order each epoch, without gaps between epochs.
 
     Any batch size fits any data set, and training goes on at any batch with the items it would have had. The order
@@ -47,13 +47,13 @@ class EndlessBatches(Sampler[list[Place]]):
         self.buckets = [np.arange(buckets)] if isinstance(buckets, int) else list(buckets)
         self.sizes = np.array([len(bucket) for bucket in self.buckets])
         self.batch_size, self.seed, self.start, self.stop = batch_size, seed, start, stop
-        self.part = part_of(batch_size, num_processes, process_index)
+        self.part = process_slice(batch_size, num_processes, process_index)
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
 
     def __len__(self) -> int:
         return self.stop - self.start
 
-    def __iter__(self) -> Iterator[list[Place]]:
+    def __iter__(self) -> Iterator[list[StreamIndex]]:
         last = (self.start + len(self.buckets) + 1) * self.batch_size // int(self.sizes.sum()) + 1
         first = bisect_right(range(last + 1), self.start, key=lambda epoch: int(self._before(epoch).sum())) - 1
         for epoch in count(first):
@@ -75,10 +75,12 @@ class EndlessBatches(Sampler[list[Place]]):
             yield bucket, int(turns[bucket])
             turns[bucket] += 1
 
-    def _places(self, batch: int, bucket: int, turn: int) -> list[Place]:
+    def _places(self, batch: int, bucket: int, turn: int) -> list[StreamIndex]:
         offsets = range(self.batch_size)[self.part]
         items = [self._item(bucket, turn * self.batch_size + i) for i in offsets]
-        return [Place(item, batch * self.batch_size + i, self.seed) for item, i in zip(items, offsets, strict=True)]
+        return [
+            StreamIndex(item, batch * self.batch_size + i, self.seed) for item, i in zip(items, offsets, strict=True)
+        ]
 
     def _item(self, bucket: int, position: int) -> int:
         epoch, offset = divmod(position, int(self.sizes[bucket]))
@@ -89,7 +91,7 @@ class EndlessBatches(Sampler[list[Place]]):
         return int(order[offset])
 
 
-def part_of(batch_size: int, num_processes: int, process_index: int) -> slice:
+def process_slice(batch_size: int, num_processes: int, process_index: int) -> slice:
     """The part of each batch that a process takes; ValueError for one that cannot be shared."""
     if batch_size % num_processes:
         raise ValueError(f"batch_size={batch_size} must be a multiple of the {num_processes} processes")
@@ -100,12 +102,12 @@ def part_of(batch_size: int, num_processes: int, process_index: int) -> slice:
 class Replacing(Dataset[dict[str, Any]]):
     """A data set whose items that cannot be read are replaced by the next ones of their size, with one warning."""
 
-    def __init__(self, data: ImageData) -> None:
+    def __init__(self, data: ImageDataset) -> None:
         self.data = data
         self._warned = torch.zeros(1, dtype=torch.bool).share_memory_()  # by all workers
         self._buckets = data.buckets or [np.arange(len(data))]
 
-    def __getitem__(self, place: Place) -> dict[str, Any]:
+    def __getitem__(self, place: StreamIndex) -> dict[str, Any]:
         try:
             return self.data[place]
         except UnreadableItemError as error:
@@ -116,7 +118,7 @@ class Replacing(Dataset[dict[str, Any]]):
         position = int(np.searchsorted(bucket, int(place)))
         for i in range(1, min(len(bucket), REPLACEMENTS)):
             try:
-                return self.data[Place(int(bucket[(position + i) % len(bucket)]), place.position, place.seed)]
+                return self.data[StreamIndex(int(bucket[(position + i) % len(bucket)]), place.position, place.seed)]
             except UnreadableItemError as error:
                 last = error
         raise ValueError(f"{min(len(bucket), REPLACEMENTS)} items in a row cannot be read, the last: {last}")
@@ -128,7 +130,7 @@ def collate(items: list[dict[str, Any]]) -> Any:
 
 
 def make_loader(
-    data: ImageData | StreamData,
+    data: ImageDataset | StreamDataset,
     batch_size: int,
     *,
     seed: int,
@@ -161,8 +163,8 @@ def make_loader(
     if workers:
         options |= {"prefetch_factor": PREFETCHED, "multiprocessing_context": multiprocessing_context}
         options |= {"worker_init_fn": outlive_signals}
-    if isinstance(data, StreamData):
-        part = part_of(batch_size, num_processes, process_index)
+    if isinstance(data, StreamDataset):
+        part = process_slice(batch_size, num_processes, process_index)
         batches = StreamBatches(data, batch_size, seed, start, stop, part, max(1, workers))
         return DataLoader(batches, batch_size=None, num_workers=min(1, workers), **options)
     buckets = data.buckets or len(data)
@@ -170,8 +172,8 @@ def make_loader(
     return DataLoader(Replacing(data), batch_sampler=sampler, num_workers=workers, **options)
 
 
-def default_workers(data: ImageData | StreamData) -> int:
-    if isinstance(data, ImageData) and data.in_memory:
+def default_workers(data: ImageDataset | StreamDataset) -> int:
+    if isinstance(data, ImageDataset) and data.in_memory:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(4, cores)
@@ -234,7 +236,7 @@ class StreamBatches(IterableDataset[list[dict[str, Any]]]):
     """
 
     def __init__(
-        self, data: StreamData, batch_size: int, seed: int, start: int, stop: int, part: slice, threads: int = 1
+        self, data: StreamDataset, batch_size: int, seed: int, start: int, stop: int, part: slice, threads: int = 1
     ) -> None:
         self.data, self.batch_size, self.seed, self.threads = data, batch_size, seed, threads
         self.start, self.stop, self.part = start, stop, part
@@ -265,7 +267,7 @@ class StreamBatches(IterableDataset[list[dict[str, Any]]]):
         """Item `index` of the batch, or the next one that can be read."""
         for i in [*range(index, len(rows)), *range(index)]:
             try:
-                return self.data.decode(rows[i], Place(i, first + index, self.seed))
+                return self.data.decode(rows[i], StreamIndex(i, first + index, self.seed))
             except UnreadableItemError as error:
                 if not self._warned:
                     warnings.warn(f"{error}; it is replaced by another (this is said once)", stacklevel=1)

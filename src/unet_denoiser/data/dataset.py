@@ -13,7 +13,7 @@ from unet_denoiser.config.data import DataConfig
 from unet_denoiser.data.transforms import augment, to_float
 
 
-class Place(int):
+class StreamIndex(int):
     """An item's index that also knows its position in the endless stream of training, and so its own randomness.
 
     Being an int, it indexes any map-style data set. Equal seeds and positions give equal augmentation, whichever
@@ -23,7 +23,7 @@ class Place(int):
     position: int
     seed: int
 
-    def __new__(cls, index: int, position: int, seed: int) -> Place:
+    def __new__(cls, index: int, position: int, seed: int) -> StreamIndex:
         place = super().__new__(cls, index)
         place.position, place.seed = position, seed
         return place
@@ -35,8 +35,8 @@ class Place(int):
         return np.random.default_rng([self.seed, self.position, 0, 1])  # 1: not the numbers that order the epochs
 
 
-class ImageData(Dataset[dict[str, Any]]):
-    """A map-style data set of {"image": float32 (C, *spatial) in [-1, 1], conditions}, augmented where a `Place` asks.
+class ImageDataset(Dataset[dict[str, Any]]):
+    """A map-style dataset of {"image": float32 (C, *spatial) in [-1, 1], conditions}; a `StreamIndex` has it augmented.
 
     A class of one's own gives `__len__` and `__getitem__`; those here give `pixels` and `conditions` instead.
 
@@ -83,7 +83,7 @@ class ImageData(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         image = to_float(self.pixels(index))
-        rng = index.rng() if isinstance(index, Place) else None
+        rng = index.rng() if isinstance(index, StreamIndex) else None
         return {"image": augment(image, self.size_of(index), self.config, rng, self.background)} | self.conditions(
             index
         )
@@ -102,10 +102,10 @@ ATTRIBUTES = (
 )
 
 
-class Wrapped(ImageData):
+class DatasetWrapper(ImageDataset):
     """A data set that changes another's items."""
 
-    def __init__(self, data: ImageData) -> None:
+    def __init__(self, data: ImageDataset) -> None:
         self.data = data
         for name in ATTRIBUTES:
             setattr(self, name, getattr(data, name))
@@ -123,8 +123,8 @@ class Wrapped(ImageData):
         return self.data.size_of(index)
 
 
-class StreamData(IterableDataset[dict[str, Any]]):
-    """What a network needs to know of a stream, and how to read it; the attributes are those of `ImageData`."""
+class StreamDataset(IterableDataset[dict[str, Any]]):
+    """What a network needs to know of a stream, and how to read it; the attributes are those of `ImageDataset`."""
 
     channels: int
     image_size: tuple[int, ...]
@@ -138,9 +138,9 @@ class StreamData(IterableDataset[dict[str, Any]]):
         """The items of an epoch, not yet decoded, in an order that depends on `seed` and its number alone."""
         raise NotImplementedError
 
-    def decode(self, raw: Any, place: Place) -> dict[str, Any]:
+    def decode(self, raw: Any, place: StreamIndex) -> dict[str, Any]:
         raise NotImplementedError
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """The items of the first epoch, to look at; training reads through `StreamBatches`."""
-        return (self.decode(raw, Place(i, i, 0)) for i, raw in enumerate(self.epoch(0, 0)))
+        return (self.decode(raw, StreamIndex(i, i, 0)) for i, raw in enumerate(self.epoch(0, 0)))

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from unet_denoiser.config.data import DataConfig
-from unet_denoiser.data.dataset import ImageData, StreamData, Wrapped
+from unet_denoiser.data.dataset import DatasetWrapper, ImageDataset, StreamDataset
 from unet_denoiser.data.sources.arrays import DIGITS, load_digits_data, load_npy, load_npz
-from unet_denoiser.data.sources.image_folder import FolderData, list_images
-from unet_denoiser.data.wrappers.captions import TextData
-from unet_denoiser.data.wrappers.concat import ConcatData, _paired
-from unet_denoiser.data.wrappers.latents import LatentData
+from unet_denoiser.data.sources.image_folder import ImageFolder, list_images
+from unet_denoiser.data.wrappers.captions import CaptionedDataset
+from unet_denoiser.data.wrappers.concat import ConcatConditionDataset, _paired
+from unet_denoiser.data.wrappers.latents import LatentDataset
 from unet_denoiser.utils.cache import digest, fingerprint
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from unet_denoiser.models.text_encoder import TextEncoder
 
 
-def load_data(config: DataConfig | str | Path, **options: Any) -> ImageData | StreamData:
+def load_data(config: DataConfig | str | Path, **options: Any) -> ImageDataset | StreamDataset:
     """The data set that a configuration names.
 
     Args:
@@ -37,7 +37,7 @@ def load_data(config: DataConfig | str | Path, **options: Any) -> ImageData | St
     return with_conditions(config, _load_pictures)
 
 
-def _load_pictures(config: DataConfig) -> ImageData | StreamData:
+def _load_pictures(config: DataConfig) -> ImageDataset | StreamDataset:
     path = Path(config.source)
     if config.source in DIGITS:
         return load_digits_data(config)
@@ -46,7 +46,7 @@ def _load_pictures(config: DataConfig) -> ImageData | StreamData:
 
         return load_hub(config)
     if path.is_dir():
-        return FolderData(path, config)
+        return ImageFolder(path, config)
     if path.is_file() and path.suffix in (".npz", ".npy"):
         return (load_npz if path.suffix == ".npz" else load_npy)(path, config)
     raise FileNotFoundError(
@@ -60,16 +60,16 @@ def _is_table(path: Path) -> bool:
     return path.is_dir() and next(path.rglob("*.parquet"), None) is not None and not list_images(path)
 
 
-def as_found(config: DataConfig, data: ImageData | StreamData) -> DataConfig:
+def with_found_values(config: DataConfig, data: ImageDataset | StreamDataset) -> DataConfig:
     """The configuration with what was left to the data (size, channels, classes), so that it cannot change later."""
-    config, data = found_around(config, data)
+    config, data = unwrap(config, data)
     names = None if data.class_names is None else tuple(data.class_names)
     return replace(config, image_size=tuple(data.image_size), channels=data.channels, class_names=names)
 
 
-def first_item(data: ImageData | StreamData) -> dict[str, Any]:
+def first_item(data: ImageDataset | StreamDataset) -> dict[str, Any]:
     """An item, to see which conditions the data have."""
-    return next(iter(data)) if isinstance(data, StreamData) else data[0]
+    return next(iter(data)) if isinstance(data, StreamDataset) else data[0]
 
 
 def with_conditions(config: DataConfig, load: Callable[[DataConfig], Any]) -> Any:
@@ -97,13 +97,13 @@ def with_conditions(config: DataConfig, load: Callable[[DataConfig], Any]) -> An
     if config.concat is not None:
         is_folder = config.concat != "inpainting" and not config.concat.startswith("downscaled:")
         paired = _paired(config.concat, data, plain, load, vae is not None) if is_folder else None
-        data = ConcatData(data, config.concat, paired)
+        data = ConcatConditionDataset(data, config.concat, paired)
     if vae is not None:
         sources = [Path(p) for p in (config.source, config.concat or "") if p and Path(p).exists()]
         key = digest([repr(sorted(asdict(plain).items())), str(config.concat), fingerprint(sources)])
         measure = config.standardize_latents and config.latent_mean is None
-        data = LatentData(data, vae, key, flip=config.horizontal_flip, standardize=measure)
-    return data if encoder is None else TextData(data, encoder)
+        data = LatentDataset(data, vae, key, flip=config.horizontal_flip, standardize=measure)
+    return data if encoder is None else CaptionedDataset(data, encoder)
 
 
 def text_encoder(config: DataConfig) -> TextEncoder:
@@ -125,13 +125,13 @@ def autoencoder(config: DataConfig) -> Autoencoder:
     return found
 
 
-def found_around(config: DataConfig, data: Any) -> tuple[DataConfig, Any]:
+def unwrap(config: DataConfig, data: Any) -> tuple[DataConfig, Any]:
     """The configuration with measured statistics and whole paths, and the pictures that everything else is around."""
     config = replace(
         config, text_encoder=_whole(config.text_encoder), vae=_whole(config.vae), concat=_whole(config.concat)
     )
-    while isinstance(data, Wrapped):
-        if isinstance(data, LatentData) and config.standardize_latents and config.latent_mean is None:
+    while isinstance(data, DatasetWrapper):
+        if isinstance(data, LatentDataset) and config.standardize_latents and config.latent_mean is None:
             config = replace(config, latent_mean=data.store.mean, latent_std=data.store.std)
         data = data.data
     return config, data

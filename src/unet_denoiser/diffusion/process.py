@@ -27,7 +27,7 @@ SCHEDULER_NAME = "scheduler_config.json"
 VLB_WEIGHT = 0.001
 
 
-def network_input(xt: Tensor, x0_estimate: Tensor | None) -> Tensor:
+def self_conditioned_input(xt: Tensor, x0_estimate: Tensor | None) -> Tensor:
     """What the network sees of the process: x_t, with self-conditioning followed by an estimate of x0."""
     return xt if x0_estimate is None else torch.cat([xt, x0_estimate], dim=1)
 
@@ -126,8 +126,8 @@ class Diffusion:
         authors' units, T times the bits per dimension of the timestep).
 
         Args:
-            model: called as model(input, t, **inputs), with the input that `network_input` makes, through
-                `with_concat`.
+            model: called as model(input, t, **inputs), with the input that `self_conditioned_input` makes, through
+                `accepts_concat`.
             x0: (B, C, ...) data.
             t, noise: drawn uniformly and from N(0, 1) unless given; `draw_noise` makes other noise.
             weighting: (error (B,), t (B,)) -> (B,) what is minimised; see `LossWeighting`.
@@ -139,11 +139,11 @@ class Diffusion:
         """
         t = torch.randint(self.num_train_timesteps, (len(x0),), device=x0.device) if t is None else t
         noise = draw_noise(x0) if noise is None else noise
-        model, xt, estimate = with_concat(model), self.add_noise(x0, noise, t), None
+        model, xt, estimate = accepts_concat(model), self.add_noise(x0, noise, t), None
         if self.self_conditioning:
             seeing = torch.rand(len(x0), device=x0.device) < 0.5 if self_condition is None else self_condition
             estimate = self._first_estimate(model, xt, t, seeing, inputs)
-        prediction, variance = self.split(model(network_input(xt, estimate), t, **inputs).float(), x0)
+        prediction, variance = self.split(model(self_conditioned_input(xt, estimate), t, **inputs).float(), x0)
         error = (prediction - self.target(x0, noise, t).float()).square().flatten(1).mean(1)
         loss = error if weighting is None else weighting(error, t)
         if variance is not None:
@@ -161,7 +161,7 @@ class Diffusion:
             chosen = torch.zeros(1, dtype=torch.long, device=xt.device)
         some_xt, some_t = xt[chosen], t[chosen]
         with torch.no_grad():
-            output = model(network_input(some_xt, torch.zeros_like(some_xt)), some_t, **_rows(inputs, chosen))
+            output = model(self_conditioned_input(some_xt, torch.zeros_like(some_xt)), some_t, **_rows(inputs, chosen))
             x0 = self.predict_x0(self.split(output.float(), some_xt)[0], some_xt, *self._at(some_t, some_xt))
         estimate = torch.zeros_like(xt).index_copy(0, chosen, x0.to(xt))
         return torch.where(seeing.view(-1, *[1] * (xt.ndim - 1)), estimate, 0)
@@ -272,7 +272,7 @@ class Diffusion:
         return cls.from_dict(read_json(Path(directory) / SCHEDULER_NAME))
 
 
-def with_concat(model: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def accepts_concat(model: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The network as a function that also takes `concat`, channels that are put after those of x.
 
     Training and sampling both call the network through it. `drop["concat"]` (B,) puts zeros where a sample goes

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unet_denoiser.config.unet import CONDITIONS
 from unet_denoiser.data.dataloader import make_loader
-from unet_denoiser.data.dataset import ImageData, StreamData
+from unet_denoiser.data.dataset import ImageDataset, StreamDataset
 from unet_denoiser.data.load import load_data
 from unet_denoiser.diffusion.process import Diffusion
 from unet_denoiser.evaluation.findings import Finding, Measures, judge, likely_cause
@@ -33,7 +33,7 @@ Images = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Report:
+class Diagnosis:
     """What was measured, what it means, and the pictures."""
 
     path: Path
@@ -54,13 +54,13 @@ class Report:
 
 def examine(
     run: Run,
-    data: ImageData | StreamData | None = None,
+    data: ImageDataset | StreamDataset | None = None,
     *,
     num_images: int = 128,
     num_samples: int = 32,
     device: str = "cpu",
     on_step: Callable[[Step], object] | None = None,
-) -> Report:
+) -> Diagnosis:
     """Measure a run with its averaged weights and write RUN/doctor: report.json and pictures.
 
     Args:
@@ -77,7 +77,7 @@ def examine(
             raise ValueError(f"{name}={value} must be at least 2")
     model = run.load_model().to(device)
     data = load_data(run.data) if data is None else data
-    if not isinstance(data, ImageData):
+    if not isinstance(data, ImageDataset):
         raise ValueError(f"{run.path} was trained on a stream, which cannot be searched; give data that can be indexed")
     searched = min(SEARCHED, VALUES // (data.channels * math.prod(data.image_size)))
     images = _some(data, max(num_images, num_samples, searched))
@@ -113,12 +113,12 @@ def examine(
             shown = min(16, len(x))
             pairs = torch.cat([x[:shown], images["image"][nearest[:shown]]])
             pictures.append(save_grid(run.decode(pairs), folder / "neighbours.png", shown, run.picture_range))
-    report = Report(run.path, measures, judge(measures), pictures)
+    report = Diagnosis(run.path, measures, judge(measures), pictures)
     _write(report, folder / "report.json")
     return report
 
 
-def _write(report: Report, path: Path) -> None:
+def _write(report: Diagnosis, path: Path) -> None:
     content: dict[str, Any] = {
         "likely_cause": likely_cause(report.findings),
         "findings": [f._asdict() for f in report.findings],
@@ -132,7 +132,7 @@ def _write(report: Report, path: Path) -> None:
 # ---- the data --------------------------------------------------------------------------------------------------------
 
 
-def _some(data: ImageData | StreamData, count: int) -> Images:
+def _some(data: ImageDataset | StreamDataset, count: int) -> Images:
     """Up to so many images in a random order, with their conditions; all of one size."""
     there = _count(data) or count
     size = there if there <= 512 else BATCH  # whole batches alone are taken
@@ -142,9 +142,9 @@ def _some(data: ImageData | StreamData, count: int) -> Images:
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
-def _count(data: ImageData | StreamData) -> int | None:
+def _count(data: ImageDataset | StreamDataset) -> int | None:
     """How many images there are; None for a stream, which does not know."""
-    return None if isinstance(data, StreamData) else len(data)
+    return None if isinstance(data, StreamDataset) else len(data)
 
 
 def _statistics(x: Tensor, bounds: tuple[float, float] | None) -> dict[str, Any]:
@@ -281,7 +281,7 @@ def _neighbours(x: Tensor, images: Tensor) -> tuple[dict[str, Any], Tensor]:
 # ---- the training ----------------------------------------------------------------------------------------------------
 
 
-def _training(run: Run, data: ImageData | StreamData) -> dict[str, Any]:
+def _training(run: Run, data: ImageDataset | StreamDataset) -> dict[str, Any]:
     paths, images = run.checkpoints.paths(), _count(data)
     step = int(read_checkpoint(paths[-1])[1]["step"]) if paths else None
     epochs = (step or 0) * run.training.batch_size / images if images else None

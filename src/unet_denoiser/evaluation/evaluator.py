@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from unet_denoiser.data.dataset import ImageData
-from unet_denoiser.data.sources.arrays import ArrayData
-from unet_denoiser.data.sources.custom import as_data
+from unet_denoiser.data.dataset import ImageDataset
+from unet_denoiser.data.sources.arrays import ArrayDataset
+from unet_denoiser.data.sources.custom import as_dataset
 from unet_denoiser.evaluation.feature_cache import BATCH, data_features, stacked
 from unet_denoiser.evaluation.feature_extractors import Extractor, extract, load_extractor, versions
 from unet_denoiser.evaluation.memorization import COMPARED, SEARCHED, compare_neighbours, nearest_pixels, save_pairs
@@ -115,13 +115,13 @@ def _sample_features(samples: Any, extractor: Extractor) -> tuple[Tensor, Tensor
 
 
 def _sample_batches(samples: Any) -> Iterable[Tensor]:
-    if not isinstance(samples, ImageData):
+    if not isinstance(samples, ImageDataset):
         return samples
     parts = np.array_split(np.arange(len(samples)), -(-len(samples) // BATCH))
     return (stacked(samples, part) for part in tqdm(parts, "features of samples", unit_scale=BATCH, disable=None))
 
 
-def _images(images: Any, name: str) -> ImageData:
+def _images(images: Any, name: str) -> ImageDataset:
     """A data set that can be indexed, of arrays too."""
     if isinstance(images, Tensor):
         images = images.detach().cpu().float().numpy() if images.is_floating_point() else images.cpu().numpy()
@@ -130,8 +130,8 @@ def _images(images: Any, name: str) -> ImageData:
             warnings.warn(f"{name} have no value below 0; floats are taken to be in [-1, 1]", stacklevel=3)
         if np.abs(images).max() < 1.5:  # what unclipped samplers leave; more is refused as another range
             images = images.clip(-1, 1)
-    found = ArrayData(images) if isinstance(images, np.ndarray) else as_data(images)
-    if not isinstance(found, ImageData):
+    found = ArrayDataset(images) if isinstance(images, np.ndarray) else as_dataset(images)
+    if not isinstance(found, ImageDataset):
         raise ValueError(f"{name} is a stream; give a data set with len() and []")
     if found.buckets is not None:
         raise ValueError(f"{name} has images of several sizes; load it without aspect_buckets")
@@ -149,8 +149,8 @@ def check_count(count: int, allow_few: bool) -> None:
         )
 
 
-def _check_shape(name: str, other: Any, data: ImageData) -> None:
-    if not isinstance(other, ImageData):
+def _check_shape(name: str, other: Any, data: ImageDataset) -> None:
+    if not isinstance(other, ImageDataset):
         return
     shapes = [(found.channels, *found.image_size) for found in (other, data)]
     if shapes[0] != shapes[1]:
@@ -158,8 +158,8 @@ def _check_shape(name: str, other: Any, data: ImageData) -> None:
 
 
 def _split(
-    data: ImageData, held_out: ImageData | None, num_data: int, samples: int
-) -> tuple[np.ndarray, ImageData, np.ndarray]:
+    data: ImageDataset, held_out: ImageDataset | None, num_data: int, samples: int
+) -> tuple[np.ndarray, ImageDataset, np.ndarray]:
     """The training images that are used; the held-out data and those of its images that are used: as many as samples.
 
     In a random order, the same each time.
@@ -191,7 +191,7 @@ def _spread(features: Tensor, count: int) -> Tensor:
     return features[torch.linspace(0, len(features) - 1, count).long()]
 
 
-def _labels(data: ImageData, indices: np.ndarray) -> Tensor | None:
+def _labels(data: ImageDataset, indices: np.ndarray) -> Tensor | None:
     return None if data.labels is None else data.labels[torch.from_numpy(indices)]
 
 
@@ -214,12 +214,12 @@ def _accuracy(
 def _about(
     extractor: Extractor,
     reference: Tensor,
-    data: ImageData,
-    held_out: ImageData | None,
+    data: ImageDataset,
+    held_out: ImageDataset | None,
     count: int,
     more: dict[str, Any],
 ) -> dict[str, Any]:
-    def described(found: ImageData) -> dict[str, Any]:
+    def described(found: ImageDataset) -> dict[str, Any]:
         config = found.config
         return {"source": "arrays" if config is None else config.source, "count": len(found)}
 

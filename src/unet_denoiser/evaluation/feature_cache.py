@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from unet_denoiser.data.dataset import ImageData
-from unet_denoiser.data.sources.encoded_images import Pictures
+from unet_denoiser.data.dataset import ImageDataset
+from unet_denoiser.data.sources.encoded_images import EncodedImages
 from unet_denoiser.evaluation.feature_extractors import Extractor, extract
 from unet_denoiser.utils.cache import MappedArray, computed_once, digest, fingerprint
 
 BATCH = 64
 
 
-def data_features(data: ImageData, indices: np.ndarray, extractor: Extractor, words: str = "images") -> Tensor:
+def data_features(data: ImageDataset, indices: np.ndarray, extractor: Extractor, words: str = "images") -> Tensor:
     """(N, D) features of a data set's images at these indices, kept on disk where data and extractor can be named.
 
     Those of data that were loaded by a name are kept under it, the files' sizes and times of change, the options of the
@@ -42,7 +42,7 @@ def data_features(data: ImageData, indices: np.ndarray, extractor: Extractor, wo
     return torch.from_numpy(np.array(MappedArray(computed_once("features", key, compute) / "features.npy").array))
 
 
-def _key(data: ImageData, indices: np.ndarray, extractor: Extractor) -> str | None:
+def _key(data: ImageDataset, indices: np.ndarray, extractor: Extractor) -> str | None:
     config = data.config
     if config is None or extractor.key is None:
         return None
@@ -55,11 +55,11 @@ def _key(data: ImageData, indices: np.ndarray, extractor: Extractor) -> str | No
     return digest([repr(options), known, str(len(data)), indices.astype(np.int64).tobytes(), extractor.key])
 
 
-def stacked(data: ImageData, indices: np.ndarray) -> Tensor:
+def stacked(data: ImageDataset, indices: np.ndarray) -> Tensor:
     def image(index: int) -> Tensor:
         return data[index]["image"]
 
-    if not isinstance(data, Pictures):
+    if not isinstance(data, EncodedImages):
         return torch.stack([image(i) for i in indices.tolist()])
     with ThreadPoolExecutor() as pool:  # decoding files
         return torch.stack(list(pool.map(image, indices.tolist())))

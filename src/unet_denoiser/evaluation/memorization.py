@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from unet_denoiser.data.dataset import ImageData
+from unet_denoiser.data.dataset import ImageDataset
 from unet_denoiser.evaluation.metrics import nearest
 from unet_denoiser.utils.images import save_grid
 
@@ -54,7 +54,7 @@ def compare_neighbours(space: str, searched: int, samples: Tensor, held_out: Ten
     return Neighbours(space, searched, len(samples), float(samples.median()), float(held_out.median()), closer)
 
 
-def nearest_pixels(pictures: Tensor, data: ImageData, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+def nearest_pixels(pictures: Tensor, data: ImageDataset, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
     """For each of (Q, C, *spatial) pictures in [-1, 1] the distance to its nearest image of the data, and its index.
 
     Distances are root mean squares per value; pictures of more than 64 pixels are scaled down to that first.
@@ -74,7 +74,9 @@ def nearest_pixels(pictures: Tensor, data: ImageData, indices: Sequence[int]) ->
     return best / queries.shape[1] ** 0.5, found
 
 
-def save_pairs(pictures: Tensor, distances: Tensor, data: ImageData, neighbours: Sequence[Tensor], path: Path) -> Path:
+def save_pairs(
+    pictures: Tensor, distances: Tensor, data: ImageDataset, neighbours: Sequence[Tensor], path: Path
+) -> Path:
     """A picture of the samples that are closest to training images: samples above, their neighbours below.
 
     Args:

@@ -17,14 +17,14 @@ from torch import Tensor
 BLOCK = 2**24  # entries of a matrix of distances that are held at a time: 128 MiB
 
 
-class Estimate(NamedTuple):
+class Measurement(NamedTuple):
     """A figure and its standard error."""
 
     value: float
     standard_error: float
 
 
-class Manifolds(NamedTuple):
+class PrecisionRecall(NamedTuple):
     """How two sets overlap; see `manifold_overlap`."""
 
     precision: float
@@ -55,7 +55,7 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
     return float(metric.compute())
 
 
-def kernel_distance(x: Tensor, y: Tensor) -> Estimate:
+def kernel_distance(x: Tensor, y: Tensor) -> Measurement:
     """The kernel distance: the squared maximum mean discrepancy for the kernel (x.y / D + 1)^3, without bias.
 
     All pairs count, so nothing is drawn at random. Being without bias it may be negative for sets that are alike. The
@@ -79,10 +79,10 @@ def kernel_distance(x: Tensor, y: Tensor) -> Estimate:
     without_x = value(xx.sum() - 2 * xx, yy.sum(), xy.sum() - xy, n - 1, m)
     without_y = value(xx.sum(), yy.sum() - 2 * yy, xy.sum() - yx, n, m - 1)
     variance = (n - 1) * without_x.var(correction=0) + (m - 1) * without_y.var(correction=0)
-    return Estimate(float(value(xx.sum(), yy.sum(), xy.sum(), n, m)), float(variance.sqrt()))
+    return Measurement(float(value(xx.sum(), yy.sum(), xy.sum(), n, m)), float(variance.sqrt()))
 
 
-def manifold_overlap(real: Tensor, generated: Tensor, precision_k: int = 3, density_k: int = 5) -> Manifolds:
+def manifold_overlap(real: Tensor, generated: Tensor, precision_k: int = 3, density_k: int = 5) -> PrecisionRecall:
     """Precision, recall, density and coverage: how far the balls around the points of one set hold those of the other.
 
     Around each point lies a ball that reaches to its k-th nearest neighbour in its own set. Precision is the share of
@@ -110,7 +110,7 @@ def manifold_overlap(real: Tensor, generated: Tensor, precision_k: int = 3, dens
         covered += int(inside.any(1).sum())
         balls += int(inside.sum())
     n, m = len(real), len(generated)
-    return Manifolds(int(held.sum()) / m, recalled / n, balls / (density_k * m), covered / n)
+    return PrecisionRecall(int(held.sum()) / m, recalled / n, balls / (density_k * m), covered / n)
 
 
 def nearest(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

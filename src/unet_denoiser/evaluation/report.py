@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from unet_denoiser.evaluation.memorization import Neighbours
-from unet_denoiser.evaluation.metrics import Estimate, Manifolds
+from unet_denoiser.evaluation.metrics import Measurement, PrecisionRecall
 from unet_denoiser.utils.files import write_atomically
 
 
@@ -21,9 +21,9 @@ class Figures(NamedTuple):
     images: int
     reference: int
     frechet: float
-    kernel: Estimate
+    kernel: Measurement
     overlap_count: int
-    overlap: Manifolds
+    overlap: PrecisionRecall
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Report:
         rows += [(extractor["frechet_name"], [f"{c.frechet:.2f}" for c in columns])]
         kernel = [f"{1e3 * c.kernel.value:.3f} ± {1e3 * c.kernel.standard_error:.3f}" for c in columns]
         rows += [(f"1000 x {extractor['kernel_name']}", kernel)]
-        for name in Manifolds._fields:
+        for name in PrecisionRecall._fields:
             rows += [(name, [f"{getattr(c.overlap, name):.3f}" for c in columns])]
         if self.accuracy:
             spare = [""] * (len(columns) - 2)

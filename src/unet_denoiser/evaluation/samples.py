@@ -15,20 +15,20 @@ from tqdm import tqdm
 from unet_denoiser.config.data import DataConfig
 from unet_denoiser.config.sampling import SamplingConfig
 from unet_denoiser.config.unet import CONDITIONS, UNetConfig
-from unet_denoiser.data.dataset import ImageData, StreamData
+from unet_denoiser.data.dataset import ImageDataset, StreamDataset
 from unet_denoiser.data.load import load_data
 from unet_denoiser.data.sources.arrays import load_npz
-from unet_denoiser.data.sources.encoded_images import Pictures
+from unet_denoiser.data.sources.encoded_images import EncodedImages
 from unet_denoiser.data.transforms import open_image
 from unet_denoiser.evaluation.feature_cache import BATCH, stacked
 from unet_denoiser.sampling.loop import sample
 from unet_denoiser.sampling.samplers import Sampler
-from unet_denoiser.training.checkpoints import read_facts
+from unet_denoiser.training.checkpoints import read_metadata
 from unet_denoiser.training.run import Run
 from unet_denoiser.utils.files import read_json
 
 
-class Generated:
+class GeneratedSamples:
     """Samples of a run, made batch by batch when they are iterated over; sample i has the seed SEED + i.
 
     Their conditions are those of the data: classes alone in the data's proportions, others taken from its items.
@@ -48,7 +48,7 @@ class Generated:
     def __init__(
         self,
         run: Run,
-        data: ImageData,
+        data: ImageDataset,
         count: int,
         *,
         seed: int = 0,
@@ -76,7 +76,7 @@ class Generated:
         self.about = {
             "run": str(run.path),
             "checkpoint": checkpoint,
-            "step": int(read_facts(paths[-1])["step"]) if paths else None,
+            "step": int(read_metadata(paths[-1])["step"]) if paths else None,
             "seed": seed,
             "batch_size": batch_size,
             "sampling": asdict(self.config),
@@ -121,7 +121,7 @@ class SampleFiles:
         ValueError: files of another size, or fewer samples than the folder's settings.json says.
     """
 
-    def __init__(self, paths: Sequence[Path], like: ImageData) -> None:
+    def __init__(self, paths: Sequence[Path], like: ImageDataset) -> None:
         self.paths, self.count = paths, 0
         labels: list[Tensor] = []
         for path in paths:
@@ -148,7 +148,7 @@ class SampleFiles:
                 bar.update(len(part))
 
 
-def _pictures(config: DataConfig, name: str) -> ImageData:
+def _pictures(config: DataConfig, name: str) -> ImageDataset:
     """The pictures alone that a configuration names: no latents, no captions encoded, all of one size.
 
     Raises:
@@ -161,14 +161,14 @@ def _pictures(config: DataConfig, name: str) -> ImageData:
     return _indexed(load_data(plain), name)
 
 
-def conditioned_data(config: DataConfig, pictures: ImageData) -> ImageData:
+def conditioned_data(config: DataConfig, pictures: ImageDataset) -> ImageDataset:
     """The data that a run's conditions are taken from: with captions encoded and pictures to concatenate."""
     if config.text_encoder is None and config.concat is None:
         return pictures
     return _indexed(load_data(replace(config, horizontal_flip=False, aspect_buckets=False)), "data")
 
 
-def read_samples(source: Path, like: ImageData) -> ImageData | SampleFiles:
+def read_samples(source: Path, like: ImageDataset) -> ImageDataset | SampleFiles:
     """Samples in a folder of pictures or of .npz files, an .npz or an .npy, of the data's size; classes by their names.
 
     Raises:
@@ -179,7 +179,7 @@ def read_samples(source: Path, like: ImageData) -> ImageData | SampleFiles:
     channels = like.channels if source.is_dir() else None  # arrays are not converted
     found = _indexed(load_data(str(source), channels=channels), "samples")
     size = tuple(found.image_size)
-    if isinstance(found, Pictures):
+    if isinstance(found, EncodedImages):
         width, height = open_image(str(found.source(0))).size
         size = (height, width)
         if size == tuple(like.image_size) != tuple(found.image_size):  # a large size is not taken by itself
@@ -195,7 +195,7 @@ def read_samples(source: Path, like: ImageData) -> ImageData | SampleFiles:
 
 def evaluated_data(
     run: Run | None, source: str | None, held_out: str | None, held_out_split: str | None
-) -> tuple[DataConfig, ImageData, ImageData | None]:
+) -> tuple[DataConfig, ImageDataset, ImageDataset | None]:
     """The training images and those held out, both as the run would read them; and the configuration of the former.
 
     Args:
@@ -217,13 +217,13 @@ def evaluated_data(
     return config, images, _pictures(same, "held_out")
 
 
-def _indexed(data: ImageData | StreamData, name: str) -> ImageData:
-    if isinstance(data, StreamData):
+def _indexed(data: ImageDataset | StreamDataset, name: str) -> ImageDataset:
+    if isinstance(data, StreamDataset):
         raise ValueError(f"{name} is a stream, which has no order to compare in; give data without streaming")
     return data
 
 
-def _conditions(config: UNetConfig, data: ImageData) -> list[str]:
+def _conditions(config: UNetConfig, data: ImageDataset) -> list[str]:
     """The names of what the network is conditioned on; ValueError where the data have no such thing."""
     names = [name for name, option in CONDITIONS.items() if getattr(config, option) is not None]
     names += ["concat"] * (data.concat_channels > 0)

@@ -6,7 +6,7 @@ from collections import Counter
 from xml.sax.saxutils import escape
 
 from unet_denoiser.config.unet import UNetConfig
-from unet_denoiser.models.summary import Part, summarize
+from unet_denoiser.models.summary import LayerSummary, summarize
 
 WIDTH, HEIGHT, GAP, MARGIN = 250, 58, 34, 24  # of a box, between boxes, around all; in pixels
 STYLE = "font-family:sans-serif;font-size:12px"
@@ -48,7 +48,7 @@ def diagram(config: UNetConfig) -> str:
     )
 
 
-def _box(part: Part, x: int, y: int) -> str:
+def _box(part: LayerSummary, x: int, y: int) -> str:
     fill = "#fde9c8" if part.attention else "#dbe8f7"
     rows = [f"{part.name}: {part.size}, {part.width} channels"]
     rows.append(", ".join(row for row in (f"{part.blocks} blocks" if part.blocks else "", part.attention) if row))

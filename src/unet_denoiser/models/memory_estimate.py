@@ -37,7 +37,7 @@ FLOAT = 4  # bytes: weights, gradients, moments and averages are float32, whatev
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MemoryEstimate:
     """Bytes on each device, and the floating-point operations of a step on all of them together.
 
     Args:
@@ -62,7 +62,7 @@ class Estimate:
     flops: int
 
 
-def estimate(config: UNetConfig, memory: MemoryConfig, device: str = "cpu") -> Estimate:
+def estimate(config: UNetConfig, memory: MemoryConfig, device: str = "cpu") -> MemoryEstimate:
     """Memory and operations of one training step.
 
     Args:
@@ -84,7 +84,7 @@ def estimate(config: UNetConfig, memory: MemoryConfig, device: str = "cpu") -> E
         buffers = 4 * walk.largest_block * (FLOAT // 2 if half else FLOAT)
     moving = walk.peak + buffers + (0 if keep_gradients else share)
     always = share * (1 + memory.optimizer_states + memory.ema)
-    return Estimate(
+    return MemoryEstimate(
         parameters=share,
         optimizer=share * memory.optimizer_states,
         ema=share * memory.ema,
@@ -232,7 +232,7 @@ def _forward_flops(config: UNetConfig, size: tuple[int, ...] | None, context_tok
         return count_flops(model, given).get_total_flops()
 
 
-def table(found: Estimate, memory: MemoryConfig, device: str) -> str:
+def table(found: MemoryEstimate, memory: MemoryConfig, device: str) -> str:
     """An estimate as aligned text."""
     where = "each process" if memory.num_processes > 1 else f"the {device}"
     batch = memory.batch_size // (memory.num_processes * memory.gradient_accumulation_steps)

@@ -13,7 +13,7 @@ from unet_denoiser.config.unet import UNetConfig
 from unet_denoiser.models.unet import UNet
 
 
-class Part(NamedTuple):
+class LayerSummary(NamedTuple):
     """A level, or another part of a network.
 
     size: spatial size, "64x64"; width: channels; attention: "8 heads x 64"; parameters; flops of one forward pass of
@@ -29,7 +29,7 @@ class Part(NamedTuple):
     flops: int
 
 
-def summarize(config: UNetConfig) -> list[Part]:
+def summarize(config: UNetConfig) -> list[LayerSummary]:
     """The parts of a network in the order they run; built without storage, so any size is quick.
 
     The FLOPs are those of convolutions, linear layers and attention, at `image_size`, with one token of context.
@@ -41,10 +41,12 @@ def summarize(config: UNetConfig) -> list[Part]:
     flops = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
     names = {module: name for name, module in model.named_modules()}
 
-    def part(name: str, level: int, width: int, blocks: int, modules: Iterable[nn.Module], attention: bool) -> Part:
+    def part(
+        name: str, level: int, width: int, blocks: int, modules: Iterable[nn.Module], attention: bool
+    ) -> LayerSummary:
         heads = config.heads(level) if attention else 0
         at = [-(-n // 2**level) for n in size]
-        return Part(
+        return LayerSummary(
             name,
             "x".join(map(str, at)) if width else "",
             width,
@@ -100,10 +102,10 @@ def count_flops(model: UNet, inputs: dict[str, torch.Tensor]) -> FlopCounterMode
     return counter
 
 
-def table(parts: list[Part]) -> str:
+def table(parts: list[LayerSummary]) -> str:
     """The parts and their totals as aligned text, a line each."""
     rows = [("", "size", "width", "blocks", "attention", "parameters", "MFLOP")]
-    total = Part("total", "", 0, 0, "", sum(p.parameters for p in parts), sum(p.flops for p in parts))
+    total = LayerSummary("total", "", 0, 0, "", sum(p.parameters for p in parts), sum(p.flops for p in parts))
     for p in [*parts, total]:
         numbers = f"{p.parameters:,}", f"{p.flops / 1e6:,.1f}"
         rows.append((p.name, p.size, str(p.width or ""), str(p.blocks or ""), p.attention, *numbers))

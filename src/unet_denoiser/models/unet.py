@@ -14,12 +14,12 @@ from torch.utils.checkpoint import checkpoint
 from unet_denoiser.config.base import signature_of
 from unet_denoiser.config.presets import preset
 from unet_denoiser.config.unet import UNetConfig
-from unet_denoiser.convert.checkpoint import read
+from unet_denoiser.convert.checkpoint import import_checkpoint
 from unet_denoiser.convert.checkpoint_files import weight_files
 from unet_denoiser.models.input_checks import check_inputs
 from unet_denoiser.models.layers.attention import ContextAttention, SelfAttention, SpatialTransformer
-from unet_denoiser.models.layers.common import full_precision, zero
-from unet_denoiser.models.layers.context import Context, context_of
+from unet_denoiser.models.layers.common import full_precision, zero_init
+from unet_denoiser.models.layers.context import Context, build_context
 from unet_denoiser.models.layers.conv import CONV, channels_last
 from unet_denoiser.models.layers.embeddings import ClassEmbedding, TimeMLP
 from unet_denoiser.models.layers.norm import group_norm
@@ -83,7 +83,7 @@ class UNet(Pretrained, nn.Module):
         parts = [*self.encoder, *self.bottleneck, *self.decoder]
         self._no_split_modules = sorted({type(part).__name__ for part in parts})
 
-        conv_out = zero(CONV[c.dims](ch, c.out_channels, 3, padding=1))
+        conv_out = zero_init(CONV[c.dims](ch, c.out_channels, 3, padding=1))
         self.output = nn.Sequential(group_norm(ch, c.norm_groups, c.norm_eps), nn.SiLU(), conv_out)
 
     @classmethod
@@ -111,7 +111,7 @@ class UNet(Pretrained, nn.Module):
             empty.append(cls._empty(config))
             return {name: p.shape for name, p in empty[0].state_dict().items()}
 
-        _, state = read(path, shapes_of, **options)
+        _, state = import_checkpoint(path, shapes_of, **options)
         return empty[0], state
 
     def forward(
@@ -201,7 +201,7 @@ class UNet(Pretrained, nn.Module):
                 added.append(null if value is None else _replace(embed(value), null, drop.get(name)))
         if self.config.context_dim is None:
             return added, None
-        return added, context_of(given.get("context"), mask, drop.get("context"), self.null_context, batch)
+        return added, build_context(given.get("context"), mask, drop.get("context"), self.null_context, batch)
 
     def encode_shallow(self, x: Tensor, emb: Tensor, context: Context | None, depth: int = 1) -> list[Tensor]:
         """The first `depth` skips: those of the decoder's last `depth` blocks."""

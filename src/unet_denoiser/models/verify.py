@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from unet_denoiser.config.base import QKVOrder
 from unet_denoiser.config.unet import UNetConfig
-from unet_denoiser.convert.architecture import published_order, recognise
+from unet_denoiser.convert.architecture import detect_layout, published_order
 from unet_denoiser.convert.checkpoint_files import read_state
 from unet_denoiser.convert.diffusers_config import to_diffusers
 from unet_denoiser.models.unet import UNet
@@ -39,7 +39,7 @@ def compare(source: Path, model: UNet, *, ema: bool = False, variant: str | None
         ValueError: no installed package runs such a checkpoint, or its output is zero everywhere.
     """
     state, foreign = read_state(source, ema, variant)
-    c, layout = model.config, recognise(state)
+    c, layout = model.config, detect_layout(state)
     model = copy.deepcopy(model).float()
     generator = torch.Generator().manual_seed(0)
 

@@ -1,7 +1,7 @@
 """The reverse process: samplers, guidance, editing, pipeline."""
 
 from unet_denoiser.sampling.arguments import Start as Start
-from unet_denoiser.sampling.callbacks import Film as Film
+from unet_denoiser.sampling.callbacks import TrajectoryRecorder as TrajectoryRecorder
 from unet_denoiser.sampling.editing.image_editing import image_to_image as image_to_image
 from unet_denoiser.sampling.editing.image_editing import inpaint as inpaint
 from unet_denoiser.sampling.editing.image_editing import outpaint as outpaint

@@ -27,7 +27,7 @@ DEPTH = 1  # blocks of the decoder that run in every call: with more the error s
 WARM_UP = 0.12  # share of the calls, at the start, that are computed: there features do not follow a line yet
 
 
-def fast_network(
+def make_cached_unet(
     model: UNet, timesteps: Tensor | None = None, *, reuse: int | None = None, compile: bool = False
 ) -> Callable[..., Tensor]:
     """The network of one generation as guidance calls it, network(x, t, **inputs) -> float32 output.
@@ -35,7 +35,7 @@ def fast_network(
     A network with another `forward`, or that is sharded, hooked or compiled by other code, is called as it is.
 
     Args:
-        timesteps, reuse, compile: see `FastNetwork`.
+        timesteps, reuse, compile: see `CachedUNet`.
 
     Raises:
         ValueError: `reuse` or `compile` with such a network.
@@ -45,7 +45,7 @@ def fast_network(
         isinstance(model.input_conv.weight, DTensor) or watched(model) or model._compiled_call_impl is not None
     )
     if apart:
-        return FastNetwork(model, timesteps, reuse=reuse, compile=compile)
+        return CachedUNet(model, timesteps, reuse=reuse, compile=compile)
     for name, value in (("reuse", reuse), ("compile", compile)):
         if value:
             raise ValueError(
@@ -54,7 +54,7 @@ def fast_network(
     return lambda x, t, **inputs: model(x.to(model.input_conv.weight.dtype), t, **inputs).float()
 
 
-class FastNetwork:
+class CachedUNet:
     """A network for the calls of one generation; only what they share makes it faster, unless `reuse` is given.
 
     The embeddings of all timesteps are computed in one batch, keys and values of a context and the conditions'

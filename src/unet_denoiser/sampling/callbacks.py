@@ -14,7 +14,7 @@ from unet_denoiser.utils.images import make_grid, save_gif, save_image
 SHOWN, ROWS, COLUMNS, FRAMES = 16, 4, 10, 64  # images of a GIF; rows and moments of a strip; most moments kept
 
 
-class Film:
+class TrajectoryRecorder:
     """Keeps moments of the first images' way from noise to data; an `on_step` for `sample` and its like.
 
     Memory does not grow with steps or samples: 64 moments of 16 images at most, and when there are more, every other

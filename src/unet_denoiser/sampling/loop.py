@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from unet_denoiser.config.sampling import SamplingConfig
 from unet_denoiser.config.unet import CONDITIONS
-from unet_denoiser.diffusion.process import Diffusion, network_input, with_concat
+from unet_denoiser.diffusion.process import Diffusion, accepts_concat, self_conditioned_input
 from unet_denoiser.models.unet import UNet
 from unet_denoiser.sampling.arguments import (
     Start,
@@ -26,7 +26,7 @@ from unet_denoiser.sampling.arguments import (
     known_inputs,
     read_options,
 )
-from unet_denoiser.sampling.cached_unet import fast_network
+from unet_denoiser.sampling.cached_unet import make_cached_unet
 from unet_denoiser.sampling.guidance import Guidance
 from unet_denoiser.sampling.samplers import Sampler
 
@@ -79,7 +79,7 @@ def denoise(
     for i in range(len(sampler)):
         level = sampler.noise_level(i)
         with torch.no_grad():
-            output = guidance(network_input(x, estimate), timesteps[i].expand(len(x)), level)
+            output = guidance(self_conditioned_input(x, estimate), timesteps[i].expand(len(x)), level)
         prediction, variance = process.split(output, x)
         x0 = process.predict_x0(prediction, x, *level, clip=config.clip_sample and config.dynamic_threshold is None)
         if config.dynamic_threshold is not None:
@@ -201,8 +201,8 @@ def sample_steps(
         }
 
     def network(model: UNet) -> Callable[..., Tensor]:
-        fast = fast_network(model, sampler.timesteps, reuse=config.reuse, compile=config.compile)
-        return with_concat(fast if classifier is None else _only_known(fast, model))
+        fast = make_cached_unet(model, sampler.timesteps, reuse=config.reuse, compile=config.compile)
+        return accepts_concat(fast if classifier is None else _only_known(fast, model))
 
     def steps() -> Iterator[Step]:
         with _evaluating(model), _evaluating(guide):

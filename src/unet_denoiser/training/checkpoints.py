@@ -18,7 +18,7 @@ from unet_denoiser.config.training import TrainingConfig
 from unet_denoiser.utils.finite import check_finite
 from unet_denoiser.utils.tensor_files import write_safetensors
 
-Facts = dict[str, Any]
+Metadata = dict[str, Any]
 _FACTS = "unet_denoiser_training"
 
 
@@ -36,7 +36,7 @@ class Checkpoints:
         """Their files, oldest first."""
         return sorted(self.folder.glob("step-*.safetensors"))
 
-    def write(self, tensors: Mapping[str, Tensor], facts: Facts) -> Path:
+    def write(self, tensors: Mapping[str, Tensor], facts: Metadata) -> Path:
         """Add one, named by its step.
 
         Raises:
@@ -49,7 +49,7 @@ class Checkpoints:
         write_safetensors(path, tensors, {_FACTS: json.dumps(facts)})
         return path
 
-    def verify(self, path: Path, tensors: Mapping[str, Tensor], facts: Facts) -> None:
+    def verify(self, path: Path, tensors: Mapping[str, Tensor], facts: Metadata) -> None:
         """OSError unless a file that was just written reads back as what was written into it, bit for bit."""
         found, found_facts = read_checkpoint(path)
         same = found_facts == json.loads(json.dumps(facts)) and set(found) == set(tensors)
@@ -58,7 +58,7 @@ class Checkpoints:
 
     def best(self) -> Path | None:
         """The one with the lowest smoothed loss, or None while there is none."""
-        losses = {path: read_facts(path).get("smoothed_loss") for path in self.paths()}
+        losses = {path: read_metadata(path).get("smoothed_loss") for path in self.paths()}
         known = {path: loss for path, loss in losses.items() if loss is not None}
         return min(known, key=lambda path: known[path]) if known else None
 
@@ -93,13 +93,13 @@ def step_of(path: Path) -> int:
     return int(path.stem.removeprefix("step-"))
 
 
-def read_facts(path: Path) -> Facts:
+def read_metadata(path: Path) -> Metadata:
     """What a checkpoint's header tells; ValueError for a file that is none."""
     with _opened(path) as file:
         return _facts(path, file)
 
 
-def read_checkpoint(path: Path) -> tuple[Mapping[str, Tensor], Facts]:
+def read_checkpoint(path: Path) -> tuple[Mapping[str, Tensor], Metadata]:
     """A checkpoint's tensors, read when they are asked for, and its facts; ValueError for a file that is none."""
     file = _opened(path)
     return _Lazy(file), _facts(path, file)
@@ -132,7 +132,7 @@ def _opened(path: Path) -> Any:
         raise ValueError(f"{path} cannot be read ({error}); delete it to go on from the one before") from None
 
 
-def _facts(path: Path, file: Any) -> Facts:
+def _facts(path: Path, file: Any) -> Metadata:
     text = (file.metadata() or {}).get(_FACTS)
     if text is None:
         raise ValueError(f"{path} is not a checkpoint of a training; delete it to go on from the one before")

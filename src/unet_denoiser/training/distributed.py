@@ -66,7 +66,7 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return str(accelerator.distributed_type).endswith("FSDP")
 
 
-def whole(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+def gather_full(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     """Copies of the whole tensors in memory. Every process must call it; without `keep` it gets an empty dict."""
     found = {}
     for name, t in tensors.items():

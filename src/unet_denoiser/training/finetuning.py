@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from unet_denoiser.config.unet import UNetConfig
-from unet_denoiser.convert.key_maps import LAYOUTS, skeleton_of
+from unet_denoiser.convert.key_maps import LAYOUTS, block_structure
 from unet_denoiser.models.unet import UNet
 from unet_denoiser.utils.files import read_json
 from unet_denoiser.utils.tensor_files import write_safetensors
@@ -20,7 +20,7 @@ _A, _B = ".lora_A.default.weight", ".lora_B.default.weight"
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out")
 
 
-def read_start(source: Path) -> tuple[UNet, dict[str, Any] | None]:
+def read_initial_checkpoint(source: Path) -> tuple[UNet, dict[str, Any] | None]:
     """A checkpoint's network, and the process it was trained with where that is saved beside it.
 
     Args:
@@ -33,7 +33,7 @@ def read_start(source: Path) -> tuple[UNet, dict[str, Any] | None]:
     return UNet.from_pretrained(places[0]), process
 
 
-def at_size(config: UNetConfig, image_size: tuple[int, ...]) -> UNetConfig:
+def with_image_size(config: UNetConfig, image_size: tuple[int, ...]) -> UNetConfig:
     """The same network for samples of another size: attention stays at the levels that have it."""
     levels = range(len(config.widths))
     attended = tuple(-(-max(image_size) // 2**level) for level in levels if config.has_attention(level))
@@ -43,7 +43,7 @@ def at_size(config: UNetConfig, image_size: tuple[int, ...]) -> UNetConfig:
     return moved if all(same) else config
 
 
-class Fit(NamedTuple):
+class LoadReport(NamedTuple):
     """What became of a checkpoint's tensors, each with the reason; as text, one line for the user.
 
     total: tensors of the network. missed: those of them that are as they were drawn. unused: the checkpoint's others.
@@ -61,7 +61,7 @@ class Fit(NamedTuple):
 
 
 @torch.no_grad()
-def load_fitting(model: UNet, start: UNet) -> Fit:
+def load_matching(model: UNet, start: UNet) -> LoadReport:
     """Give `model` the weights of `start` that fit, and say exactly which do not.
 
     Input channels that `start` has not are appended with zero weights, so that the network first does what it did;
@@ -80,7 +80,7 @@ def load_fitting(model: UNet, start: UNet) -> Fit:
             widened.append(f"{name} ({_shape(old[name])} there, {_shape(p)} here)")
         else:
             missed.append(f"{name} ({_shape(old[name])} there, {_shape(p)} here)")
-    return Fit(len(new), widened, missed, [name for name in old if name not in new])
+    return LoadReport(len(new), widened, missed, [name for name in old if name not in new])
 
 
 def _is_wider(name: str, old: Tensor, new: Tensor) -> bool:
@@ -113,7 +113,7 @@ def add_lora(model: UNet, rank: int) -> None:
     peft.inject_adapter_in_model(config, model)
 
 
-def merged(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def merge_lora_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights of a network with a LoRA under the network's own names, the LoRA added: W + B A."""
     plain = {name.replace(".base_layer.", "."): t for name, t in weights.items() if ".lora_" not in name}
     for name, down in weights.items():
@@ -126,7 +126,7 @@ def merged(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def save_lora(weights: Mapping[str, Tensor], config: UNetConfig, path: Path) -> None:
     """Write a LoRA as diffusers reads it, and `merge_lora`; under our own names where diffusers has no such network."""
-    bones = skeleton_of(config)
+    bones = block_structure(config)
     modules = [name.removesuffix(_A) for name in weights if name.endswith(_A)]
     names = {name: name for name in modules}
     if config.attention == "transformer" or config.context_dim is None:

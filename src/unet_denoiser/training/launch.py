@@ -12,18 +12,18 @@ from unet_denoiser.config.defaults import architecture_for, default_learning_rat
 from unet_denoiser.config.presets import preset as preset_config
 from unet_denoiser.config.training import TRAINING_CHANGEABLE, TrainingConfig
 from unet_denoiser.config.unet import UNetConfig
-from unet_denoiser.data.load import as_found, load_data
+from unet_denoiser.data.load import load_data, with_found_values
 from unet_denoiser.data.transforms import per_axis
 from unet_denoiser.diffusion.process import Diffusion
 from unet_denoiser.models.pretrained import write_pretrained
 from unet_denoiser.models.unet import UNet
-from unet_denoiser.training.finetuning import at_size, load_fitting, read_start
+from unet_denoiser.training.finetuning import load_matching, read_initial_checkpoint, with_image_size
 from unet_denoiser.training.run import Run, check_new
 from unet_denoiser.training.trainer import Trainer
 from unet_denoiser.utils.device import resolve_device
 
 
-def started(source: str, given: dict[str, Any]) -> tuple[Run, Trainer]:
+def start_run(source: str, given: dict[str, Any]) -> tuple[Run, Trainer]:
     """A new run and its trainer; `given` has the arguments of the command."""
     options, training = dict(given["model"]), TrainingConfig(**given["training"])
     local = source != "digits" and not source.startswith("hf:")
@@ -38,7 +38,7 @@ def started(source: str, given: dict[str, Any]) -> tuple[Run, Trainer]:
                 "outside of it as out"
             )
     latent = given["dataset"].get("vae") is not None
-    base, start, process = _start(given, training, latent)
+    base, start, process = initialization(given, training, latent)
     # of latents, a network has neither the pictures' size nor their channels
     fixed = {} if latent or base is None else {"image_size": base.image_size}
     data_config = DataConfig(source, **{"channels": options.get("in_channels")} | fixed | given["dataset"])
@@ -46,7 +46,7 @@ def started(source: str, given: dict[str, Any]) -> tuple[Run, Trainer]:
     if getattr(data, "captions", None) and data_config.text_encoder is None:
         warnings.warn("the data have captions, which are not learned without a text_encoder", stacklevel=2)
     if base and start:
-        base = at_size(base, data.image_size)
+        base = with_image_size(base, data.image_size)
     classes = None if data.class_names is None else len(data.class_names)
     conditions = {"vector_dim": data.vector_dim, "context_dim": data.context_dim}
     own = process.channels(data.channels, data.concat_channels)
@@ -57,12 +57,12 @@ def started(source: str, given: dict[str, Any]) -> tuple[Run, Trainer]:
     config = architecture_for(data.channels, data.image_size, classes, conditions | options, base, own, on_cpu)
     rate = training.learning_rate or default_learning_rate(config.model_channels)
     training = replace(training, learning_rate=rate)
-    run = Run(out, as_found(data_config, data), config, process, training)
+    run = Run(out, with_found_values(data_config, data), config, process, training)
     if start is None:
         trainer = run.trainer(data)
     else:
         model = UNet.from_config(config)
-        fit = load_fitting(model, start)
+        fit = load_matching(model, start)
         if training.lora_rank and (changed := fit.widened + fit.missed):
             raise ValueError(
                 f"lora_rank={training.lora_rank}: a LoRA would leave {changed[0]} untrained; use data that fit the "
@@ -76,7 +76,7 @@ def started(source: str, given: dict[str, Any]) -> tuple[Run, Trainer]:
     return run, trainer
 
 
-def _start(
+def initialization(
     given: dict[str, Any], training: TrainingConfig, latent: bool
 ) -> tuple[UNetConfig | None, UNet | None, Diffusion]:
     """What a preset or a checkpoint says: the architecture, the weights and the process."""
@@ -88,7 +88,7 @@ def _start(
     if not init:
         unbounded = {"clip_sample_range": None} if latent else {}  # latents have no fixed range
         return preset and preset_config(preset), None, Diffusion(**unbounded | given["process"])
-    start, saved = read_start(init)
+    start, saved = read_initial_checkpoint(init)
     if saved is None:  # most published networks without a schedule beside them are DDPM's
         saved = Diffusion(prediction_type="epsilon", beta_schedule="linear").to_dict()
         print(
@@ -101,7 +101,7 @@ def _start(
     return start.config, start, Diffusion.from_dict(saved | changes)
 
 
-def resumed(path: Path, given: dict[str, Any]) -> tuple[Run, Trainer]:
+def resume_run(path: Path, given: dict[str, Any]) -> tuple[Run, Trainer]:
     """A run to go on with and its trainer; `given` has the arguments of the command."""
     fixed = [name for name in ("out", "init", "preset", "process", "model") if given[name]]
     fixed += sorted(set(given["training"]) - TRAINING_CHANGEABLE) + sorted(set(given["dataset"]) - DATA_CHANGEABLE)

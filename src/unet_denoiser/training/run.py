@@ -27,22 +27,22 @@ import torch
 from unet_denoiser.config.data import DataConfig
 from unet_denoiser.config.training import TrainingConfig
 from unet_denoiser.config.unet import UNetConfig
-from unet_denoiser.convert.checkpoint import save
+from unet_denoiser.convert.checkpoint import export_checkpoint
 from unet_denoiser.data.load import load_data
 from unet_denoiser.data.transforms import UnreadableItemError
 from unet_denoiser.diffusion.process import Diffusion
 from unet_denoiser.models.pretrained import write_pretrained
 from unet_denoiser.models.unet import UNet
 from unet_denoiser.sampling.loop import sample
-from unet_denoiser.sampling.pipeline.pipeline import Trained
-from unet_denoiser.training.checkpoints import Checkpoints, read_checkpoint, read_facts
-from unet_denoiser.training.finetuning import merged, save_lora
+from unet_denoiser.sampling.pipeline.pipeline import Pipeline
+from unet_denoiser.training.checkpoints import Checkpoints, read_checkpoint, read_metadata
+from unet_denoiser.training.finetuning import merge_lora_weights, save_lora
 from unet_denoiser.training.previews import PREVIEWED, conditions_of_items
-from unet_denoiser.training.tracking import LOG_EVERY, Metrics, log_to_trackers, plot, start_trackers
+from unet_denoiser.training.tracking import LOG_EVERY, MetricsLog, log_to_trackers, plot, start_trackers
 from unet_denoiser.training.trainer import Trainer, TrainingStep
 from unet_denoiser.utils.files import read_json, remove_leftovers, write_atomically
 from unet_denoiser.utils.images import save_grid
-from unet_denoiser.utils.signals import Interrupted, watch_signals
+from unet_denoiser.utils.signals import TrainingInterrupted, watch_signals
 
 
 def check_new(path: Path) -> None:
@@ -71,11 +71,11 @@ def _alone(path: Path) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Run(Trained):
+class Run(Pipeline):
     """One training and its directory.
 
     Args:
-        path, data, model, process: see `Trained`.
+        path, data, model, process: see `Pipeline`.
         training: how it is trained.
     """
 
@@ -158,9 +158,9 @@ class Run(Trained):
 
     def _train(self, trainer: Trainer) -> Iterator[TrainingStep]:
         main, training, signals = trainer.accelerator.is_main_process, trainer.config, [0]
-        metrics = Metrics(self.path / "metrics.jsonl", self.process.num_train_timesteps)
+        metrics = MetricsLog(self.path / "metrics.jsonl", self.process.num_train_timesteps)
         if trainer.step:
-            metrics.restore(read_facts(self.checkpoints.find(str(trainer.step))))
+            metrics.restore(read_metadata(self.checkpoints.find(str(trainer.step))))
         if main:
             self.write()
             remove_leftovers(self.path)
@@ -190,11 +190,11 @@ class Run(Trained):
                         plot(metrics.read(), self.path / "loss.png")
                 yield step
                 if step.stop and not last:
-                    raise Interrupted(max(signals), step.step)
+                    raise TrainingInterrupted(max(signals), step.step)
         for tracker in trainer.accelerator.trackers:
             tracker.finish()
 
-    def save(self, trainer: Trainer, metrics: Metrics) -> None:
+    def save(self, trainer: Trainer, metrics: MetricsLog) -> None:
         """Write a checkpoint, then the averaged weights, each whole or not at all; every process must call it.
 
         The first one of a training is read back and compared, so that what is wrong with the disk shows at once.
@@ -254,7 +254,7 @@ class Run(Trained):
         tensors, _ = read_checkpoint(self.checkpoints.find(checkpoint))
         model = UNet.from_pretrained(self.path / ("init" if self.training.lora_rank else "model"))
         averages = {name.removeprefix("ema."): tensors[name] for name in tensors if name.startswith("ema.")}
-        model.load_state_dict(merged(model.state_dict() | averages))
+        model.load_state_dict(merge_lora_weights(model.state_dict() | averages))
         return model
 
     def save_pipeline(self, path: Path) -> None:
@@ -271,7 +271,7 @@ class Run(Trained):
 
         model = self.load_model()
         with TemporaryDirectory() as folder:
-            save(model.state_dict(), model.config, Path(folder), "diffusers")
+            export_checkpoint(model.state_dict(), model.config, Path(folder), "diffusers")
             unet = diffusers.UNet2DModel.from_pretrained(folder)
         pipeline: Any = diffusers.DDPMPipeline(unet, self.process.scheduler)
         pipeline.save_pretrained(path)

@@ -18,7 +18,7 @@ LOG_EVERY = 10
 SMOOTHING = 0.999  # of the loss that tells which checkpoint is the best: about the last 1000 steps
 
 
-class Metrics:
+class MetricsLog:
     """One line of JSON every `LOG_EVERY` steps, means over the steps since the last line.
 
     loss, grad_norm, learning_rate; loss_per_level, the unweighted error for eighths of the noise levels (the least
@@ -34,7 +34,7 @@ class Metrics:
 
     def __init__(self, path: Path, num_train_timesteps: int) -> None:
         self.path = path
-        self.levels = LossPerLevel(num_train_timesteps)
+        self.levels = LossPerNoiseLevel(num_train_timesteps)
         self.sums = {"good": 0.0, "loss": 0.0, "grad_norm": 0.0}
         self.smoothed, self.weight = 0.0, 0.0
 
@@ -158,7 +158,7 @@ def _smoothed(values: list[float]) -> list[float]:
     return smooth
 
 
-class LossPerLevel:
+class LossPerNoiseLevel:
     """Collects the unweighted error over training steps, separately for equal ranges of the timestep.
 
     `totals` is (2, num_levels): summed errors and how many samples they are of. Across processes, sum it

@@ -16,18 +16,18 @@ from unet_denoiser.config.defaults import default_learning_rate
 from unet_denoiser.config.training import TrainingConfig
 from unet_denoiser.config.unet import CONDITIONS, UNetConfig
 from unet_denoiser.data.dataloader import DataTimer, EndlessBatches, make_loader
-from unet_denoiser.data.dataset import ImageData, StreamData
+from unet_denoiser.data.dataset import ImageDataset, StreamDataset
 from unet_denoiser.data.load import first_item
-from unet_denoiser.data.sources.custom import as_data
+from unet_denoiser.data.sources.custom import as_dataset
 from unet_denoiser.diffusion.loss import Losses
 from unet_denoiser.diffusion.loss_weighting import LossWeighting
 from unet_denoiser.diffusion.process import Diffusion
 from unet_denoiser.models.unet import UNet
-from unet_denoiser.training.distributed import is_sharded, make_accelerator, shard_like, whole
+from unet_denoiser.training.distributed import gather_full, is_sharded, make_accelerator, shard_like
 from unet_denoiser.training.ema import EMA
-from unet_denoiser.training.finetuning import add_lora, merged
-from unet_denoiser.training.randomness import DROPPABLE, draw, dropped, seed_layers
-from unet_denoiser.utils.finite import NotFinite, first_bad_gradient, first_bad_module
+from unet_denoiser.training.finetuning import add_lora, merge_lora_weights
+from unet_denoiser.training.randomness import DROPPABLE, condition_dropout, draw_for_loss, seed_dropout
+from unet_denoiser.utils.finite import NonFiniteError, first_nonfinite_gradient, first_nonfinite_module
 
 
 class TrainingStep(NamedTuple):
@@ -47,7 +47,7 @@ class TrainingStep(NamedTuple):
     stop: bool
 
 
-class Part(NamedTuple):
+class MicroBatch(NamedTuple):
     """One of the parts a batch is computed in, with all that is random in it."""
 
     x0: Tensor
@@ -69,7 +69,7 @@ class Trainer:
     """
 
     def __init__(self, model: UNet, process: Diffusion, data: Any, config: TrainingConfig) -> None:
-        data = as_data(data)
+        data = as_dataset(data)
         _check_fit(model.config, process, data)
         self.process, self.data, self.config = process, data, config
         self.step, self.skipped_steps, self.bad_in_a_row = 0, 0, 0
@@ -133,7 +133,7 @@ class Trainer:
             "bad_in_a_row": self.bad_in_a_row,
         }
         facts |= {"ema_updates": self.ema.updates, "scaler": self._scaler.state_dict() if self._scaler else None}
-        return whole(named, keep=self.accelerator.is_main_process), facts
+        return gather_full(named, keep=self.accelerator.is_main_process), facts
 
     def averaged_weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The whole network's averaged weights under its own names, a LoRA merged; every process must call it.
@@ -143,7 +143,7 @@ class Trainer:
         """
         averages = {name.removeprefix("ema."): t for name, t in tensors.items() if name.startswith("ema.")}
         frozen = {name: t for name, t in self.model.state_dict().items() if name not in self.ema.averages()}
-        return merged(whole(frozen, keep=self.accelerator.is_main_process) | averages)
+        return merge_lora_weights(gather_full(frozen, keep=self.accelerator.is_main_process) | averages)
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -196,7 +196,7 @@ class Trainer:
         self.data_timer = DataTimer(loader)
         return (send_to_device(batch, device, non_blocking=True) for batch in self.data_timer)
 
-    def _parts(self, batch: dict[str, Tensor]) -> list[Part]:
+    def _parts(self, batch: dict[str, Tensor]) -> list[MicroBatch]:
         """A loaded batch as what the loss takes: timesteps, noise and dropped conditions drawn, divided into parts."""
         x0, bounds = batch["image"], self.process.data_range
         if self.step == 0 and bounds is not None and (x0.min() < bounds[0] - 1e-3 or x0.max() > bounds[1] + 1e-3):
@@ -207,15 +207,15 @@ class Trainer:
         optional = ["concat"] + ["context_mask"] * ("context" in given)
         inputs |= {name: batch[name] for name in optional if name in batch}
         first = self.step * self.config.batch_size + self.accelerator.process_index * len(x0)
-        draws = draw(self.config.seed, first, x0, self.process.num_train_timesteps, self.config.noise_offset)
+        draws = draw_for_loss(self.config.seed, first, x0, self.process.num_train_timesteps, self.config.noise_offset)
         inputs |= {"t": draws.t, "noise": draws.noise}
         if self.process.self_conditioning:
             inputs["self_condition"] = draws.self_condition
         names = [n for n in DROPPABLE if n in inputs and (n == "concat" or self.model.config.learned_null)]
-        drop = dropped(names, draws.chances, self.config.condition_dropout) if names else {}
+        drop = condition_dropout(names, draws.chances, self.config.condition_dropout) if names else {}
         size = len(x0) // self.config.gradient_accumulation_steps
         return [
-            Part(
+            MicroBatch(
                 x0[rows],
                 {name: value[rows] for name, value in inputs.items()}
                 | ({"drop": {name: value[rows] for name, value in drop.items()}} if drop else {}),
@@ -224,11 +224,11 @@ class Trainer:
             for rows in (slice(start, start + size) for start in range(0, len(x0), size))
         ]
 
-    def _losses(self, part: Part, network: Any) -> Losses:
-        seed_layers(self.config.seed, part.first)
+    def _losses(self, part: MicroBatch, network: Any) -> Losses:
+        seed_dropout(self.config.seed, part.first)
         return self.process.losses(network, part.x0, weighting=self.weighting, **part.inputs)
 
-    def _backward(self, part: Part, last: bool) -> Losses:
+    def _backward(self, part: MicroBatch, last: bool) -> Losses:
         """Add the part's gradients; processes exchange them with the last part alone."""
         with nullcontext() if last else self.accelerator.no_sync(self.prepared):
             losses = self._losses(part, self.prepared)
@@ -248,7 +248,7 @@ class Trainer:
         loss, error, t, stop = all_of_them.permute(2, 0, 1, 3).flatten(1)
         return Losses(loss.float(), error.float(), t.long()), bool(stop.any())
 
-    def _skip(self, parts: list[Part], losses: Losses) -> None:
+    def _skip(self, parts: list[MicroBatch], losses: Losses) -> None:
         """Leave weights and averages as they are; after `max_bad_steps` in a row say where it begins."""
         self.skipped_steps, self.bad_in_a_row = self.skipped_steps + 1, self.bad_in_a_row + 1
         if self._scaler:
@@ -260,18 +260,18 @@ class Trainer:
             self.optimizer.zero_grad()  # clipping has spread it to all gradients
             for part in parts:
                 self._backward(part, last=part is parts[-1])
-            found = first_bad_gradient(self.model)
+            found = first_nonfinite_gradient(self.model)
         for part in parts:
-            place = first_bad_module(self.model, partial(self._losses, part, self.prepared))
+            place = first_nonfinite_module(self.model, partial(self._losses, part, self.prepared))
             found = found or (place and f"{place}, samples {self._indices(part)}")
         where = next((place for place in gather_object([found]) if place), "the loss")
-        raise NotFinite(
+        raise NonFiniteError(
             f"{self.bad_in_a_row} steps in a row were not finite, the last of them step {self.step + 1}; first: {where}"
         )
 
-    def _indices(self, part: Part) -> str:
+    def _indices(self, part: MicroBatch) -> str:
         """Which items of the data a part has, as the loader chose them."""
-        if isinstance(self.data, StreamData):
+        if isinstance(self.data, StreamDataset):
             return f"{part.first} to {part.first + len(part.x0) - 1} of the stream"
         size = self.config.batch_size
         batches = EndlessBatches(self.data.buckets or len(self.data), size, self.config.seed, self.step, self.step + 1)
@@ -290,7 +290,7 @@ class Trainer:
         return highest * float(0.5 + 0.5 * np.cos(np.pi * min(1.0, progress)))
 
 
-def _check_fit(config: UNetConfig, process: Diffusion, data: ImageData | StreamData) -> None:
+def _check_fit(config: UNetConfig, process: Diffusion, data: ImageDataset | StreamDataset) -> None:
     """ValueError for a network that cannot be trained on the data."""
     process.check_channels(config, data.channels, getattr(data, "concat_channels", 0))
     if config.dims != len(data.image_size):

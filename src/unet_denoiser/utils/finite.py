@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 
-class NotFinite(ArithmeticError):  # noqa: N818  # as in isfinite
+class NonFiniteError(ArithmeticError):  # as in isfinite
     """Training cannot go on: losses, gradients or weights are NaN or infinite."""
 
 
@@ -24,11 +24,11 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
     """NotFinite, naming the first tensor that holds NaN or infinity."""
     for name, t in tensors.items():
         if t.is_floating_point() and not is_finite(t):
-            raise NotFinite(f"{name} is not finite; nothing has been saved, the checkpoint before is as it was")
+            raise NonFiniteError(f"{name} is not finite; nothing has been saved, the checkpoint before is as it was")
 
 
 @torch.no_grad()
-def first_bad_module(model: nn.Module, forward: Callable[[], object]) -> str | None:
+def first_nonfinite_module(model: nn.Module, forward: Callable[[], object]) -> str | None:
     """Run `forward` and say which module of `model` was the first to return something not finite from finite inputs."""
     found: list[str] = []
 
@@ -49,7 +49,7 @@ def first_bad_module(model: nn.Module, forward: Callable[[], object]) -> str | N
     return found[0] if found else None
 
 
-def first_bad_gradient(model: nn.Module) -> str | None:
+def first_nonfinite_gradient(model: nn.Module) -> str | None:
     """The parameter with a gradient that is not finite which the backward pass came to first (the deepest)."""
     bad = [name for name, p in model.named_parameters() if p.grad is not None and not is_finite(p.grad)]
     return f"the gradient of {bad[-1]}" if bad else None

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-class Interrupted(Exception):  # noqa: N818  # not an error: what was asked for has been done
+class TrainingInterrupted(Exception):  # noqa: N818  # not an error: what was asked for has been done
     """Training was asked to stop by a signal, and has.
 
     Args:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unet_denoiser.config.data import DataConfig, ResizeMode
 from unet_denoiser.data.columns import encode_labels, encode_vectors
-from unet_denoiser.data.dataset import ImageData, refuse_options
+from unet_denoiser.data.dataset import ImageDataset, refuse_options
 from unet_denoiser.data.transforms import fill_colour, per_axis, scaled_size, to_float
 
 DIGITS = ("digits", "digits:held-out")
@@ -56,7 +56,7 @@ class Mapped:
         self._open()
 
 
-class ArrayData(ImageData):
+class ArrayDataset(ImageDataset):
     """Images in memory, or mapped from a file.
 
     Args:
@@ -138,7 +138,7 @@ class ArrayData(ImageData):
         return image
 
 
-def load_npz(path: Path, config: DataConfig) -> ArrayData:
+def load_npz(path: Path, config: DataConfig) -> ArrayDataset:
     """The arrays `images`, and if there are any `labels`, `class_names`, `captions` and `vectors`, of an .npz file."""
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -151,12 +151,12 @@ def load_npz(path: Path, config: DataConfig) -> ArrayData:
     found = arrays.get("class_names")
     names = config.class_names if found is None or config.class_names else [str(name) for name in found]
     captions, vectors = arrays.get("captions"), arrays.get("vectors")
-    return _checked(ArrayData(images, arrays.get("labels"), names, config.image_size, captions, vectors, config))
+    return _checked(ArrayDataset(images, arrays.get("labels"), names, config.image_size, captions, vectors, config))
 
 
-def load_npy(path: Path, config: DataConfig) -> ArrayData:
+def load_npy(path: Path, config: DataConfig) -> ArrayDataset:
     """The images of an .npy file, which stay on the disk until they are used."""
-    return _checked(ArrayData(Mapped(path), image_size=config.image_size, config=config))
+    return _checked(ArrayDataset(Mapped(path), image_size=config.image_size, config=config))
 
 
 def digits(held_out: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -172,12 +172,12 @@ def digits(held_out: bool = False) -> tuple[np.ndarray, np.ndarray]:
     return (data.images[chosen, None] / 8 - 1).astype(np.float32), data.target[chosen]
 
 
-def load_digits_data(config: DataConfig) -> ArrayData:
+def load_digits_data(config: DataConfig) -> ArrayDataset:
     images, labels = digits(held_out=config.source == "digits:held-out")
-    return _checked(ArrayData(images, labels, config.class_names, config.image_size, config=config))
+    return _checked(ArrayDataset(images, labels, config.class_names, config.image_size, config=config))
 
 
-def _checked(data: ArrayData) -> ArrayData:
+def _checked(data: ArrayDataset) -> ArrayDataset:
     """The data, unless the configuration has an option that arrays cannot have."""
     config = data.config or DataConfig("arrays")
     if config.channels is not None and config.channels != data.channels:

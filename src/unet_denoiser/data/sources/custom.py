@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
-from unet_denoiser.data.dataset import ImageData, Place, StreamData
+from unet_denoiser.data.dataset import ImageDataset, StreamDataset, StreamIndex
 
 
-class OwnData(ImageData):
+class CustomDataset(ImageDataset):
     """A map-style data set of {"image": (C, *spatial) floats, conditions}, of its first item's channels and size.
 
     Its own random augmentation (torch's, numpy's and random's global generators) is seeded by each item's position, so
@@ -32,14 +32,14 @@ class OwnData(ImageData):
         return len(self.data)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if not isinstance(index, Place):
+        if not isinstance(index, StreamIndex):
             return check_item(self.data[int(index)], f"item {int(index)}", self.shape)
         with _seeded(index):
             return check_item(self.data[int(index)], f"item {int(index)}", self.shape)
 
 
-class OwnStream(StreamData):
-    """An iterable data set of dicts like those of `OwnData`; it is iterated over again for each epoch.
+class CustomStream(StreamDataset):
+    """An iterable data set of dicts like those of `CustomDataset`; it is iterated over again for each epoch.
 
     One with a method `set_epoch` is told the epoch's number. For exact resuming its order must be the same each time.
     """
@@ -56,37 +56,37 @@ class OwnStream(StreamData):
             self.data.set_epoch(number)
         return iter(self.data)
 
-    def decode(self, raw: Any, place: Place) -> dict[str, Any]:
+    def decode(self, raw: Any, place: StreamIndex) -> dict[str, Any]:
         return check_item(raw, f"the item at position {place.position}", self.shape)
 
 
-def as_data(data: Any) -> ImageData | StreamData:
+def as_dataset(data: Any) -> ImageDataset | StreamDataset:
     """Any data set as one that `make_loader` takes: ours as they are, `datasets`' and one's own adapted.
 
     Raises:
         TypeError: something that is no data set.
         ValueError: items that are no dicts with an image.
     """
-    if isinstance(data, ImageData | StreamData):
+    if isinstance(data, ImageDataset | StreamDataset):
         return data
     if type(data).__module__.split(".")[0] == "datasets":
         import datasets
 
-        from unet_denoiser.data.sources.huggingface import HubData, HubStream
+        from unet_denoiser.data.sources.huggingface import HubDataset, HubStream
 
         if isinstance(data, datasets.Dataset):
-            return HubData(data)
+            return HubDataset(data)
         if isinstance(data, datasets.IterableDataset):
             return HubStream(data)
         raise TypeError(f"data is a {type(data).__name__}; give one split of it, for example data['train']")
     if isinstance(data, IterableDataset) or (hasattr(data, "__iter__") and not hasattr(data, "__getitem__")):
-        return OwnStream(data)
+        return CustomStream(data)
     if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
         raise TypeError(f"data is a {type(data).__name__}; give a data set of dicts with len() and [], or an iterable")
-    return OwnData(data)
+    return CustomDataset(data)
 
 
-def _describe(described: OwnData | OwnStream, first: Mapping[str, Any]) -> tuple[int, ...]:
+def _describe(described: CustomDataset | CustomStream, first: Mapping[str, Any]) -> tuple[int, ...]:
     """Set what a network needs to know of the data, by their first item; the shape of its image."""
     shape = tuple(first["image"].shape)
     described.channels, described.image_size = shape[0], shape[1:]
@@ -115,7 +115,7 @@ def check_item(item: Any, name: str, shape: tuple[int, ...] | None = None) -> di
 
 
 @contextmanager
-def _seeded(place: Place) -> Iterator[None]:
+def _seeded(place: StreamIndex) -> Iterator[None]:
     """The global generators seeded by the place, and put back afterwards."""
     before = torch.get_rng_state(), np.random.get_state(), random.getstate()
     entropy = place.rng().integers(2**32, size=3).tolist()

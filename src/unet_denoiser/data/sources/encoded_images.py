@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from unet_denoiser.config.data import DataConfig
-from unet_denoiser.data.dataset import ImageData
-from unet_denoiser.data.sources.verification import PROGRESS_FROM, Header, too_small, without_bad
+from unet_denoiser.data.dataset import ImageDataset
+from unet_denoiser.data.sources.verification import PROGRESS_FROM, Header, report_unusable, too_small
 from unet_denoiser.data.transforms import Source, check_colour, fill_colour, open_image, per_axis, to_pixels
 from unet_denoiser.utils.images import MODES
 
 LARGEST_DEFAULT_SIZE = 64
 
 
-class Pictures(ImageData):
+class EncodedImages(ImageDataset):
     """What folders and tables of images share: channels, sizes, buckets and the cache in memory.
 
     A subclass gives `source`, the path or the content of an item. After all else it calls `_set_up`.
@@ -84,7 +84,7 @@ def check_config(config: DataConfig) -> None:
         per_axis(config.image_size, 2)
 
 
-def usable(headers: dict[str, Header], config: DataConfig, where: str) -> tuple[dict[str, Header], DataConfig]:
+def split_usable(headers: dict[str, Header], config: DataConfig, where: str) -> tuple[dict[str, Header], DataConfig]:
     """The images that can be decoded and are large enough, and the configuration with the size that was chosen.
 
     Raises:
@@ -96,7 +96,7 @@ def usable(headers: dict[str, Header], config: DataConfig, where: str) -> tuple[
         config = replace(config, image_size=size)
         small = {key: too_small(header, size) for key, header in headers.items() if key not in bad}
         bad |= {key: problem for key, problem in small.items() if problem}
-    without_bad(bad, len(headers), where, config.on_bad)
+    report_unusable(bad, len(headers), where, config.on_bad)
     return {key: header for key, header in headers.items() if key not in bad}, config
 
 

@@ -11,9 +11,9 @@ import numpy as np
 
 from unet_denoiser.config.data import DataConfig
 from unet_denoiser.data.columns import CAPTION_COLUMNS, as_numbered, encode_labels, encode_vectors, pick_column
-from unet_denoiser.data.dataset import Place, StreamData
-from unet_denoiser.data.sources.encoded_images import Pictures, check_config, choose_size, usable
-from unet_denoiser.data.sources.verification import Header, header_of, scan
+from unet_denoiser.data.dataset import StreamDataset, StreamIndex
+from unet_denoiser.data.sources.encoded_images import EncodedImages, check_config, choose_size, split_usable
+from unet_denoiser.data.sources.verification import Header, header_of, verify_images
 from unet_denoiser.data.transforms import (
     Source,
     UnreadableItemError,
@@ -40,7 +40,7 @@ class Columns(NamedTuple):
     vectors: tuple[str, ...]
 
 
-class HubData(Pictures):
+class HubDataset(EncodedImages):
     """The images of a `datasets.Dataset`.
 
     Args:
@@ -60,8 +60,8 @@ class HubData(Pictures):
             raise ValueError(f"{config.source} has no rows")
         images = table.select_columns([columns.image])
         fingerprint = f"{config.source} {columns.image} {table._fingerprint}"
-        found = scan(fingerprint, rows, lambda row: _content(images[int(row[4:])][columns.image]))
-        headers, config = usable(found, config, config.source)
+        found = verify_images(fingerprint, rows, lambda row: _content(images[int(row[4:])][columns.image]))
+        headers, config = split_usable(found, config, config.source)
         kept = [int(row[4:]) for row in headers]
         self.table = table if len(kept) == len(table) else table.select(kept)
         self.columns, self.images = columns, self.table.select_columns([columns.image])
@@ -89,7 +89,7 @@ class HubData(Pictures):
         return _content(self.images[int(index)][self.columns.image])
 
 
-class HubStream(StreamData):
+class HubStream(StreamDataset):
     """The images of a `datasets.IterableDataset`, in an order shuffled anew each epoch through a buffer.
 
     Every process reads the whole stream, and decodes its own part of each batch only; so order and batches are the
@@ -145,7 +145,7 @@ class HubStream(StreamData):
                 buffer[i] = row
         yield from (buffer[i] for i in rng.permutation(len(buffer)))
 
-    def decode(self, row: dict[str, Any], place: Place) -> dict[str, Any]:
+    def decode(self, row: dict[str, Any], place: StreamIndex) -> dict[str, Any]:
         c, columns = self.config, self.columns
         name = f"item {place.position} of {c.source}"
         image = open_image(_content(row[columns.image]), name)
@@ -161,7 +161,7 @@ class HubStream(StreamData):
         return item
 
 
-def load_hub(config: DataConfig) -> HubData | HubStream:
+def load_hub(config: DataConfig) -> HubDataset | HubStream:
     """The data set that `config.source` names: "hf:NAME", "hf:NAME:SUBSET", a .parquet file, or a folder of them."""
     import datasets
 
@@ -179,7 +179,7 @@ def load_hub(config: DataConfig) -> HubData | HubStream:
     except Exception as error:  # the hub's, pyarrow's and datasets' own kinds
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"{config.source} cannot be loaded as a data set: {lines[0]}") from None
-    return HubStream(table, config) if config.streaming else HubData(table, config)
+    return HubStream(table, config) if config.streaming else HubDataset(table, config)
 
 
 def find_columns(table: Any, config: DataConfig) -> tuple[Columns, Any]:

@@ -14,14 +14,14 @@ from typing import Any
 from unet_denoiser.config.data import DataConfig
 from unet_denoiser.data.columns import CAPTION_COLUMNS, encode_labels, encode_vectors, pick_column
 from unet_denoiser.data.dataset import refuse_options
-from unet_denoiser.data.sources.encoded_images import Pictures, check_config, usable
-from unet_denoiser.data.sources.verification import scan
+from unet_denoiser.data.sources.encoded_images import EncodedImages, check_config, split_usable
+from unet_denoiser.data.sources.verification import verify_images
 from unet_denoiser.data.transforms import SUFFIXES
 
 METADATA = ("metadata.csv", "metadata.jsonl")
 
 
-class FolderData(Pictures):
+class ImageFolder(EncodedImages):
     """Images below a folder, decoded when they are asked for.
 
     The folder's sub-folders are the classes, whatever lies how deep in them. A metadata.csv or metadata.jsonl, in the
@@ -50,8 +50,8 @@ class FolderData(Pictures):
         if not files:
             raise ValueError(f"no images were found in {folder}")
         stamps = {file: _stamp(self.folder / file) for file in files}
-        found = scan(str(self.folder.absolute()), stamps, self._path)
-        headers, config = usable(found, config, str(self.folder))
+        found = verify_images(str(self.folder.absolute()), stamps, self._path)
+        headers, config = split_usable(found, config, str(self.folder))
         self.files = list(headers)
         if rows is None:
             self._classes_of_folders(config)

@@ -37,7 +37,7 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unet-denoiser"
 
 
-def scan(name: str, stamps: dict[str, list[int]], open_source: Callable[[str], Source]) -> dict[str, Header]:
+def verify_images(name: str, stamps: dict[str, list[int]], open_source: Callable[[str], Source]) -> dict[str, Header]:
     """Decode every image in parallel, but for those that the cache knows by key and stamp.
 
     Args:
@@ -114,7 +114,7 @@ def too_small(header: Header, size: Sequence[int]) -> str | None:
     return f"is {header.height}x{header.width}, less than half of image_size {size[0]}x{size[1]}"
 
 
-def without_bad(bad: dict[str, str], count: int, where: str, on_bad: str) -> None:
+def report_unusable(bad: dict[str, str], count: int, where: str, on_bad: str) -> None:
     """Name what cannot be used: ValueError for on_bad="raise", a warning for "skip"."""
     if not bad:
         return

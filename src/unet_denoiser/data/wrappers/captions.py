@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unet_denoiser.data.dataset import ImageData, Wrapped
+from unet_denoiser.data.dataset import DatasetWrapper, ImageDataset
 from unet_denoiser.utils.cache import MappedArray, computed_once, digest
 
 if TYPE_CHECKING:
     from unet_denoiser.models.text_encoder import TextEncoder
 
 
-class TextData(Wrapped):
+class CaptionedDataset(DatasetWrapper):
     """Captions become "context" (S, D) and "context_mask" (S,); S is the longest caption's length.
 
     Args:
@@ -28,7 +28,7 @@ class TextData(Wrapped):
         ValueError: data without captions.
     """
 
-    def __init__(self, data: ImageData, encoder: TextEncoder) -> None:
+    def __init__(self, data: ImageDataset, encoder: TextEncoder) -> None:
 
         super().__init__(data)
         if not data.captions:

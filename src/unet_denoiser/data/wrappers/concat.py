@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unet_denoiser.config.data import DataConfig
-from unet_denoiser.data.dataset import ImageData, Place, Wrapped
+from unet_denoiser.data.dataset import DatasetWrapper, ImageDataset, StreamIndex
 
 
 def downscaled(pictures: Tensor, factor: int) -> Tensor:
@@ -64,7 +64,7 @@ def random_mask(size: tuple[int, ...], rng: np.random.Generator) -> Tensor:
     return torch.from_numpy(mask)[None]
 
 
-class ConcatData(Wrapped):
+class ConcatConditionDataset(DatasetWrapper):
     """Items get a "concat", channels that the network sees beside the noisy picture.
 
     Args:
@@ -75,7 +75,7 @@ class ConcatData(Wrapped):
         ValueError: data that are no pictures, or whose size a factor does not divide.
     """
 
-    def __init__(self, data: ImageData, kind: str, paired: ImageData | None = None) -> None:
+    def __init__(self, data: ImageDataset, kind: str, paired: ImageDataset | None = None) -> None:
         super().__init__(data)
         if len(data.image_size) != 2:
             raise ValueError(f"concat={kind}: the data have {len(data.image_size)} axes; pictures have 2")
@@ -89,7 +89,7 @@ class ConcatData(Wrapped):
         item = self.data[index]
         picture = item["image"][None]
         if self.inpainting:
-            entropy = [index.seed, index.position] if isinstance(index, Place) else [index]
+            entropy = [index.seed, index.position] if isinstance(index, StreamIndex) else [index]
             mask = random_mask(picture.shape[2:], np.random.default_rng([*entropy, 0, 2]))  # 2: not the augmentation's
             concat = masked(picture, mask[None])[0]
         elif self.paired is not None:
@@ -99,7 +99,9 @@ class ConcatData(Wrapped):
         return item | {"concat": concat}
 
 
-def _paired(folder: str, data: Any, config: DataConfig, load: Callable[[DataConfig], Any], has_vae: bool) -> ImageData:
+def _paired(
+    folder: str, data: Any, config: DataConfig, load: Callable[[DataConfig], Any], has_vae: bool
+) -> ImageDataset:
     """The pictures of a second folder, one for each of the data's; ValueError when the names differ."""
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"concat={folder} is neither 'downscaled:N', nor 'inpainting', nor a folder")

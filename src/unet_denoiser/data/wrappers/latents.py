@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unet_denoiser.data.dataset import ImageData, Place, Wrapped
+from unet_denoiser.data.dataset import DatasetWrapper, ImageDataset, StreamIndex
 from unet_denoiser.utils.cache import MappedArray, computed_once, digest
 from unet_denoiser.utils.files import read_json
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from unet_denoiser.models.autoencoder import Autoencoder
 
 
-class LatentData(Wrapped):
+class LatentDataset(DatasetWrapper):
     """Pictures become latents, of no fixed range; "concat", where there is one, is encoded likewise.
 
     Args:
@@ -34,7 +34,7 @@ class LatentData(Wrapped):
     """
 
     def __init__(
-        self, data: ImageData, autoencoder: Autoencoder, key: str, *, flip: bool = False, standardize: bool = False
+        self, data: ImageDataset, autoencoder: Autoencoder, key: str, *, flip: bool = False, standardize: bool = False
     ) -> None:
 
         super().__init__(data)
@@ -53,7 +53,7 @@ class LatentData(Wrapped):
         self.image_size = tuple(n // autoencoder.factor for n in data.image_size)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        mirrored = self.flip and isinstance(index, Place) and bool(index.rng().random() < 0.5)
+        mirrored = self.flip and isinstance(index, StreamIndex) and bool(index.rng().random() < 0.5)
         latents = (self.store[index, mirrored] - self.shift) * self.scale
         return dict(zip(("image", "concat"), latents, strict=False)) | self.conditions(index)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unet_denoiser.models.layers.common import Emb, Size, zero
+from unet_denoiser.models.layers.common import Emb, Size, zero_init
 from unet_denoiser.models.layers.context import Context
 from unet_denoiser.models.layers.norm import group_norm
 from unet_denoiser.models.layers.recompute import recomputed
@@ -79,7 +79,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.norm = group_norm(channels, norm_groups, norm_eps)
         self.attn = CrossAttention(channels, channels, num_heads)
-        zero(self.attn.to_out)
+        zero_init(self.attn.to_out)
 
     def forward(self, x: Tensor, emb: Emb = None, context: Context | None = None, size: Size = None) -> Tensor:
         return x + to_grid(self.attn(to_tokens(self.norm(x))), x)
@@ -94,7 +94,7 @@ class ContextAttention(nn.Module):
         super().__init__()
         self.norm = group_norm(channels, norm_groups, norm_eps)
         self.attn = CrossAttention(channels, context_dim, num_heads)
-        zero(self.attn.to_out)
+        zero_init(self.attn.to_out)
 
     def forward(self, x: Tensor, emb: Tensor | None, context: Context, size: Size = None) -> Tensor:
         return x + to_grid(self.attn(to_tokens(self.norm(x)), *context.of(self.attn)), x)
@@ -123,7 +123,7 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(channels, num_heads, context_dim, cross_only) for _ in range(depth)
         )
-        self.proj_out = zero(nn.Linear(channels, channels))
+        self.proj_out = zero_init(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor, emb: Emb = None, context: Context | None = None, size: Size = None) -> Tensor:
         tokens = self.proj_in(to_tokens(self.norm(x)))

@@ -19,12 +19,12 @@ Size = Sequence[int] | None
 Emb = Tensor | None
 
 
-def silu(x: Tensor, source: nn.Module) -> Tensor:
+def silu_inplace(x: Tensor, source: nn.Module) -> Tensor:
     """SiLU of what `source` returned and nothing else needs: in its place, where that is safe."""
     return F.silu(x, inplace=_may_overwrite(source))
 
 
-def add(x: Tensor, y: Tensor, source: nn.Module) -> Tensor:
+def add_inplace(x: Tensor, y: Tensor, source: nn.Module) -> Tensor:
     """The sum of y and what `source` returned and nothing else needs: in its place, where that is safe."""
     return x.add_(y) if _may_overwrite(source) and x.dtype == y.dtype else x + y
 
@@ -41,7 +41,7 @@ def full_precision(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if used else nullcontext()
 
 
-def zero(module: nn.Module) -> nn.Module:
+def zero_init(module: nn.Module) -> nn.Module:
     """Zero the parameters, so that the residual branch this module ends starts as the identity (DDPM, ADM)."""
     for p in module.parameters():
         nn.init.zeros_(p)

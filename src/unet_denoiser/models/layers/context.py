@@ -26,7 +26,7 @@ class Context(NamedTuple):
         return self.tokens, self.mask, self.projected.get(layer)
 
 
-def context_of(
+def build_context(
     tokens: Tensor | None, mask: Tensor | None, drop: Tensor | None, null: Tensor | None, batch: int
 ) -> Context:
     """The tokens with everything that does not count replaced by the null, and a mask that has no empty row.

@@ -17,7 +17,7 @@ CONV_TRANSPOSE = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTransp
 AVG_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d}
 
 
-def keep(x: Tensor, size: Size = None) -> Tensor:
+def identity(x: Tensor, size: Size = None) -> Tensor:
     return x
 
 
@@ -29,7 +29,7 @@ def average_pool(x: Tensor, size: Size = None) -> Tensor:
     return F.avg_pool3d(F.pad(x, (0, 1) * 3, mode="replicate"), 2)
 
 
-def nearest(x: Tensor, size: Size = None) -> Tensor:
+def upsample_nearest(x: Tensor, size: Size = None) -> Tensor:
     """Double by repetition, then cut to `size`."""
     return crop(F.interpolate(x, size=[2 * n for n in x.shape[2:]]), size)
 
@@ -90,4 +90,4 @@ class NearestUpsample(nn.Module):
         self.conv = CONV[dims](channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, emb: Emb = None, context: Context | None = None, size: Size = None) -> Tensor:
-        return recomputed(lambda x: nearest(x, size), self.conv, x)
+        return recomputed(lambda x: upsample_nearest(x, size), self.conv, x)

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unet_denoiser.models.layers.common import Size, add, silu, zero
+from unet_denoiser.models.layers.common import Size, add_inplace, silu_inplace, zero_init
 from unet_denoiser.models.layers.context import Context
 from unet_denoiser.models.layers.conv import CONV, is_channels_last
 from unet_denoiser.models.layers.norm import group_norm
 from unet_denoiser.models.layers.recompute import recomputed
-from unet_denoiser.models.layers.resampling import average_pool, keep, nearest
+from unet_denoiser.models.layers.resampling import average_pool, identity, upsample_nearest
 
 # ---- residual block ------------------------------------------------------------------------------------------------
 
@@ -74,33 +74,35 @@ class ResBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.scale_shift = modulation == "scale_shift"
-        self.resample = {"none": keep, "down": average_pool, "up": nearest}[resample]
+        self.resample = {"none": identity, "down": average_pool, "up": upsample_nearest}[resample]
         self.norm1 = group_norm(in_ch, norm_groups, norm_eps)
         self.conv1 = CONV[dims](in_ch, out_ch, 3, padding=1)
         self.time_mlp = nn.Linear(time_emb_dim, 2 * out_ch if self.scale_shift else out_ch)
         self.norm2 = group_norm(out_ch, norm_groups, norm_eps)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = zero(CONV[dims](out_ch, out_ch, 3, padding=1))
+        self.conv2 = zero_init(CONV[dims](out_ch, out_ch, 3, padding=1))
         self.skip = nn.Identity() if in_ch == out_ch else CONV[dims](in_ch, out_ch, 1)
 
     def forward(self, x: Tensor, emb: Tensor, context: Context | None = None, size: Size = None) -> Tensor:
         emb = self.time_mlp(F.silu(emb))
         emb = emb.reshape(*emb.shape, *[1] * (x.ndim - 2))
-        h = recomputed(lambda x: self.resample(silu(self.norm1(x), self.norm1), size), self.conv1, x, norm=self.norm1)
+        h = recomputed(
+            lambda x: self.resample(silu_inplace(self.norm1(x), self.norm1), size), self.conv1, x, norm=self.norm1
+        )
         if self.scale_shift:
             scale, shift = emb.chunk(2, dim=1)
         else:
-            h, scale, shift = add(h, emb, self.conv1), None, None
+            h, scale, shift = add_inplace(h, emb, self.conv1), None, None
         # drawn here, as the backward pass calls `_activate` again
         mask = dropout_mask(h, self.dropout.p) if self.training and self.dropout.p else None
         h = recomputed(self._activate, self.conv2, h, scale, shift, mask, norm=self.norm2)
-        return add(h, self.skip(self.resample(x, size)), self.conv2)
+        return add_inplace(h, self.skip(self.resample(x, size)), self.conv2)
 
     def _activate(self, h: Tensor, scale: Tensor | None, shift: Tensor | None, mask: Tensor | None) -> Tensor:
         h = self.norm2(h)
         if scale is not None and shift is not None:
             h = torch.addcmul(shift, h, 1 + scale)
-        h = silu(h, self.norm2)
+        h = silu_inplace(h, self.norm2)
         return h if mask is None else torch.where(mask, h, 0.0).div_(1 - _of_fifteen_bits(self.dropout.p) / 2**15)
 
 

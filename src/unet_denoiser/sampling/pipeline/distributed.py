@@ -20,9 +20,9 @@ from torch import Tensor
 
 from unet_denoiser.config.base import DeviceName
 from unet_denoiser.models.unet import UNet
-from unet_denoiser.sampling.pipeline.generation import Request, perform
+from unet_denoiser.sampling.pipeline.generation import GenerationRequest, generate
 from unet_denoiser.sampling.pipeline.npz_shards import Shards, digest_weights
-from unet_denoiser.sampling.pipeline.pipeline import Trained
+from unet_denoiser.sampling.pipeline.pipeline import Pipeline
 from unet_denoiser.utils.cache import digest
 from unet_denoiser.utils.device import resolve_device
 from unet_denoiser.utils.images import to_uint8
@@ -30,7 +30,7 @@ from unet_denoiser.utils.images import to_uint8
 BATCHES = 8  # of a file
 
 
-def part_of(run: Trained, request: Request, part: range) -> Request:
+def request_slice(run: Pipeline, request: GenerationRequest, part: range) -> GenerationRequest:
     """Some of a request's samples, with the classes and captions whose turn it is."""
     classes = request.classes or (() if request.captions else tuple(run.class_names or ()))
 
@@ -42,21 +42,23 @@ def part_of(run: Trained, request: Request, part: range) -> Request:
     return replace(request, seeds=seeds, classes=turned(classes), captions=turned(request.captions))
 
 
-def perform_together(run: Trained, model: UNet, request: Request, state: Any, **options: Any) -> Tensor:
+def generate_distributed(run: Pipeline, model: UNet, request: GenerationRequest, state: Any, **options: Any) -> Tensor:
     """`perform`, each process of Accelerate's `state` a share of the seeds; all get the whole, on the CPU.
 
     Interpolation, whose samples are one row, is done whole by each.
     """
     count, processes = len(request.seeds), state.num_processes
     if processes == 1 or request.edit.interpolates:
-        return perform(run, model, request, **options).cpu()
+        return generate(run, model, request, **options).cpu()
     bounds = [count * i // processes for i in range(processes + 1)]
     mine = range(bounds[state.process_index], bounds[state.process_index + 1])
-    share = [perform(run, model, part_of(run, request, mine), **options).cpu()] if mine else []
+    share = [generate(run, model, request_slice(run, request, mine), **options).cpu()] if mine else []
     return torch.cat(gather_object(share))
 
 
-def open_shards(run: Trained, model: UNet, request: Request, folder: Path, batch_size: int, state: Any) -> Shards:
+def open_shards(
+    run: Pipeline, model: UNet, request: GenerationRequest, folder: Path, batch_size: int, state: Any
+) -> Shards:
     """The folder of a request's samples, which may have some of them; every process must call it.
 
     Raises:
@@ -90,15 +92,17 @@ def open_shards(run: Trained, model: UNet, request: Request, folder: Path, batch
     return shards
 
 
-def fill(run: Trained, model: UNet, request: Request, shards: Shards, state: Any, **options: Any) -> Iterator[range]:
+def generate_shards(
+    run: Pipeline, model: UNet, request: GenerationRequest, shards: Shards, state: Any, **options: Any
+) -> Iterator[range]:
     """Make this process's share of the files that are missing; yields the samples' numbers after each."""
     for part in shards.missing[state.process_index :: state.num_processes]:
-        own = part_of(run, request, part)
-        shards.write(part, _arrays(run, own, perform(run, model, own, **options)))
+        own = request_slice(run, request, part)
+        shards.write(part, _arrays(run, own, generate(run, model, own, **options)))
         yield part
 
 
-def _arrays(run: Trained, request: Request, x: Tensor) -> dict[str, np.ndarray]:
+def _arrays(run: Pipeline, request: GenerationRequest, x: Tensor) -> dict[str, np.ndarray]:
     """What a file holds: pictures (N, H, W[, C]) of 0 to 255, as `load_data` reads them, or other samples as they are.
 
     And their seeds, and the labels of those that have a class.

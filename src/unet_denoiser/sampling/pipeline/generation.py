@@ -18,11 +18,11 @@ from unet_denoiser.sampling.editing.image_editing import canvas, image_to_image,
 from unet_denoiser.sampling.editing.interpolation import interpolate
 from unet_denoiser.sampling.editing.inversion import invert, regenerate
 from unet_denoiser.sampling.loop import sample
-from unet_denoiser.sampling.pipeline.pipeline import Trained
+from unet_denoiser.sampling.pipeline.pipeline import Pipeline
 
 
 @dataclass(frozen=True)
-class Request:
+class GenerationRequest:
     """Samples that are asked of a run.
 
     Args:
@@ -50,7 +50,7 @@ class Request:
     guide: UNet | None = None
 
 
-def perform(run: Trained, model: UNet, request: Request, **options: Any) -> Tensor:
+def generate(run: Pipeline, model: UNet, request: GenerationRequest, **options: Any) -> Tensor:
     """The samples, decoded.
 
     Args:
@@ -81,7 +81,7 @@ def perform(run: Trained, model: UNet, request: Request, **options: Any) -> Tens
     return run.decode(sample(model, run.process, seeds=request.seeds, **options))
 
 
-def _edit(run: Trained, model: UNet, request: Request, options: dict[str, Any]) -> Tensor:
+def _edit(run: Pipeline, model: UNet, request: GenerationRequest, options: dict[str, Any]) -> Tensor:
     edit, seeds, process = request.edit, request.seeds, run.process
     assert edit.image is not None
     if edit.upscale is not None:
@@ -112,7 +112,7 @@ def _edit(run: Trained, model: UNet, request: Request, options: dict[str, Any]) 
     return run.decode(image_to_image(model, process, run.encode(picture), seeds=seeds, strength=strength, **options))
 
 
-def _regenerated(run: Trained, model: UNet, request: Request, x: Tensor, options: dict[str, Any]) -> Tensor:
+def _regenerated(run: Pipeline, model: UNet, request: GenerationRequest, x: Tensor, options: dict[str, Any]) -> Tensor:
     """The picture inverted with its own class or caption, and made again with each of those asked for."""
     edit, count = request.edit, len(request.seeds)
     own = dict(options) | {"config": replace(request.config, guidance_scale=1.0)}
@@ -126,7 +126,7 @@ def _regenerated(run: Trained, model: UNet, request: Request, x: Tensor, options
     return run.decode(regenerate(model, run.process, inversion, **options))
 
 
-def _conditions(run: Trained, request: Request) -> dict[str, Tensor]:
+def _conditions(run: Pipeline, request: GenerationRequest) -> dict[str, Tensor]:
     """What the samples shall follow: one row each, or with interpolation one or two rows (from, to)."""
     edit, count = request.edit, len(request.seeds)
     classes, captions = edit.interpolate_classes or request.classes, edit.interpolate_captions or request.captions
@@ -155,7 +155,7 @@ def _conditions(run: Trained, request: Request) -> dict[str, Tensor]:
     return conditions
 
 
-def _negative(run: Trained, request: Request) -> dict[str, Tensor]:
+def _negative(run: Pipeline, request: GenerationRequest) -> dict[str, Tensor]:
     """What guidance leads away from: one row for all samples."""
     negative: dict[str, Tensor] = {}
     if request.negative_class is not None:
@@ -165,7 +165,7 @@ def _negative(run: Trained, request: Request) -> dict[str, Tensor]:
     return negative
 
 
-def _check_upscaling(run: Trained, factor: int) -> None:
+def _check_upscaling(run: Pipeline, factor: int) -> None:
     if run.data.vae is not None:
         raise ValueError(f"upscale={factor}: {run.path} was trained on latents, whose averages are not the picture's")
     trained = (run.data.concat or "").removeprefix("downscaled:")

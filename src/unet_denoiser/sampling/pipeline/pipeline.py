@@ -20,7 +20,7 @@ from unet_denoiser.utils.images import MODES, save_grid
 
 
 @dataclass(frozen=True)
-class Trained:
+class Pipeline:
     """A network with the data and the process that it was trained with; `Run` is one with its training.
 
     Args:

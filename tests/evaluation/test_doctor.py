@@ -1,0 +1,227 @@
+"""Runs that are broken on purpose, and networks whose best possible answer has a closed form."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from unet_denoiser import Diffusion, TrainingConfig, UNet, UNetConfig
+from unet_denoiser.cli.app import main
+from unet_denoiser.config.data import DataConfig
+from unet_denoiser.data.load import with_found_values
+from unet_denoiser.data.sources.arrays import ArrayDataset
+from unet_denoiser.evaluation.doctor import examine
+from unet_denoiser.training.run import Run
+
+TINY = {"model_channels": 8, "channel_mult": (1,), "num_res_blocks": 1, "attention_resolutions": (), "num_heads": 1}
+TINY |= {"context_dim": None, "image_size": 4, "norm_groups": 2, "dropout": 0.0}
+
+
+def flat_images(count, channels=1):
+    """Images of one colour each: all pixels of an image are alike."""
+    colours = np.random.default_rng(0).uniform(-1, 1, (count, channels, 1, 1))
+    return np.broadcast_to(colours, (count, channels, 4, 4)).astype(np.float32)
+
+
+def make_run(path, data, steps=1, process=None, **options):
+    channels, classes = data.channels, data.class_names and len(data.class_names)
+    config = UNetConfig(in_channels=channels, out_channels=channels, num_classes=classes, **TINY)
+    options = {"batch_size": 16, "learning_rate": 3e-3, "warmup_steps": 1, "ema_decay": 0.5, "device": "cpu"} | options
+    training = TrainingConfig(steps=steps, preview_every=10**6, **options)
+    process = process or Diffusion(prediction_type="epsilon", beta_schedule="linear")
+    run = Run(path, with_found_values(DataConfig("x.npz"), data), config, process, training)
+    trainer = run.trainer(data)
+    run.write()
+    for _ in run.train(trainer):
+        pass
+    return run
+
+
+def look(run, data, **options):
+    return examine(run, data, **{"num_images": 16, "num_samples": 8} | options)
+
+
+def names(report):
+    return [finding.name for finding in report.findings]
+
+
+def ideal(network):
+    """A UNet that answers with `network(x_t, alpha, sigma)`, the noise, at every timestep of `make_run`'s process."""
+    process = Diffusion(prediction_type="epsilon", beta_schedule="linear")
+
+    class Ideal(UNet):
+        def forward(self, x, t, context=None, **conditions):
+            shape = (-1, *[1] * (x.ndim - 1))
+            alpha, sigma = process.alphas[t.long()].view(shape), process.sigmas[t.long()].view(shape)
+            return (x - alpha * network(x, alpha, sigma)) / sigma
+
+    return Ideal
+
+
+def of_flat_images(x, alpha, sigma):
+    """The mean of flat images with a colour of N(0, 1/3), given x_t: a shrunken mean of the pixels."""
+    mean = x.mean((2, 3), keepdim=True)
+    return (alpha / 3 / (alpha**2 / 3 + sigma**2 / 16) * mean).expand_as(x)
+
+
+def of_these(images):
+    """The mean of a training set, given x_t: what a network that has learned it by heart answers."""
+
+    def network(x, alpha, sigma):
+        distances = (x[:, None] - alpha[:, None] * images).flatten(2).square().sum(2)
+        weights = (-distances / (2 * sigma.view(-1, 1) ** 2)).softmax(1)
+        return torch.einsum("bn,n...->b...", weights, images)
+
+    return network
+
+
+def with_network(run, monkeypatch, network):
+    monkeypatch.setattr(Run, "load_model", lambda self: ideal(network).from_config(self.model).eval())
+    for path in run.checkpoints.paths():  # its raw weights are another network's
+        path.unlink()
+
+
+def test_the_best_network_has_nothing_wrong(tmp_path, monkeypatch):
+    data = ArrayDataset(flat_images(200))
+    run = make_run(tmp_path / "run", data)
+    with_network(run, monkeypatch, of_flat_images)
+    report = look(run, data, num_images=200, num_samples=32)
+    assert [f for f in report.findings if f.severity != "note"] == []
+    assert report.text().startswith("Nothing wrong was found.")
+    # closed form: the colour's variance 1/3 seen through 16 pixels of noise, as an error of the noise
+    for level in report.measures["levels"]:
+        alpha, sigma = run.process.alphas[level["t"]], run.process.sigmas[level["t"]]
+        exact = (alpha / sigma) ** 2 * sigma**2 / 16 / 3 / (alpha**2 / 3 + sigma**2 / 16)
+        assert level["error"] == pytest.approx(float(exact), rel=0.35)
+        assert level["trivial"] == pytest.approx(float(alpha**2 / 3 / (alpha**2 / 3 + sigma**2)), rel=0.1)
+
+
+def test_copies(tmp_path, monkeypatch):
+    images = np.random.default_rng(0).uniform(-1, 1, (4, 1, 4, 4)).astype(np.float32)
+    data = ArrayDataset(images)
+    run = make_run(tmp_path / "run", data, batch_size=4)
+    with_network(run, monkeypatch, of_these(torch.from_numpy(images)))
+    report = look(run, data)
+    assert names(report)[0] == "copies"
+    assert report.text().startswith("The samples are copies")
+    assert report.measures["neighbours"]["ratio"] < 0.1
+    assert (run.path / "doctor" / "neighbours.png").exists()
+
+
+def test_too_few_steps(tmp_path):
+    data = ArrayDataset(flat_images(64))
+    report = look(make_run(tmp_path / "run", data), data)
+    assert "undertrained" in names(report)
+    assert "train longer (now step 1 of 1)" in report.text()
+
+
+@pytest.mark.parametrize(
+    ("scale", "offset", "options", "name", "words"),
+    [
+        (0.5, 0.5, {}, "data range", "in one half of the [-1, 1]"),
+        (0.1, 0.0, {}, "data range", "of the [-1, 1] that the process expects"),
+        (1.0, 0.0, {"clip_sample_range": 0.5}, "data range", "but the process expects [-0.5, 0.5]"),
+        (0.1, 0.0, {"clip_sample_range": None}, "data scale", "standard deviation of 0.05"),
+        (0.0, 0.3, {}, "constant data", "hardly differ"),
+    ],
+)
+def test_data_in_a_wrong_range(tmp_path, scale, offset, options, name, words):
+    data = ArrayDataset(flat_images(64) * scale + offset)
+    run = make_run(tmp_path / "run", data, process=Diffusion(clip_sample_range=None))
+    report = look(replace(run, process=Diffusion(**options)), data)
+    assert name in names(report)
+    assert words in report.text()
+
+
+def test_a_schedule_that_ends_before_the_noise(tmp_path):
+    data = ArrayDataset(flat_images(64))
+    report = look(
+        make_run(tmp_path / "run", data, process=Diffusion(num_train_timesteps=100, beta_schedule="linear")), data
+    )
+    assert next(f for f in report.findings if f.name == "schedule end").severity == "error"
+    assert "the last timestep still has 60% of the image in it" in report.text()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    data = ArrayDataset(flat_images(64))
+    return make_run(tmp_path_factory.mktemp("runs") / "run", data, steps=60), data
+
+
+def test_averages_that_are_still_the_start(trained):
+    run, data = trained
+    good = look(run, data)
+    assert "averages too young" not in names(good)
+    averages = run.path / "model" / "model.safetensors"
+    kept = averages.read_bytes()
+    torch.manual_seed(run.training.seed)
+    UNet.from_config(run.model).save_pretrained(run.path / "model")
+    report = look(run, data)
+    averages.write_bytes(kept)
+    assert report.findings[0].name in ("averages too young", "undertrained")
+    assert "averages too young" in names(report)
+    assert report.measures["ema"]["averaged_over_raw"] > 1.1 > good.measures["ema"]["averaged_over_raw"]
+    assert "a lower ema_decay than 0.5" in report.text()
+
+
+def test_weights_that_are_no_numbers(trained, capsys):
+    run, data = trained
+    averages = run.path / "model" / "model.safetensors"
+    kept = averages.read_bytes()
+    model = run.load_model()
+    model.output[2].weight.data[0, 0, 0, 0] = float("nan")
+    model.save_pretrained(run.path / "model")
+    report = look(run, data)
+    averages.write_bytes(kept)
+    assert report.findings[0].name == "bad weights"
+    assert "output.2.weight (1 tensors)" in report.text()
+    assert report.measures["levels"] == []
+
+
+def test_the_loss_curve(trained):
+    run, data = trained
+    metrics = run.path / "metrics.jsonl"
+    kept = metrics.read_text()
+    found = {}
+    for name, losses in (("flat", [1.0] * 40), ("rising", [*[1.0] * 30, *[1.5] * 10]), ("bad", [None, 1.0])):
+        lines = [json.dumps({"step": i, "loss": loss}) for i, loss in enumerate(losses)]
+        metrics.write_text("\n".join([*lines, '{"step": 9, "lo']))
+        found[name] = names(look(run, data))
+    metrics.write_text(kept)
+    assert ["plateau" in found["flat"], "rising loss" in found["rising"], "bad steps" in found["bad"]] == [True] * 3
+    assert "plateau" not in found["rising"]
+
+
+@pytest.mark.parametrize(("channels", "classes"), [(1, 2), (3, None), (5, 3)])
+def test_channels_and_classes(tmp_path, channels, classes):
+    labels = None if classes is None else np.arange(40) % classes
+    data = ArrayDataset(flat_images(40, channels), labels)
+    run = make_run(tmp_path / "run", data)
+    report = look(run, data)
+    suffix = ".npy" if channels == 5 else ".png"
+    assert [p.name for p in report.pictures] == [f"denoising{suffix}", f"neighbours{suffix}"]
+    assert all(p.exists() for p in report.pictures)
+    written = json.loads((run.path / "doctor" / "report.json").read_text())
+    assert written["measures"]["data"]["shape"] == [40, channels, 4, 4]
+    assert [f["name"] for f in written["findings"]] == names(report)
+
+
+def test_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = make_run(tmp_path / "run", ArrayDataset(flat_images(20)))
+    np.savez("moved.npz", images=np.moveaxis(flat_images(20), 1, -1))
+    main(["doctor", "run", "--data", "moved.npz", "--num-images", "4", "--num-samples", "2"])
+    text = capsys.readouterr().out
+    assert "noise level" in text
+    assert str(run.path.name) + "/doctor/denoising.png" in text
+    for args, message in (
+        (["nowhere"], "nowhere holds no run"),
+        (["run"], "x.npz"),
+        (["run", "--data", "moved.npz", "--num-samples", "1"], "num_samples=1 must be at least 2"),
+    ):
+        with pytest.raises(SystemExit) as exit_info:
+            main(["doctor", *args])
+        assert exit_info.value.code == 2
+        assert message in capsys.readouterr().err

@@ -1,0 +1,304 @@
+"""Saving and loading: exact, strict, atomic, from a directory or the hub, and without holding the weights twice."""
+
+import inspect
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import safetensors.torch
+import torch
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+from support.networks import CONDITIONS, inputs, small
+from unet_denoiser import UNet, UNetConfig
+from unet_denoiser.utils.files import write_atomically
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A saved network: (the network, its directory)."""
+    model, directory = small(**CONDITIONS, dropout=0.2), tmp_path / "a" / "model"
+    assert model.save_pretrained(directory) is None
+    return model, directory
+
+
+# ---- round trip ----------------------------------------------------------------------------------------------------
+
+
+def test_round_trip(saved):
+    model, directory = saved
+    args, random_state = inputs(model.config), torch.get_rng_state()
+    loaded = UNet.from_pretrained(directory)
+    assert torch.equal(torch.get_rng_state(), random_state)  # no weights are drawn only to be replaced
+    assert loaded.config == model.config
+    assert type(loaded) is UNet
+    assert all(torch.equal(p, model.state_dict()[name]) for name, p in loaded.state_dict().items())
+    assert_close(loaded(**args), model(**args))
+    assert not any(m.training for m in loaded.modules())
+    assert all(p.requires_grad and p.device.type == "cpu" for p in loaded.parameters())
+    assert [name for name, _ in loaded.named_parameters()] == [name for name, _ in model.named_parameters()]
+    assert sorted(path.name for path in directory.iterdir()) == [CONFIG, WEIGHTS]
+
+
+def test_a_loaded_network_trains_and_is_saved_over_its_own_file(saved):
+    _, directory = saved
+    loaded = UNet.from_pretrained(str(directory)).train()
+    optimizer = torch.optim.SGD(loaded.parameters(), lr=0.1)
+    loaded(**inputs(loaded.config)).square().mean().backward()
+    optimizer.step()
+    loaded.save_pretrained(directory)  # while its tensors may be mapped from the old one
+    again = UNet.from_pretrained(directory)
+    for name, p in loaded.state_dict().items():
+        assert torch.equal(again.state_dict()[name], p), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_keep_their_dtype(dtype, tmp_path):
+    small().to(dtype).save_pretrained(tmp_path)
+    assert UNet.from_pretrained(tmp_path).dtype == dtype
+
+
+def test_frozen_and_non_contiguous_weights_are_saved(tmp_path):
+    model = small().requires_grad_(False).to(memory_format=torch.channels_last)
+    model.save_pretrained(tmp_path)
+    args = inputs(model.config)
+    assert_close(UNet.from_pretrained(tmp_path)(**args), model(**args))
+
+
+def test_the_files_are_plain(saved):
+    model, directory = saved
+    assert json.loads((directory / CONFIG).read_text()) == model.config.to_dict()
+    stored = load_file(directory / WEIGHTS)
+    assert {name: p.shape for name, p in stored.items()} == {name: p.shape for name, p in model.state_dict().items()}
+    with safetensors.safe_open(directory / WEIGHTS, "pt") as file:
+        assert file.metadata() == {"format": "pt"}  # transformers and diffusers ask for it
+
+
+def test_options_can_be_changed_on_loading(saved):
+    _, directory = saved
+    loaded = UNet.from_pretrained(directory, dropout=0.0, norm_eps=0.1)
+    assert (loaded.config.dropout, loaded.config.norm_eps) == (0.0, 0.1)
+    assert {m.p for m in loaded.modules() if isinstance(m, torch.nn.Dropout)} == {0.0}
+    with pytest.raises(ValueError, match=r"does not fit.*has class_embedding.weight \(5, 32\), not \(6, 32\)"):
+        UNet.from_pretrained(directory, num_classes=6)
+    with pytest.raises(ValueError, match="unknown U-Net option 'width'"):
+        UNet.from_pretrained(directory, width=6)
+
+
+def test_from_config():
+    config = UNetConfig(model_channels=16, num_heads=2, num_classes=4, dropout=0.3)
+    assert UNet.from_config(config).config == config
+
+
+def test_another_config_can_be_saved(tmp_path):
+    small().save_pretrained(tmp_path, config={"dropout": 0.25} | small().config.to_dict() | {"norm_eps": 0.5})
+    assert UNet.from_pretrained(tmp_path).config.norm_eps == 0.5
+
+
+@pytest.mark.parametrize("method", ["save_pretrained", "from_pretrained"])
+def test_signatures_are_the_hub_mixin_s(method):
+    def listed(cls):
+        return [(p.name, p.default, p.kind) for p in inspect.signature(getattr(cls, method)).parameters.values()]
+
+    assert listed(UNet) == listed(huggingface_hub.ModelHubMixin)
+
+
+# ---- strict --------------------------------------------------------------------------------------------------------
+
+
+def change_weights(directory, change):
+    state = load_file(directory / WEIGHTS)
+    change(state)
+    save_file(state, directory / WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("input_conv.bias"), r"it lacks input_conv.bias \(8,\)$"),
+        (lambda state: state.update(extra=torch.zeros(3)), r"it has extra \(3,\), which the network lacks$"),
+        (
+            lambda state: state.update({"input_conv.bias": torch.zeros(9)}),
+            r"it has input_conv.bias \(9,\), not \(8,\)$",
+        ),
+        (lambda state: [state.pop(name) for name in list(state)[:7]], r"(it lacks .*){3}; and 4 more differences$"),
+    ],
+)
+def test_weights_must_fit_exactly(saved, change, message):
+    _, directory = saved
+    change_weights(directory, change)
+    with pytest.raises(ValueError, match=f"{WEIGHTS} does not fit its architecture: {message}"):
+        UNet.from_pretrained(directory)
+
+
+def truncated(directory):
+    data = (directory / WEIGHTS).read_bytes()
+    (directory / WEIGHTS).write_bytes(data[:-100])
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (truncated, ValueError, f"{WEIGHTS} is not a readable safetensors file"),
+        (lambda d: (d / WEIGHTS).write_bytes(b""), ValueError, f"{WEIGHTS} is not a readable safetensors file"),
+        (lambda d: (d / WEIGHTS).unlink(), FileNotFoundError, f"has no {WEIGHTS}.*save_pretrained"),
+        (lambda d: (d / CONFIG).unlink(), FileNotFoundError, f"has no {CONFIG}.*save_pretrained"),
+        (lambda d: (d / CONFIG).write_text("{"), ValueError, f"{CONFIG} is not valid JSON"),
+        (lambda d: (d / CONFIG).write_bytes(b"\xff"), ValueError, f"{CONFIG} is not valid JSON"),
+        (lambda d: (d / CONFIG).write_text("[1]"), ValueError, f"{CONFIG} holds a JSON list, not an object"),
+        (lambda d: (d / CONFIG).write_text('{"depth": 3}'), ValueError, "unknown U-Net option 'depth'"),
+        (lambda d: (d / CONFIG).write_text('{"dims": 4}'), ValueError, "dims=4 is not one of 1, 2, 3"),
+    ],
+)
+def test_damaged_files_are_named(saved, damage, error, message):
+    _, directory = saved
+    damage(directory)
+    with pytest.raises(error, match=message):
+        UNet.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("name", ["missing", "./a/b", "/no/such", "a/b/c", "~/x", "a/", "a b/c"])
+def test_neither_a_directory_nor_a_hub_name(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        FileNotFoundError, match=f"^{re.escape(name)} is neither a directory nor a hub repository's name"
+    ):
+        UNet.from_pretrained(name)
+
+
+def test_a_file_is_not_a_directory(saved):
+    with pytest.raises(ValueError, match=r"own weights; give the directory that has their config\.json"):
+        UNet.from_pretrained(saved[1] / WEIGHTS)
+
+
+# ---- atomic --------------------------------------------------------------------------------------------------------
+
+
+def test_a_failing_writer_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail(temporary):
+        temporary.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, fail)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert path.read_text() == "old"
+    write_atomically(path, lambda temporary: temporary.write_text("new"))
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert path.read_text() == "new"
+
+
+def test_a_failing_save_leaves_a_loadable_network(saved, monkeypatch):
+    model, directory = saved
+
+    def fail(state, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        small(seed=1, **CONDITIONS).save_pretrained(directory)
+    assert sorted(path.name for path in directory.iterdir()) == [CONFIG, WEIGHTS]
+    assert torch.equal(UNet.from_pretrained(directory).input_conv.weight, model.input_conv.weight)
+
+
+# ---- the hub -------------------------------------------------------------------------------------------------------
+
+
+def test_offline_is_one_clear_error(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"^owner/name is no directory here, and config.json cannot be had"
+    ) as e:
+        UNet.from_pretrained("owner/name", cache_dir=tmp_path)
+    assert e.value.__cause__ is None
+    assert e.value.__suppress_context__
+    assert "\n" not in str(e.value)
+
+
+def test_loads_from_the_hub(saved, monkeypatch):
+    model, directory = saved
+    calls = []
+
+    def download(repo_id, filename, **options):
+        calls.append((repo_id, filename, options))
+        return str(directory / filename)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    loaded = UNet.from_pretrained("owner/name", revision="v1", token="t", cache_dir="c", force_download=True, dropout=0)
+    assert torch.equal(loaded.input_conv.weight, model.input_conv.weight)
+    assert loaded.config.dropout == 0
+    options = {"revision": "v1", "token": "t", "cache_dir": "c", "force_download": True, "local_files_only": False}
+    options["subfolder"] = None
+    assert calls == [("owner/name", CONFIG, options), ("owner/name", WEIGHTS, options)]
+
+
+@pytest.mark.parametrize("repo_id", [None, "owner/name"])
+def test_pushes_to_the_hub(tmp_path, monkeypatch, repo_id):
+    uploaded = {}
+
+    class Api:
+        def __init__(self, token):
+            uploaded["token"] = token
+
+        def create_repo(self, repo_id, exist_ok):
+            assert exist_ok
+            return type("Url", (), {"repo_id": f"user/{repo_id}"})
+
+        def upload_folder(self, repo_id, folder_path, **options):
+            shutil.copytree(folder_path, tmp_path / "hub")
+            uploaded.update(options, repo_id=repo_id)
+            return "https://hub/commit"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    model = small()
+    url = model.save_pretrained(tmp_path / "mine", repo_id=repo_id, push_to_hub=True, token="t", commit_message="m")
+    assert url == "https://hub/commit"
+    assert uploaded == {"token": "t", "commit_message": "m", "repo_id": f"user/{repo_id or 'mine'}"}
+    assert torch.equal(UNet.from_pretrained(tmp_path / "hub").input_conv.weight, model.input_conv.weight)
+
+
+def test_model_cards_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="model_card_kwargs is not supported"):
+        small().save_pretrained(tmp_path, model_card_kwargs={})
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- memory --------------------------------------------------------------------------------------------------------
+
+LOAD = """
+import re, sys, torch
+from unet_denoiser import UNet
+from safetensors.torch import load_file
+
+def peak():  # of this process; resource.getrusage would count its parent's before exec
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+
+UNet.from_pretrained(sys.argv[1])  # imports and caches
+before = peak()
+model = UNet.from_pretrained(sys.argv[2])
+assert not any(p.is_meta for p in model.parameters())
+sum(p.sum() for p in model.parameters()).item()  # every page is read
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own account of memory")
+def test_loading_never_holds_the_weights_twice(saved, tmp_path):
+    model = UNet(model_channels=128, channel_mult=(1, 2, 4), num_heads=4, context_dim=64, attention_resolutions=())
+    model.save_pretrained(tmp_path / "large")
+    size = (tmp_path / "large" / WEIGHTS).stat().st_size
+    assert size > 150e6
+    command = [sys.executable, "-c", LOAD, str(saved[1]), str(tmp_path / "large")]
+    grown = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert 0.9 * size < grown < 1.25 * size

@@ -1,0 +1,269 @@
+"""Every sampler against closed forms (a Gaussian's probability flow, a mixture's moments) and diffusers' own loop."""
+
+from itertools import pairwise
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from support.networks import small
+from support.oracles import Mixture
+from unet_denoiser import Diffusion, Sampler, SamplingConfig, denoise, sample
+from unet_denoiser.sampling.samplers import SAMPLERS
+
+STOCHASTIC = [name for name, kind in SAMPLERS.items() if kind.stochastic]
+BOUNDED = [name for name, kind in SAMPLERS.items() if kind.bounded]
+# error before the last step when the steps double from 40 to 80, at least divided by; two to the order is the ideal
+CONVERGENCE = {
+    "ddim": 1.9, "euler": 1.9,
+    "pndm": 3.4, "ipndm": 3.4, "dpm++": 3.4, "dpm++2s": 3.3, "unipc": 6, "deis": 3.4, "heun": 3.4, "kdpm2": 3.4,
+    "dpm++3m": 4, "dpm++3s": 6, "lms": 6,
+}  # fmt: skip  # the multistep ones begin with a step of first order; unipc and lms get over it here
+
+
+def steps(predict, process, z, name, count, **options):
+    return list(denoise(predict, process, z, sampler=name, num_inference_steps=count, **options))
+
+
+def gaussian_error(name, count, **options):
+    """Largest distance from the probability flow's exact x_t (linear in z, for a Gaussian) before the last step."""
+    process, m, s = Diffusion(beta_schedule="scaled_linear", clip_sample_range=None), 0.3, 0.5
+    z = torch.linspace(-2, 2, 41)[:, None]
+    sampler = Sampler(SamplingConfig(name, count, **options), process)
+    (a0, s0), (a1, s1) = sampler.noise_level(0), sampler.noise_level(len(sampler) - 1)
+    exact = a1 * m + (z - a0 * m) * ((a1 * s) ** 2 + s1**2).sqrt() / ((a0 * s) ** 2 + s0**2).sqrt()
+    return (steps(Mixture(process), process, z, name, count, **options)[-2].x - exact).abs().max().item()
+
+
+@pytest.mark.parametrize("name", CONVERGENCE)
+def test_convergence_at_the_samplers_order(name):
+    schedule = "exponential" if name == "dpm++3m" else "karras"  # with "karras" its error changes sign near 20 steps
+    errors = [gaussian_error(name, n, sigma_schedule=schedule) for n in (40, 80)]
+    assert errors[0] / errors[1] > CONVERGENCE[name]
+    assert errors[1] < (0.05 if CONVERGENCE[name] < 2 else 0.01)
+
+
+def test_every_deterministic_sampler_has_an_order():
+    assert set(CONVERGENCE) == set(SAMPLERS) - set(STOCHASTIC)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("schedule", ["squaredcos_cap_v2", "scaled_linear"])
+def test_the_end_is_the_datas_distribution(name, schedule):
+    """Weights, means and standard deviations of a mixture's two components, which do not overlap."""
+    torch.manual_seed(0)
+    process = Diffusion(beta_schedule=schedule, clip_sample_range=None)
+    predict = Mixture(process, means=(-0.6, 0.6), stds=(0.1, 0.2), weights=(0.3, 0.7))
+    x = steps(predict, process, torch.randn(4000, 1), name, 300 if name in ("ddpm", "euler_a", "sa") else 100)[-1].x
+    low, high = x[x < 0], x[x >= 0]
+    assert len(low) / len(x) == pytest.approx(0.3, abs=0.03)
+    assert (low.mean().item(), high.mean().item()) == pytest.approx((-0.6, 0.6), abs=0.02)
+    assert (low.std().item(), high.std().item()) == pytest.approx((0.1, 0.2), abs=0.015)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_prediction_type_is_the_same(name, prediction):
+    z, options = torch.linspace(-2, 2, 9)[:, None], {"beta_schedule": "scaled_linear", "clip_sample_range": None}
+    results = []
+    for kind in (prediction, "v_prediction"):
+        process, generators = (
+            Diffusion(prediction_type=kind, **options),
+            [torch.Generator().manual_seed(i) for i in range(9)],
+        )
+        results.append(steps(Mixture(process), process, z, name, 10, generators=generators)[-1].x)
+    assert_close(*results, rtol=0, atol=1e-3)
+
+
+def peer_of(name, steps):
+    """diffusers' scheduler as its users make it, from the schedule's name."""
+    kind = SAMPLERS[name]
+    options = {"beta_schedule": "scaled_linear", "beta_start": 1e-4, "beta_end": 0.02, "prediction_type": "epsilon"}
+    options |= {"tau_func": lambda t: 1.0} if name == "sa" else dict(kind.options)
+    scheduler = getattr(diffusers, kind.scheduler)(**options, timestep_spacing="trailing")
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+@pytest.mark.parametrize("name", [s for s in SAMPLERS if s not in ("ipndm", "dpm++2s", "dpm++3s")])
+def test_unclipped_equals_diffusers_own_loop(name):
+    """Where the steps divide the trained ones. Of the three left out one has a schedule, two a spacing of their own.
+
+    The last step is diffusers' too, but of those that extrapolate in it or stop before sigma = 0.
+    """
+    process = Diffusion(prediction_type="epsilon", beta_schedule="scaled_linear")
+    model, z = small(in_channels=1, out_channels=1), torch.randn(2, 1, 8, 8)
+    model.output[2].weight.data.mul_(0.1)
+    draws = [[torch.Generator().manual_seed(i) for i in range(2)] for _ in range(2)]
+    ours = [s.x for s in steps(model, process, z, name, 8, clip_sample=False, generators=draws[0])]
+    peer = peer_of(name, 8)
+    expected, found = z / float(Sampler(SamplingConfig(name, 8), process).noise_level(0).alpha), []
+    expected = expected if SAMPLERS[name].scaled else z
+    options = {"generator": draws[1]} if SAMPLERS[name].stochastic else {}
+    for t in peer.timesteps:
+        with torch.no_grad():
+            output = model(peer.scale_model_input(expected, t), t.expand(2).float())
+        expected = peer.step(output, t, expected, **options).prev_sample
+        found.append(expected)
+    assert len(ours) == len(found)
+    if name not in ("ddpm", "pndm", "deis", "sa", "lms"):
+        assert_close(ours[-1], found[-1], rtol=1e-3, atol=2e-3 * found[-1].abs().max().item())
+    level = Sampler(SamplingConfig(name, 8), process).noise_level(len(ours) - 1)
+    before = found[-2] * level.alpha if SAMPLERS[name].scaled else found[-2]
+    assert_close(ours[-2], before, rtol=1e-3, atol=2e-3 * before.abs().max().item())
+
+
+def test_steps_that_do_not_divide_the_trained_ones():
+    """diffusers' ddim counts back by 1000 // steps from timesteps that are further apart, and gets worse with more."""
+    errors = [gaussian_error("ddim", n) for n in (80, 120, 160, 240)]
+    assert all(coarse > fine for coarse, fine in pairwise(errors))
+
+
+# ---- which noise levels ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spacing", "expected"),
+    [("trailing", [999, 749, 499, 249]), ("leading", [750, 500, 250, 0]), ("linspace", [999, 666, 333, 0])],
+)
+def test_spacing(spacing, expected):
+    sampler = Sampler(SamplingConfig("ddim", 4, timestep_spacing=spacing), Diffusion())
+    assert sampler.timesteps.tolist() == expected
+    assert not sampler.timesteps.is_floating_point()
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("schedule", ["karras", "exponential"])
+def test_the_network_sees_the_timestep_of_its_sigma(name, schedule):
+    """The levels are diffusers' for this schedule, and each call's timestep is the one that has that level."""
+    process = Diffusion(beta_schedule="scaled_linear")
+    peer = diffusers.EulerDiscreteScheduler(
+        beta_schedule="scaled_linear", beta_start=1e-4, beta_end=0.02, **{f"use_{schedule}_sigmas": True}
+    )
+    peer.set_timesteps(12)
+    sampler = Sampler(SamplingConfig(name, 12, sigma_schedule=schedule), process)
+    levels = [sampler.noise_level(i) for i in range(len(sampler))]
+    ratios = torch.stack([sigma / alpha for alpha, sigma in levels])
+    trained = ((1 - peer.alphas_cumprod) / peer.alphas_cumprod).sqrt().log().numpy()
+    expected = np.interp(ratios.log().numpy(), trained, np.arange(1000))
+    assert_close(sampler.timesteps.float(), torch.from_numpy(expected).float(), rtol=0, atol=0.02)
+    steps = ratios[::2] if SAMPLERS[name].calls in ("heun", "middle") else ratios.unique().flip(0)
+    assert_close(steps, peer.sigmas[:-1], rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_a_start_where_the_first_step_is_finite(name):
+    """The cosine schedule's last sigma / alpha is 2e4; the first step would multiply a change of x0 by half of it."""
+    sampler = Sampler(SamplingConfig(name, 25), Diffusion())
+    alpha, sigma = sampler.noise_level(0)
+    assert 40 < sigma / alpha <= 80
+    process = Diffusion(clip_sample_range=None)
+    predict = Mixture(process, means=(-0.6, 0.6), stds=(0.1, 0.2), weights=(0.3, 0.7))
+    x = steps(predict, process, torch.randn(500, 1), name, 25)[-1].x
+    assert x.abs().max() < 1.6
+
+
+@pytest.mark.parametrize("name", [s for s in SAMPLERS if s not in BOUNDED])
+def test_zero_terminal_snr(name):
+    """From pure noise to the right distribution."""
+    process = Diffusion(rescale_betas_zero_snr=True, clip_sample_range=None)
+    torch.manual_seed(1)
+    x = steps(Mixture(process), process, torch.randn(4000, 1), name, 100)[-1].x
+    assert (x.mean().item(), x.std().item()) == pytest.approx((0.3, 0.5), abs=0.03)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_any_number_of_steps_ends_in_the_last_x0(name, count):
+    process = Diffusion()
+    seen = steps(lambda x, t: 0.9 * x, process, torch.randn(4, 3), name, count)
+    calls = {"once": count, "pndm": count + (count > 1)}.get(SAMPLERS[name].calls, 2 * count - 1)
+    assert len(seen) == len(Sampler(SamplingConfig(name, count), process)) == calls
+    assert torch.equal(seen[-1].x, seen[-1].x0)
+    assert seen[-1].x.isfinite().all()
+    assert seen[-1].x.abs().max() <= 1
+
+
+# ---- noise -----------------------------------------------------------------------------------------------------------
+
+
+def test_eta_is_from_the_probability_flow_to_ddpm():
+    process = Diffusion(clip_sample_range=None, beta_schedule="scaled_linear")
+    z = torch.linspace(-2, 2, 3)[:, None]
+
+    def run(name, **options):
+        generators = [torch.Generator().manual_seed(i) for i in range(3)]
+        return steps(Mixture(process), process, z, name, 50, generators=generators, **options)[-1].x
+
+    assert_close(run("ddim", eta=1.0), run("ddpm"), rtol=0, atol=1e-4)  # "fixed_small" is the posterior's variance
+    assert not torch.allclose(run("ddim", eta=0.5), run("ddim"), atol=0.05)
+
+
+@pytest.mark.parametrize("name", [*STOCHASTIC, "ddim"])
+def test_a_sample_depends_on_its_seed_alone(name):
+    """Equal in batches of 1, 3 and 64, by a network of which every sample's rounding is its own."""
+    model = small(in_channels=1, out_channels=1)
+    model.forward = lambda x, t, **inputs: torch.tanh(x * 1.3 + t.view(-1, 1, 1, 1) / 1000)
+    options = {"num_inference_steps": 5, "sampler": name} | ({"eta": 0.7} if name == "ddim" else {})
+    together = sample(model, Diffusion(), seeds=range(64), **options)
+    for size in (3, 1):
+        seeds = range(7)
+        assert torch.equal(sample(model, Diffusion(), seeds=seeds, batch_size=size, **options), together[:7])
+    assert len({round(float(v), 4) for v in together[:, 0, 0, 0]}) > 50
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_two_seeds_draw_different_noise_on_the_way(name):
+    """From the same start."""
+    process = Diffusion(clip_sample_range=None)
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    state = torch.get_rng_state()
+    seen = steps(Mixture(process), process, torch.ones(2, 1), name, 10, generators=generators)
+    assert (seen[-1].x[0] - seen[-1].x[1]).abs() > 1e-2
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampler": "plms"}, "sampler='plms' is not one of 'ddpm'"),
+        ({"eta": 1.5, "sampler": "ddim"}, r"eta=1.5 must be 0 \(deterministic\) to 1"),
+        ({"eta": 0.5}, r"eta=0.5: sampler='dpm\+\+' has none; use 'ddim'"),
+        ({"timestep_spacing": "even"}, "timestep_spacing='even' is not one of 'trailing'"),
+        ({"sigma_schedule": "beta"}, "sigma_schedule='beta' is not one of 'karras', 'exponential'"),
+        ({"sigma_schedule": "karras", "timestep_spacing": "leading"}, "timestep_spacing='leading' has no say with"),
+    ],
+)
+def test_refuses_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingConfig(**options)
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_zero_terminal_snr_is_refused_where_the_sampler_cannot(name):
+    with pytest.raises(ValueError, match=rf"sampler='{name}' has no finite start.*use 'dpm\+\+'"):
+        Sampler(SamplingConfig(name, 8), Diffusion(rescale_betas_zero_snr=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sigma_schedule": "karras"}, "sigma_schedule='karras' has no finite start.*leave it out"),
+        ({"timestep_spacing": "leading"}, "timestep_spacing='leading' leaves out the last timestep.*use 'trailing'"),
+        ({"num_inference_steps": 1001}, "num_inference_steps=1001 must be 1 to 1000 for sampler='dpm"),
+    ],
+)
+def test_refuses_what_the_process_cannot(options, message):
+    with pytest.raises(ValueError, match=message):
+        Sampler(SamplingConfig(**options), Diffusion(rescale_betas_zero_snr=True))
+
+
+def test_lms_without_scipy_says_so(monkeypatch):
+    monkeypatch.setattr("unet_denoiser.sampling.samplers.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"sampler='lms' needs SciPy.*'dpm\+\+' does without"):
+        Sampler(SamplingConfig("lms"), Diffusion())

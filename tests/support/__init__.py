@@ -1,0 +1,1 @@
+"""Networks, oracles and worker processes that several tests share."""

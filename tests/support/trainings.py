@@ -1,0 +1,46 @@
+"""Small trainings that several tests share."""
+
+import re
+
+import numpy as np
+import torch
+
+from support.networks import SMALL
+from unet_denoiser import ArrayDataset, Diffusion, Trainer, TrainingConfig, UNet
+from unet_denoiser.training.checkpoints import step_of
+
+NET = SMALL | {"in_channels": 1, "out_channels": 1, "image_size": 4, "attention_resolutions": (), "dropout": 0.1}
+
+
+def two_classes(count=32):
+    """4x4 images, all -0.5 in class 0 and all 0.5 in class 1, with a little noise."""
+    labels = np.arange(count) % 2
+    noise = np.random.default_rng(0).normal(0, 0.02, (count, 1, 4, 4))
+    return ArrayDataset((labels[:, None, None, None] - 0.5 + noise).astype(np.float32), labels, ["low", "high"])
+
+
+def make_trainer(options=None, process=None, net=None, data=None):
+    config = TrainingConfig(**{"steps": 6, "batch_size": 8, "warmup_steps": 2, "device": "cpu"} | (options or {}))
+    torch.manual_seed(config.seed)
+    model = UNet(**NET | {"num_classes": 2} | (net or {}))
+    return Trainer(model, process or Diffusion(), data or two_classes(), config)
+
+
+def weights(module):
+    return {name: p.detach().clone() for name, p in module.state_dict().items()}
+
+
+class Vectors(ArrayDataset):
+    """A data set of one's own, with a vector and tokens beside each image."""
+
+    def __getitem__(self, index):
+        return super().__getitem__(index) | {"vector": torch.ones(3), "context": torch.randn(2, 5)}
+
+
+def steps_kept(run):
+    return [step_of(path) for path in run.checkpoints.paths()]
+
+
+def without_times(metrics):
+    """metrics.jsonl without what no two runs have in common; all else must be equal to the byte."""
+    return re.sub(r', "data_wait": [0-9.]+', "", metrics)

@@ -1,0 +1,219 @@
+"""What goes wrong around a training: kills, signals, full and read-only disks, numbers that are not finite."""
+
+import errno
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from support import kills
+from support.trainings import make_trainer, steps_kept, two_classes, weights
+from unet_denoiser import ArrayDataset, DataConfig, Diffusion, Run
+from unet_denoiser.config.training import TrainingConfig
+from unet_denoiser.training.checkpoints import Checkpoints, read_checkpoint
+from unet_denoiser.training.tracking import MetricsLog
+from unet_denoiser.utils.files import check_writable, write_atomically
+from unet_denoiser.utils.finite import NonFiniteError, first_nonfinite_module
+
+
+def test_kills_at_random_moments_change_nothing(tmp_path):
+    fell = kills.run(tmp_path, kills=4, steps=80, longest=0.4)
+    assert len(fell) == 4
+    assert fell[-1][0] > 0  # the latest checkpoint then
+
+
+def start(tmp_path, *options, limit=None):
+    """The command in a process of its own, once it has written its first checkpoint."""
+    command = [sys.executable, "-m", "unet_denoiser", "train", "digits", "--out", "run", "--steps", "100000"]
+    limits = None if limit is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipes |= {"cwd": tmp_path, "preexec_fn": limits, "start_new_session": True}
+    process = subprocess.Popen([*command, *kills.NETWORK, *options], **pipes)
+    while process.poll() is None and not list(tmp_path.glob("run/checkpoints/step-*")) and limit is None:
+        time.sleep(0.05)
+    return process
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_write_a_checkpoint_and_end(tmp_path, number, code):
+    """Sent to the workers as well, as a terminal and a job scheduler do."""
+    process = start(tmp_path, "--num-workers", "2")
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    message = errors.splitlines()[-1]
+    assert message.startswith(f"unet-denoiser: run: stopped by {number.name} after step ")
+    step = int(message.split("after step ")[1].split(",")[0])
+    assert steps_kept(Run.load(tmp_path / "run"))[-1] == step
+    assert message.endswith("to go on: unet-denoiser train --resume run")
+
+
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path):
+    """Files may not grow beyond 64 KiB, less than a checkpoint: the system refuses the write, as a full disk does."""
+    process = start(tmp_path, limit=2**16)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2, errors
+    assert errors.splitlines()[-1].startswith("unet-denoiser: error: ")
+    assert "cannot be written" in errors.splitlines()[-1]
+    assert "Traceback" not in errors
+    assert {p.name for p in (tmp_path / "run").rglob("*") if p.is_file()} == {".lock", "config.json", "metrics.jsonl"}
+
+
+def test_a_disk_without_a_path_in_its_error_gets_one(tmp_path):
+    def fail(path):
+        path.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match=r"No space left on device: '.*/weights'"):
+        write_atomically(tmp_path / "weights", fail)
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_nothing_can_be_written_is_told_beforehand(tmp_path):
+    check_writable(tmp_path / "new" / "newer")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"/file: no file can be made in it: Not a directory"):
+        check_writable(tmp_path / "file" / "new")
+
+
+def test_one_process_trains_in_a_directory(tmp_path):
+    trainer = make_trainer({"steps": 3})
+    run = Run(tmp_path, DataConfig("two"), trainer.model.config, trainer.process, trainer.config)
+    steps = run.train(trainer)
+    next(steps)
+    with pytest.raises(ValueError, match="another process trains in it"):
+        next(run.with_training(steps=9).train(make_trainer({"steps": 9})))
+    assert Run.load(tmp_path).training.steps == 3  # what was refused has changed nothing
+    assert [step.step for step in steps] == [2, 3]
+    assert not list(run.train(trainer))
+
+
+# ---- not finite ------------------------------------------------------------------------------------------------------
+
+
+class Poisoned(ArrayDataset):
+    """Images of which some are NaN."""
+
+    def __init__(self, bad):
+        data = two_classes()
+        super().__init__(data.images.numpy(), data.labels.numpy())
+        self.bad = bad
+
+    def __getitem__(self, index):
+        item = super().__getitem__(index)
+        return item | {"image": item["image"] * float("nan")} if index in self.bad else item
+
+
+def test_a_bad_step_changes_nothing_and_is_counted():
+    trainer = make_trainer({"steps": 8}, process=Diffusion(clip_sample_range=None), data=Poisoned({5}))
+    before, skipped = weights(trainer.model), []
+    for step in trainer.steps():
+        after = weights(trainer.model)
+        same = all(torch.equal(after[name], before[name]) for name in after)
+        assert same == step.skipped == (not bool(torch.isfinite(step.loss)))
+        skipped.append(step.skipped)
+        before = after
+    assert sum(skipped) == trainer.skipped_steps == 2  # once an epoch of four steps
+    assert trainer.ema.updates == 6
+    assert all(torch.isfinite(p).all() for p in before.values())
+
+
+def test_training_stops_and_names_the_batch():
+    options = {"max_bad_steps": 3, "gradient_accumulation_steps": 2}
+    trainer = make_trainer(options, process=Diffusion(clip_sample_range=None), data=Poisoned(set(range(32))))
+    with pytest.raises(NonFiniteError) as caught:
+        list(trainer.steps())
+    message = str(caught.value)
+    assert message.startswith(
+        "3 steps in a row were not finite, the last of them step 3; first: the output of input_conv"
+    )
+    first = np.random.default_rng([0, 0, 0]).permutation(32)[16:20]
+    assert f"samples {', '.join(map(str, first))} of the data" in message
+
+
+def test_the_first_bad_module_is_the_innermost():
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Linear(2, 2)))
+    assert first_nonfinite_module(net, lambda: net(torch.ones(1, 2))) is None
+    net[1][1].weight.data[0, 0] = float("inf")
+    assert first_nonfinite_module(net, lambda: net(torch.ones(1, 2))).startswith(
+        "the output of 1.1 (Linear) from finite"
+    )
+
+
+def test_bad_gradients_are_named():
+    trainer = make_trainer({"max_bad_steps": 1})
+    trainer.model.output[0].weight.register_hook(lambda grad: grad * float("inf"))
+    with pytest.raises(NonFiniteError, match=r"first: the gradient of output.0.weight"):
+        list(trainer.steps())
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    trainer = make_trainer()
+    run = Run(tmp_path, DataConfig("two"), trainer.model.config, trainer.process, trainer.config)
+    metrics = MetricsLog(tmp_path / "metrics.jsonl", 1000)
+    next(trainer.steps())
+    run.save(trainer, metrics)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    trainer.step = 2
+    trainer.model.input_conv.weight.data[0, 0, 0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"model.input_conv.weight is not finite"):
+        run.save(trainer, metrics)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def test_which_checkpoints_are_kept(tmp_path):
+    checkpoints, config = Checkpoints(tmp_path), TrainingConfig(keep_last=2, keep_every=4, keep_best=True)
+    for step, loss in enumerate([5.0, 4.0, 1.0, 3.0, 3.0, 3.0, 2.0, 2.0, 2.0], start=1):
+        checkpoints.write({"x": torch.ones(1) * step}, {"step": step, "smoothed_loss": loss})
+        checkpoints.prune(config)
+    assert [path.name[5:13] for path in checkpoints.paths()] == ["00000003", "00000004", "00000008", "00000009"]
+    assert read_checkpoint(checkpoints.find("best"))[1]["step"] == 3
+    assert read_checkpoint(checkpoints.find("latest"))[0]["x"] == 9
+    with pytest.raises(FileNotFoundError, match=r"checkpoint='7' is not in .*; there: 3, 4, 8, 9, latest, best"):
+        checkpoints.find("7")
+
+
+def test_a_checkpoint_that_does_not_read_back_is_found_out(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    tensors, facts = {"x": torch.ones(3)}, {"step": 1}
+    path = checkpoints.write(tensors, facts)
+    checkpoints.verify(path, tensors, facts)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(OSError, match="does not read back"):
+        checkpoints.verify(path, tensors, facts)
+
+
+def test_a_checkpoint_of_the_run_can_be_loaded_by_its_step(tmp_path):
+    trainer = make_trainer({"steps": 4, "checkpoint_every": 1, "keep_last": 9})
+    run = Run(tmp_path, DataConfig("two"), trainer.model.config, trainer.process, trainer.config)
+    for step in run.train(trainer):
+        if step.step == 2:
+            expected = {name: a.clone() for name, a in trainer.ema.averages().items()}
+    found = run.load_model("2").state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_bf16_computes_embeddings_and_loss_in_float32():
+    trainer = make_trainer({"mixed_precision": "bf16", "steps": 3})
+    seen = {}
+    trainer.model.time_mlp.register_forward_hook(lambda m, args, out: seen.update(emb=out.dtype))
+    trainer.model.encoder[0][0].conv1.register_forward_hook(lambda m, args, out: seen.update(conv=out.dtype))
+    losses = [float(step.loss) for step in trainer.steps()]
+    assert seen == {"emb": torch.float32, "conv": torch.bfloat16}
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert losses == pytest.approx([float(step.loss) for step in make_trainer({"steps": 3}).steps()], rel=0.02)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="mixed_precision='fp16' needs a CUDA GPU"):
+            make_trainer({"mixed_precision": "fp16"})

@@ -1,0 +1,368 @@
+"""Training: it learns, its schedule and averages are right, previews and saves leave it alone, it goes on exactly."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from support.networks import relative_error
+from support.trainings import NET, Vectors, make_trainer, steps_kept, two_classes, weights, without_times
+from unet_denoiser import DataConfig, Diffusion, Run, TrainingConfig, UNet, sample
+from unet_denoiser.training.run import check_new
+from unet_denoiser.training.tracking import MetricsLog
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_trainings_of_several_precisions_in_one_process_do_not_disturb_each_other():
+    alone, first = make_trainer(), make_trainer()
+    list(alone.steps())
+    steps = first.steps()
+    next(steps)
+    second = make_trainer({"mixed_precision": "bf16"})
+    halves = [list(second.steps()), list(steps)]
+    assert [len(half) for half in halves] == [6, 5]
+    assert_equal(weights(alone.model), weights(first.model))
+    assert not torch.equal(first.model.input_conv.weight, second.model.input_conv.weight)
+    assert relative_error(second.model.input_conv.weight, first.model.input_conv.weight) < 0.2
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_learns_two_classes(prediction):
+    """After a short training, samples of each class are about that class's constant; without a class both occur."""
+    process = Diffusion(prediction_type=prediction)
+    options = {"steps": 200, "batch_size": 32, "learning_rate": 5e-3, "warmup_steps": 20, "ema_decay": 0.95}
+    trainer = make_trainer(options, process, net={"dropout": 0.0})
+    losses = [float(step.loss) for step in trainer.steps()]
+    assert np.mean(losses[-20:]) < 0.5 * np.mean(losses[:5])
+    labels = torch.tensor([0, 1] * 16)
+    with trainer.ema.swapped():
+        x = sample(trainer.model, process, seeds=range(32), class_labels=labels).mean((1, 2, 3))
+        free = sample(trainer.model, process, seeds=range(16)).mean((1, 2, 3))
+    assert ((x > 0) == labels.bool()).float().mean() >= 0.9
+    assert [x[0::2].mean().item(), x[1::2].mean().item()] == pytest.approx([-0.5, 0.5], abs=0.2)
+    assert {bool(m > 0) for m in free} == {False, True}
+
+
+def test_learning_rate_warms_up_and_decays():
+    trainer = make_trainer({"steps": 20, "warmup_steps": 4, "learning_rate": 1.0e-3, "ema_decay": 0.5})
+    rates = [step.learning_rate for step in trainer.steps()]
+    expected = [1e-3 * (i + 1) / 5 for i in range(4)]
+    expected += [1e-3 * (0.5 + 0.5 * math.cos(math.pi * i / 16)) for i in range(16)]
+    assert rates == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("width", [8, 16])
+def test_learning_rate_follows_the_width_unless_it_is_chosen(width):
+    for chosen, expected in ((None, 0.032 / width), (3e-4, 3e-4)):
+        options = {"steps": 3, "warmup_steps": 0, "learning_rate": chosen}
+        trainer = make_trainer(options, net={"model_channels": width, "norm_groups": 4})
+        (first, *_) = [step.learning_rate for step in trainer.steps()]
+        assert first == pytest.approx(expected)
+
+
+def test_one_step_is_adamw_on_clipped_gradients():
+    """The same step by hand, with torch's own optimizer."""
+    options = {"steps": 1, "warmup_steps": 0, "max_grad_norm": 0.01, "condition_dropout": 0.0, "learning_rate": 1e-2}
+    trainer = make_trainer(options, net={"dropout": 0.0})
+    model = UNet(**NET | {"num_classes": 2, "dropout": 0.0})
+    model.load_state_dict(trainer.model.state_dict())
+    seen = {}
+    losses = trainer.process.losses
+    trainer.process.losses = lambda network, x0, **inputs: seen.update(inputs, x0=x0) or losses(network, x0, **inputs)
+    (step,) = trainer.steps()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=trainer.config.weight_decay)
+    inputs = {name: seen[name] for name in ("x0", "t", "noise", "class_labels")}
+    losses(model, **inputs).loss.mean().backward()
+    norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 0.01)
+    optimizer.step()
+    assert_close(step.grad_norm, norm)
+    assert norm > 0.01
+    for name, p in model.named_parameters():
+        if "null" not in name:  # gets a zero gradient there, none here
+            assert_close(p, trainer.model.get_parameter(name), rtol=1e-4, atol=1e-6)
+
+
+def test_conditions_are_dropped_at_the_asked_rate():
+    trainer = make_trainer({"steps": 40, "batch_size": 100, "condition_dropout": 0.3})
+    losses, dropped = trainer.process.losses, []
+    trainer.process.losses = lambda *args, drop, **kw: (
+        dropped.append(drop["class_labels"]) or losses(*args, drop=drop, **kw)
+    )
+    list(trainer.steps())
+    assert torch.cat(dropped).float().mean().item() == pytest.approx(0.3, abs=0.03)
+
+
+def test_averages_move_and_differ_from_the_weights():
+    trainer = make_trainer()
+    start = weights(trainer.model)
+    list(trainer.steps())
+    end = weights(trainer.model)
+    with trainer.ema.swapped():
+        averages = weights(trainer.model)
+    name = "input_conv.weight"
+    assert not torch.equal(averages[name], start[name])
+    assert not torch.equal(averages[name], end[name])
+    assert trainer.ema.updates == 6
+
+
+def test_previews_and_saves_do_not_change_training(tmp_path):
+    plain = make_trainer()
+    list(plain.steps())
+    watched = make_trainer()
+    data = DataConfig("two", class_names=("low", "high"))
+    run = Run(tmp_path, data, watched.model.config, watched.process, watched.config)
+    for _ in watched.steps():
+        before = weights(watched.model)
+        run.preview(watched)
+        run.save(watched, MetricsLog(tmp_path / "metrics.jsonl", 1000))
+        assert_equal(weights(watched.model), before)
+    assert_equal(weights(watched.model), weights(plain.model))
+    assert_equal(watched.ema.state_dict()["averages"], plain.ema.state_dict()["averages"])
+
+
+@pytest.mark.parametrize("cut", [1, 5])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_goes_on_bit_for_bit(cut, parts):
+    """N + M steps are N steps, a state, a new process's worth of objects, a restore, and M steps."""
+    # the batch does not divide the data: batches run over the end of an epoch
+    options = {"batch_size": 12, "gradient_accumulation_steps": parts}
+    straight = make_trainer(options)
+    losses = [float(step.loss) for step in straight.steps()]
+    first = make_trainer(options)
+    for step in first.steps():
+        if step.step == cut:
+            break
+    tensors, facts = first.state()
+    torch.manual_seed(99)
+    second = make_trainer(options | {"seed": 0})
+    second.restore(tensors, json.loads(json.dumps(facts)))
+    rest = [float(step.loss) for step in second.steps()]
+    assert rest == losses[cut:]
+    assert_equal(weights(second.model), weights(straight.model))
+    assert_equal(second.ema.state_dict()["averages"], straight.ema.state_dict()["averages"])
+
+
+def all_of_an_objective(**options):
+    """A trainer with learned weighting, learned variance, self-conditioning and offset noise: all states and draws."""
+    process = Diffusion(variance_type="learned_range", self_conditioning=True, prediction_type="v_prediction")
+    options = {"loss_weighting": "learned", "noise_offset": 0.1} | options
+    return make_trainer(options, process, process.channels(1) | {"dropout": 0.0})
+
+
+def test_all_of_an_objective_goes_on_bit_for_bit():
+    straight, first, second = (all_of_an_objective(batch_size=5) for _ in range(3))
+    losses = [float(step.loss) for step in straight.steps()]
+    for step in first.steps():
+        if step.step == 3:
+            break
+    tensors, facts = first.state()
+    second.restore(tensors, json.loads(json.dumps(facts)))
+    assert [float(step.loss) for step in second.steps()] == losses[3:]
+    assert_equal(weights(second.model), weights(straight.model))
+    learned = straight.weighting.uncertainty.weight
+    assert torch.equal(second.weighting.uncertainty.weight, learned)
+    assert learned.abs().max() > 0
+
+
+def test_a_batch_in_parts_is_the_same_objective():
+    """Which samples see an estimate, and what is drawn, depends on the sample alone."""
+    whole, parts = all_of_an_objective(), all_of_an_objective(gradient_accumulation_steps=4)
+    losses = [float(step.loss) for step in whole.steps()]
+    assert [float(step.loss) for step in parts.steps()] == pytest.approx(losses, rel=1e-4)
+    assert_close(parts.weighting.uncertainty.weight, whole.weighting.uncertainty.weight, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("option", [{"loss_weighting": "p2"}, {"noise_offset": 0.5}])
+def test_an_objectives_options_reach_the_loss(option):
+    plain, other = make_trainer(), make_trainer(option)
+    assert float(next(plain.steps()).loss) != float(next(other.steps()).loss)
+
+
+def test_gradient_checkpointing_is_the_same_training():
+    plain, saving = make_trainer(), make_trainer({"gradient_checkpointing": True})
+    losses = [float(step.loss) for step in plain.steps()]
+    assert [float(step.loss) for step in saving.steps()] == pytest.approx(losses, rel=1e-6)
+    assert saving.model.gradient_checkpointing
+
+
+def test_workers_give_the_same_batches():
+    plain, workers = make_trainer({"num_workers": 0}), make_trainer({"num_workers": 2})
+    for a, b in zip(plain._batches(), workers._batches(), strict=True):
+        assert torch.equal(a["image"], b["image"])
+
+
+def test_a_data_set_of_ones_own_brings_any_conditions():
+    data = two_classes()
+    own = Vectors(data.images.numpy(), data.labels.numpy())
+    trainer = make_trainer(net={"vector_dim": 3, "context_dim": 5}, data=own)
+    before = weights(trainer.model)
+    list(trainer.steps())
+    after = weights(trainer.model)
+    for name in ("vector_embedding.0.weight", "null_vector", "null_context", "bottleneck.2.attn.to_v.weight"):
+        assert not torch.equal(before[name], after[name])
+
+
+@pytest.mark.parametrize(
+    ("net", "message"),
+    [
+        ({"in_channels": 3}, "in_channels=3, but the data have 1 channels"),
+        ({"out_channels": 2}, "out_channels=2, but the data have 1 channels.*needs variance_type='learned_range'"),
+        ({"dims": 1}, "dims=1, but the data have 2 axes"),
+        ({"num_classes": 1}, "num_classes=1, but the data have 2 classes"),
+        ({"context_dim": 4}, "context_dim=4, but the data have no context"),
+        ({"vector_dim": 4}, "vector_dim=4, but the data have no vector"),
+    ],
+)
+def test_refuses_networks_that_do_not_fit_the_data(net, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(net=net)
+
+
+def test_refuses_data_outside_the_range():
+    with pytest.raises(ValueError, match=r"the images lie in .* clip_sample_range"):
+        next(make_trainer(process=Diffusion(clip_sample_range=0.25)).steps())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps=0"),
+        ({"batch_size": -1}, "batch_size=-1"),
+        ({"learning_rate": 0.0}, "learning_rate=0.0 must be positive"),
+        ({"max_grad_norm": float("nan")}, "max_grad_norm=nan"),
+        ({"ema_decay": 1.0}, "ema_decay=1.0"),
+        ({"condition_dropout": 1.5}, "condition_dropout=1.5"),
+        ({"num_workers": -2}, "num_workers=-2"),
+        ({"loss_weighting": "snr"}, "loss_weighting='snr' is not one of 'constant', 'min_snr'"),
+        ({"min_snr_gamma": 0.0}, "min_snr_gamma=0.0 must be positive"),
+        ({"p2_gamma": -1.0}, "p2_gamma=-1.0"),
+        ({"noise_offset": float("nan")}, "noise_offset=nan"),
+        ({"device": "tpu"}, "device='tpu' is not one of 'auto', 'cpu'"),
+    ],
+)
+def test_refuses_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingConfig(**options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_refuses_a_missing_gpu():
+    with pytest.raises(ValueError, match="device='cuda' is not available here"):
+        make_trainer({"device": "cuda"})
+
+
+# ---- the run directory -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run on a small .npz, not yet trained."""
+    data = two_classes()
+    np.savez(tmp_path / "two.npz", images=data.images[:, 0].numpy(), labels=data.labels.numpy())
+    options = {"steps": 25, "batch_size": 4, "checkpoint_every": 10, "preview_every": 20, "device": "cpu"}
+    chosen = DataConfig(str(tmp_path / "two.npz"), (4, 4), 1, ("low", "high"))
+    config = UNet(**NET | {"num_classes": 2}).config
+    run = Run(tmp_path / "run", chosen, config, Diffusion(), TrainingConfig(**options))
+    run.write()
+    return run
+
+
+def test_run_directory_describes_itself(run):
+    trainer = run.trainer()
+    assert [step.step for step in run.train(trainer)] == list(range(1, 26))
+    files = {str(p.relative_to(run.path)) for p in run.path.rglob("*") if p.is_file() and "checkpoints" not in p.parts}
+    assert files == {
+        ".lock",
+        "config.json",
+        "loss.png",
+        "metrics.jsonl",
+        "model/class_names.json",
+        "model/config.json",
+        "model/model.safetensors",
+        "model/scheduler_config.json",
+        "samples/step-00000020.png",
+        "samples/step-00000025.png",
+    }
+    assert steps_kept(run) == [20, 25]  # the latest two
+    again = Run.load(run.path)
+    assert (again.data, again.model, again.training) == (run.data, run.model, run.training)
+    assert again.process.to_dict() == run.process.to_dict()
+    assert again.class_names == json.loads((run.path / "model" / "class_names.json").read_text()) == ["low", "high"]
+    with trainer.ema.swapped():  # model/ has the averages
+        assert_equal(weights(UNet.from_pretrained(run.path / "model")), weights(trainer.model))
+    logged = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in logged] == [10, 20, 25]
+    assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in logged)
+
+
+def test_runs_of_before_the_data_had_options_are_read(run):
+    path = run.path / "config.json"
+    config = json.loads(path.read_text())
+    config["data"] = {name: config["data"][name] for name in ("source", "image_size", "channels", "class_names")}
+    path.write_text(json.dumps(config))
+    assert Run.load(run.path).data == run.data
+    path.write_text(json.dumps(config | {"data": config["data"] | {"colour": 1}}))
+    with pytest.raises(ValueError, match="unknown option of the data 'colour'"):
+        Run.load(run.path)
+
+
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(run, tmp_path):
+    straight = run.trainer()
+    list(run.train(straight))
+    expected, metrics = weights(straight.model), (run.path / "metrics.jsonl").read_text()
+    other = Run(tmp_path / "other", run.data, run.model, run.process, run.training)
+    other.write()
+    for step in other.train(other.trainer()):
+        if step.step == 17:  # a checkpoint at 10, metrics up to 10, then lost
+            break
+    resumed = Run.load(other.path)
+    trainer = resumed.trainer()
+    assert trainer.step == 10
+    list(resumed.train(trainer))
+    assert_equal(weights(trainer.model), expected)
+    assert without_times((other.path / "metrics.jsonl").read_text()) == without_times(metrics)
+
+
+def test_a_failed_save_leaves_the_last_checkpoint(run, monkeypatch):
+    trainer = run.trainer()
+    steps = run.train(trainer)
+    while next(steps).step < 10:
+        pass
+    before = {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
+
+    def fail(tensors, path, metadata):
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    with pytest.raises(OSError, match="No space left"):
+        run.save(trainer, MetricsLog(run.path / "metrics.jsonl", 1000))
+    assert {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()} == before
+    monkeypatch.undo()
+    assert run.trainer().step == 10
+
+
+def test_labels(run):
+    assert run.labels(5).tolist() == [0, 1, 0, 1, 0]
+    assert run.labels(3, ["high"]).tolist() == [1, 1, 1]
+    with pytest.raises(ValueError, match="class='cat' is not one of low, high"):
+        run.labels(3, ["cat"])
+
+
+def test_refuses_directories(run, tmp_path):
+    with pytest.raises(FileExistsError, match="already holds a run: train --resume"):
+        check_new(run.path)
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        Run.load(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match="no model yet"):
+        run.load_model()
+    (run.path / "config.json").write_text('{"model": {}}')
+    with pytest.raises(ValueError, match="lacks data, process, training"):
+        Run.load(run.path)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+from support.processes import put_token_sum
 from unet_denoiser.data.wrappers.captions import TokenStore
 from unet_denoiser.models import text_encoder as text
 from unet_denoiser.models.text_encoder import TextEncoder
@@ -118,16 +119,12 @@ def test_an_interrupted_encoding_is_not_taken(minilm, monkeypatch, cache):
     assert TokenStore(minilm, CAPTIONS)[CAPTIONS[0]][0].any()
 
 
-def _read(store, queue):
-    queue.put(store["spells acid"][0].sum().item())
-
-
 def test_the_store_goes_to_a_spawned_process(minilm):
     store = TokenStore(minilm, CAPTIONS)
     expected = store["spells acid"][0].sum().item()
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    process = context.Process(target=_read, args=(store, queue))
+    process = context.Process(target=put_token_sum, args=(store, "spells acid", queue))
     process.start()
     assert queue.get(timeout=60) == pytest.approx(expected)
     process.join()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Concatenate, Literal, ParamSpec, get_args
 
 P = ParamSpec("P")
@@ -22,32 +22,22 @@ def signature_of(cls: Callable[P, Any]) -> Callable[[Callable[..., None]], Calla
 
 
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"]
-
-
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
 
 VarianceType = Literal["fixed_small", "fixed_large", "learned_range"]
-
-
 LossWeightingName = Literal["constant", "min_snr", "p2", "truncated_snr", "learned"]
 
 
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
-
-
 MixedPrecision = Literal["no", "bf16", "fp16"]
 
 
 TrackerName = Literal["tensorboard", "wandb"]
-
-
 ForeignFormat = Literal["diffusers", "ldm", "adm", "ddpm"]
 
 
 CheckpointFormat = Literal["unet-denoiser", "pipeline", ForeignFormat]
-
-
 QKVOrder = Literal["legacy", "new"]
 
 
@@ -55,3 +45,16 @@ def check_choice(name: str, value: object, choices: object) -> None:
     """ValueError naming the field, the value and the valid ones, unless `value` is one of a Literal's."""
     if value not in get_args(choices):
         raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, get_args(choices)))}")
+
+
+def per_axis(size: int | Sequence[int], axes: int) -> tuple[int, ...]:
+    """Return `image_size` as one int per axis; one number stands for all axes.
+
+    Raises:
+        ValueError: another number of values, or one below 1.
+    """
+    sizes = (size,) * axes if isinstance(size, int) else tuple(size)
+    sizes = sizes * axes if len(sizes) == 1 else sizes
+    if len(sizes) != axes or min(sizes) < 1:
+        raise ValueError(f"image_size={size} must be a positive int, or {axes} of them")
+    return sizes

@@ -8,6 +8,11 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, asdict, dataclass, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from unet_denoiser.config.base import per_axis
+
+# every condition, and the option of a network that is built for it
+CONDITIONS = {"class_labels": "num_classes", "vector": "vector_dim", "context": "context_dim"}
+
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -91,6 +96,16 @@ class UNetConfig:
         self._check_heads()
 
     # ---- what follows from the options -----------------------------------------------------------------------------
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """Names of the conditions that the network is built for, of `CONDITIONS`."""
+        return tuple(name for name, option in CONDITIONS.items() if getattr(self, option) is not None)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """`image_size`, one int per axis."""
+        return per_axis(self.image_size, self.dims)
 
     @property
     def time_dim(self) -> int:
@@ -272,7 +287,3 @@ def _check_int(name: str, value: object, low: int, alternative: str = "") -> Non
         raise TypeError(f"{name}={value!r} must be an int of at least {low}{alternative}")
     if value < low:
         raise ValueError(f"{name}={value!r} must be at least {low}{alternative}")
-
-
-# every condition, and the option of a network that is built for it
-CONDITIONS = {"class_labels": "num_classes", "vector": "vector_dim", "context": "context_dim"}

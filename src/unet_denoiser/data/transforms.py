@@ -152,11 +152,3 @@ def to_float(pixels: Tensor) -> Tensor:
     """uint8 or uint16 over its whole range -> float32 in [-1, 1]; floats stay as they are."""
     largest = {torch.uint8: 255, torch.uint16: 65535}.get(pixels.dtype)
     return pixels.float() if largest is None else pixels.float() / (largest / 2) - 1
-
-
-def per_axis(size: int | Sequence[int], axes: int) -> tuple[int, ...]:
-    sizes = (size,) * axes if isinstance(size, int) else tuple(size)
-    sizes = sizes * axes if len(sizes) == 1 else sizes
-    if len(sizes) != axes or min(sizes) < 1:
-        raise ValueError(f"image_size={size} must be a positive int, or {axes} of them")
-    return sizes

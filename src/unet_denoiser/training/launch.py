@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from unet_denoiser.config.base import per_axis
 from unet_denoiser.config.data import DATA_CHANGEABLE, DataConfig
 from unet_denoiser.config.defaults import architecture_for, default_learning_rate
 from unet_denoiser.config.presets import preset as preset_config
 from unet_denoiser.config.training import TRAINING_CHANGEABLE, TrainingConfig
 from unet_denoiser.config.unet import UNetConfig
 from unet_denoiser.data.load import load_data, with_found_values
-from unet_denoiser.data.transforms import per_axis
 from unet_denoiser.diffusion.process import Diffusion
 from unet_denoiser.models.pretrained import write_pretrained
 from unet_denoiser.models.unet import UNet

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unet_denoiser.config.base import per_axis
 from unet_denoiser.config.data import DataConfig, ResizeMode
 from unet_denoiser.data.columns import encode_labels, encode_vectors
 from unet_denoiser.data.dataset import ImageDataset, refuse_options
-from unet_denoiser.data.transforms import fill_colour, per_axis, scaled_size, to_float
+from unet_denoiser.data.transforms import fill_colour, scaled_size, to_float
 
 DIGITS = ("digits", "digits:held-out")
 CHECKED = 256  # images of a mapped file whose range is looked at before training

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unet_denoiser.config.base import per_axis
 from unet_denoiser.config.data import DataConfig
 from unet_denoiser.data.dataset import ImageDataset
 from unet_denoiser.data.sources.verification import PROGRESS_FROM, Header, report_unusable, too_small
-from unet_denoiser.data.transforms import Source, check_colour, fill_colour, open_image, per_axis, to_pixels
+from unet_denoiser.data.transforms import Source, check_colour, fill_colour, open_image, to_pixels
 from unet_denoiser.utils.images import MODES
 
 LARGEST_DEFAULT_SIZE = 64

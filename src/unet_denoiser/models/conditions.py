@@ -1,0 +1,72 @@
+"""The conditions of a batch as one record: what a network is given beside x_t and t."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Conditions of B samples; None for each that is absent.
+
+    Args:
+        class_labels: (B,) integers, or (B, num_classes) weights of the classes.
+        vector: (B, vector_dim).
+        context: (B, S, context_dim) tokens.
+        context_mask: (B, S) bool, False at padding; it goes with `context`.
+        concat: (B, C2, *spatial) channels that the network sees beside x_t.
+        time_cond: (B, time_cond_dim).
+    """
+
+    class_labels: Tensor | None = None
+    vector: Tensor | None = None
+    context: Tensor | None = None
+    context_mask: Tensor | None = None
+    concat: Tensor | None = None
+    time_cond: Tensor | None = None
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Return the fields' names."""
+        return tuple(field.name for field in fields(cls))
+
+    @classmethod
+    def select(cls, batch: Mapping[str, Any], names: Collection[str]) -> Self:
+        """Take the conditions `names`, and the mask of a context, from a batch or item that may hold more."""
+        names = {*names, "context_mask"} if "context" in names else names
+        return cls(**{name: batch[name] for name in cls.names() if name in names and batch.get(name) is not None})
+
+    @classmethod
+    def stack(cls, items: Sequence[Mapping[str, Any]], names: Collection[str]) -> Self:
+        """Stack the conditions `names` of data items into a batch."""
+        known = cls.select(items[0], names).given() if items else {}
+        return cls(**{name: torch.stack([torch.as_tensor(item[name]) for item in items]) for name in known})
+
+    def given(self) -> dict[str, Tensor]:
+        """Return those that are present, by name: the keyword arguments of a network."""
+        return {name: value for name in self.names() if (value := getattr(self, name)) is not None}
+
+    def rows(self, rows: slice | Tensor) -> Self:
+        """Return the conditions of some samples of the batch."""
+        return replace(self, **{name: value[rows] for name, value in self.given().items()})
+
+    def expand(self, count: int) -> Self:
+        """Repeat conditions of a single sample for `count` samples; others stay as they are."""
+        expanded = {n: v.expand(count, *v.shape[1:]) if len(v) == 1 else v for n, v in self.given().items()}
+        return replace(self, **expanded)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
+        """Move to a device; those that hold floats become `dtype`, unless it is None."""
+        return replace(
+            self, **{n: v.to(device, dtype if v.is_floating_point() else None) for n, v in self.given().items()}
+        )
+
+    def without(self, names: Collection[str]) -> Self:
+        """Return the others; the mask of a context goes with it."""
+        names = {*names, "context_mask"} if "context" in names else names
+        return replace(self, **dict.fromkeys(names))

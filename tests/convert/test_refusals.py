@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 from dataclasses import replace
-from pathlib import Path
 
 import diffusers
 import pytest
@@ -228,7 +227,7 @@ def test_names_the_layer_that_a_published_file_lacks(prefix, layer, monkeypatch)
     state = {name: tensor for name, tensor in whole.items() if not name.startswith(prefix)}
     monkeypatch.setattr("unet_denoiser.convert.checkpoint.read_state", lambda *args: (state, None))
     with pytest.raises(ValueError, match=r"^this looks like sd-1.5.*, but the checkpoint does not fit: ") as caught:
-        import_checkpoint(Path("sd.safetensors"), shapes_of)
+        import_checkpoint("sd.safetensors", shapes_of(preset("sd-1.5")))
     assert layer in str(caught.value)
 
 
@@ -282,7 +281,7 @@ def test_any_tensor_of_any_shape_is_one_clear_refusal(layout, shape, model, monk
             state = whole | {name: torch.zeros(shape)}
             monkeypatch.setattr("unet_denoiser.convert.checkpoint.read_state", lambda *args, state=state: (state, None))
             with pytest.raises((ValueError, TypeError)) as caught:
-                import_checkpoint(Path("m.pt"), shapes_of, num_heads=1)
+                import_checkpoint("m.pt", shapes_of(model.config), num_heads=1)
             assert "\n" not in str(caught.value)
 
 

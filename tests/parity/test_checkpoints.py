@@ -146,8 +146,8 @@ def test_known_networks_need_no_options(name, tmp_path):
         theirs = export_state_dict(UNet.from_preset(name).state_dict(), preset(name), layout)
     shapes = {key: tuple(p.shape) for key, p in theirs.items()}
     assert detect_layout(shapes) == layout
-    bones = detect_structure(layout, shapes)
-    config, known = fill_from_preset(infer_options(layout, shapes, bones), {})
+    structure = detect_structure(layout, shapes)
+    config, known = fill_from_preset(infer_options(layout, shapes, structure), {})
     levels = range(len(config.widths))
     assert known == name
     assert [config.heads(i) for i in levels] == [preset(name).heads(i) for i in levels]

@@ -10,7 +10,7 @@ from support.checkpoints import DIFFUSERS
 from support.networks import randomise
 from unet_denoiser import UNet
 from unet_denoiser.cli.app import main
-from unet_denoiser.convert.checkpoint import export_checkpoint, export_state_dict
+from unet_denoiser.convert.checkpoint import ForeignCheckpoint, export_checkpoint, export_state_dict
 from unet_denoiser.convert.lora import merge_lora
 from unet_denoiser.models.verify import compare
 
@@ -51,9 +51,8 @@ def test_signals_volumes_and_oblong_images(dims, image_size, tmp_path):
     """In volumes OpenAI's code halves and doubles two of the three axes, ours all: the comparison must tell."""
     peer = randomise(UNetModel(**SMALL | CASES["iddpm-64-cond"] | {"dims": dims}))
     torch.save(peer.state_dict(), tmp_path / "adm.pt")
-    options = {"num_heads": 4, "qkv_order": "legacy"}
-    model = UNet.from_pretrained(tmp_path / "adm.pt", image_size=image_size, **options)
-    found = compare(tmp_path / "adm.pt", model, **options)
+    checkpoint = ForeignCheckpoint.open(tmp_path / "adm.pt", image_size=image_size, num_heads=4, qkv_order="legacy")
+    found = compare(checkpoint, UNet.from_checkpoint(checkpoint))
     assert found.peer == "UNetModel"
     assert (found.error > 0.1) if dims == 3 else (found.error < 1e-5)
 
@@ -73,15 +72,15 @@ def test_ldm_files(name, tmp_path, capsys):
 
 
 def test_other_numbers_are_an_error_and_nothing_is_written(folder, tmp_path, monkeypatch, capsys):
-    read = UNet.from_pretrained
+    build = UNet.from_checkpoint
 
-    def wrong(*args, **options):
-        model = read(*args, **options)
-        with torch.no_grad():
-            model.get_parameter("decoder.3.0.conv1.bias")[5] += 0.5
+    def wrong(checkpoint):
+        model = build(checkpoint)
+        bias = model.get_parameter("decoder.3.0.conv1.bias")
+        bias.data = bias + 0.5 * (torch.arange(len(bias)) == 5)  # not in place: the checkpoint shares the memory
         return model
 
-    monkeypatch.setattr(UNet, "from_pretrained", wrong)
+    monkeypatch.setattr(UNet, "from_checkpoint", wrong)
     with pytest.raises(SystemExit, match="2"):
         verify(folder, tmp_path / "ours")
     assert "UNet2DConditionModel gives other numbers" in capsys.readouterr().err

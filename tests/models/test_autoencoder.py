@@ -39,7 +39,7 @@ def test_kl_is_what_diffusers_computes(name, tmp_path):
     with torch.no_grad():
         z = vae.encode(x).latent_dist.mode()
         decoded = vae.decode(z).sample.clamp(-1, 1)
-    assert (ours.factor, ours.channels, ours.picture_channels) == (2, 3, 1)
+    assert (ours.factor, ours.channels, ours.image_channels) == (2, 3, 1)
     torch.testing.assert_close(ours.encode(x), scaled(z))
     torch.testing.assert_close(ours.decode(ours.encode(x), batch_size=4), decoded, rtol=1e-4, atol=1e-5)
 
@@ -98,7 +98,7 @@ def test_kept_latents_and_the_mirrored_ones(autoencoder):
 
 def test_pictures_are_encoded_once(autoencoder, monkeypatch):
     first = LatentDataset(ArrayDataset(pictures()), autoencoder, "key")[3]["image"]
-    monkeypatch.setattr(autoencoder, "raw", lambda x: pytest.fail("encoded again"))
+    monkeypatch.setattr(autoencoder, "encode_unscaled", lambda x: pytest.fail("encoded again"))
     assert torch.equal(LatentDataset(ArrayDataset(pictures()), autoencoder, "key")[3]["image"], first)
     with pytest.raises(pytest.fail.Exception):
         LatentDataset(ArrayDataset(pictures()), autoencoder, "another key")

@@ -79,11 +79,11 @@ def _find_model(source: Path) -> Path:
 
 def _write_pipeline(run: Path, target: Path, unused: list[str]) -> None:
     """Write a run's network and schedule as a folder that diffusers' DiffusionPipeline opens."""
-    from unet_denoiser.models.conversion import check_absent
     from unet_denoiser.training.run import Run
     from unet_denoiser.utils.files import write_atomically
 
     if unused:
         raise ValueError(f"to='pipeline' writes a run as it is; leave out {', '.join(unused)}")
-    check_absent(target)
+    if target.exists():
+        raise FileExistsError(f"{target} exists; give a new name")
     write_atomically(target, Run.load(run).save_pipeline)

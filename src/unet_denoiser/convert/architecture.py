@@ -13,6 +13,12 @@ from unet_denoiser.convert.layout import BlockStructure, Layout, Shapes
 
 # options that names and shapes do not tell, or that change no parameter
 _UNSEEN_OPTIONS = ("num_heads", "head_dim", "dropout", "image_size", "attention_resolutions", "norm_groups")
+# conditions beside the context: the parameter and the axis that tell their width
+_CONDITION_SHAPES = {
+    "num_classes": ("class_embedding.weight", 0),
+    "vector_dim": ("vector_embedding.0.weight", 1),
+    "time_cond_dim": ("time_cond.weight", 1),
+}
 
 
 def detect_layout(names: Collection[str]) -> str:
@@ -51,7 +57,7 @@ class _TensorShapes(NamedTuple):
     shapes: Shapes
 
     def find(self, name: str) -> Sequence[int] | None:
-        """Return a shape, as ours is transposed; None if the file or its layout has no such tensor."""
+        """Return a shape, with its axes in our order; None if the file or its layout has no such tensor."""
         try:
             foreign = self.layout.key_map(name, self.structure)
         except ValueError:
@@ -80,7 +86,10 @@ def infer_options(layout: str, shapes: Shapes, structure: BlockStructure) -> dic
     attended = tuple(image_size // 2**level for level, has in enumerate(structure.attended) if has)
     options |= {"image_size": image_size, "attention_resolutions": attended, "learned_null": False}
     options |= {"context_dim": None, "upsample": "nearest", **tensors.layout.implied}
-    options |= _infer_resampling(tensors) | _infer_conditions(tensors)
+    options |= _infer_resampling(tensors)
+    for option, (name, axis) in _CONDITION_SHAPES.items():
+        if tensors.find(name) is not None:
+            options[option] = tensors.require(name, 2)[axis]
     if structure.transformer:
         options |= _infer_transformer(tensors)
     return options | tensors.layout.infer_more(options, shapes)
@@ -109,8 +118,7 @@ def _get_widths(tensors: _TensorShapes) -> list[int]:
 
 
 def _infer_resampling(tensors: _TensorShapes) -> dict[str, Any]:
-    structure = tensors.structure
-    blocks = structure.blocks
+    structure, blocks = tensors.structure, tensors.structure.blocks
     options: dict[str, Any] = {}
     if structure.levels == 1:
         return options
@@ -121,17 +129,6 @@ def _infer_resampling(tensors: _TensorShapes) -> dict[str, Any]:
     if tensors.find(f"decoder.{blocks}.{1 + structure.attended[-1]}.conv1.weight") is not None:
         options["upsample"] = "resblock"
     return options
-
-
-def _infer_conditions(tensors: _TensorShapes) -> dict[str, Any]:
-    """Infer the conditions beside the context, which a transformer tells."""
-    axes = {
-        "num_classes": ("class_embedding.weight", 0),
-        "vector_dim": ("vector_embedding.0.weight", 1),
-        "time_cond_dim": ("time_cond.weight", 1),
-    }
-    found = {option: place for option, place in axes.items() if tensors.find(place[0]) is not None}
-    return {option: tensors.require(name, 2)[axis] for option, (name, axis) in found.items()}
 
 
 def _infer_transformer(tensors: _TensorShapes) -> dict[str, Any]:

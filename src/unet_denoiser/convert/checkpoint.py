@@ -28,10 +28,10 @@ from unet_denoiser.convert.state_dict import FormatVariant, to_foreign, to_inter
 
 @dataclass(frozen=True, eq=False)
 class ForeignCheckpoint:
-    """A checkpoint of other code, read once and recognised; `open` makes it.
+    """A checkpoint of other code, read and recognised by `open`.
 
     layout: "compvis", "diffusers", "ddpm" or "edm", a key of `LAYOUTS`. tensors: the U-Net's, under the file's names.
-    kind: its kind among the files of the layout. diffusers_config: a folder's `config.json`; None for a file.
+    kind: one of the kinds of files of the layout. diffusers_config: a folder's `config.json`; None for a file.
     """
 
     path: Path
@@ -83,7 +83,7 @@ class ForeignCheckpoint:
         return cls(path, layout, config, tensors, kind, diffusers_config)
 
     def parameters(self, shapes: Shapes) -> dict[str, Tensor]:
-        """Return the parameters under our names; where the layout allows they share the checkpoint's memory.
+        """Return the parameters under our names; most share the memory of `tensors`.
 
         Args:
             shapes: names and shapes of the parameters of a `UNet` of this `config`.
@@ -153,11 +153,7 @@ def export_checkpoint(
 
 
 def _choose_packing(
-    layout: Layout,
-    names: Collection[str],
-    config: UNetConfig,
-    qkv_order: QKVOrder | None,
-    preset_name: str | None,
+    layout: Layout, names: Collection[str], config: UNetConfig, qkv_order: QKVOrder | None, preset_name: str | None
 ) -> Packing:
     """Return how a file packs query, key and value; ValueError if that is not known, or `qkv_order` is of no use."""
     is_open = layout.packing is None and any(".qkv." in name for name in names)
@@ -170,7 +166,7 @@ def _choose_packing(
 
 
 def _use_head_dim(config: UNetConfig) -> UNetConfig:
-    """State heads that differ by level but have one width by that width, as the presets do."""
+    """Give heads that are as wide at every level by their width, as the presets do."""
     if not isinstance(config.num_heads, tuple):
         return config
     head_dims = {width // heads for width, heads in zip(config.widths, config.num_heads, strict=True)}

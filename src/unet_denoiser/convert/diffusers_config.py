@@ -7,8 +7,8 @@ from typing import Any
 
 from unet_denoiser.config.unet import UNetConfig
 
-# fields for features that our network lacks, and the values that leave them off
-_OFF_VALUES: dict[str, tuple[Any, ...]] = {
+# the values that our network has a counterpart for; most fields switch on something that it lacks
+_VALID_VALUES: dict[str, tuple[Any, ...]] = {
     "center_input_sample": (None, False),
     "act_fn": (None, "silu", "swish"),
     "mid_block_scale_factor": (None, 1, 1.0),
@@ -31,6 +31,8 @@ _OFF_VALUES: dict[str, tuple[Any, ...]] = {
     "reverse_transformer_layers_per_block": (None,),
     "mid_block_type": ("UNetMidBlock2D", "UNetMidBlock2DCrossAttn"),
     "add_attention": (None, True),
+    "freq_shift": (0, 1),
+    "downsample_padding": (0, 1),
 }
 _DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "CrossAttnDownBlock2D", "ResnetDownsampleBlock2D")
 _PLAIN_BLOCKS = ("DownBlock2D", "UpBlock2D")
@@ -46,7 +48,7 @@ def from_diffusers(config: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
         ValueError: a field that our network has no counterpart for, by name.
     """
     conditional = config.get("_class_name") == "UNet2DConditionModel"
-    _check_fields(config, conditional)
+    _check_fields(config)
     options: dict[str, Any] = {
         "time_frequencies": "endpoint" if config.get("freq_shift", 0) else "half",
         "norm_eps": config.get("norm_eps", 1e-5),
@@ -61,19 +63,19 @@ def from_diffusers(config: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     return options, bool(config.get("flip_sin_to_cos", True))
 
 
-def _check_fields(config: Mapping[str, Any], conditional: bool) -> None:
+def _check_fields(config: Mapping[str, Any]) -> None:
     name = config.get("_class_name", "UNet2DModel")
     if name not in ("UNet2DModel", "UNet2DConditionModel"):
         raise ValueError(f"_class_name={name!r} is not UNet2DModel or UNet2DConditionModel")
-    defaults = {"mid_block_type": "UNetMidBlock2DCrossAttn" if conditional else "UNetMidBlock2D"}
-    for field, off_values in _OFF_VALUES.items():
-        if config.get(field, defaults.get(field)) not in off_values:
-            raise ValueError(f"{field}={config[field]!r} has no counterpart here")
+    defaults = {"mid_block_type": "UNetMidBlock2D", "freq_shift": 0, "downsample_padding": 1}
+    for field, valid in _VALID_VALUES.items():
+        if config.get(field, defaults.get(field)) not in valid:
+            raise ValueError(f"{field}={config[field]!r} has no counterpart here; valid: {', '.join(map(repr, valid))}")
     blocks = config.get("down_block_types", ())
     for block in blocks if isinstance(blocks, list | tuple) else [blocks]:
         if block not in _DOWN_BLOCKS:
             raise ValueError(
-                f"down_block_types has {block!r}, which has no counterpart here; {', '.join(_DOWN_BLOCKS)} have"
+                f"down_block_types has {block!r}, without counterpart here; valid: {', '.join(_DOWN_BLOCKS)}"
             )
     groups, attention_groups = config.get("norm_num_groups", 32), config.get("attn_norm_num_groups")
     if groups is None or attention_groups not in (None, groups):
@@ -81,9 +83,6 @@ def _check_fields(config: Mapping[str, Any], conditional: bool) -> None:
             f"norm_num_groups={groups} with attn_norm_num_groups={attention_groups} has no counterpart here: all norms "
             "have the same number of groups"
         )
-    for field, default in (("freq_shift", 0), ("downsample_padding", 1)):
-        if config.get(field, default) not in (0, 1):
-            raise ValueError(f"{field}={config[field]!r} has no counterpart here; 0 and 1 have")
 
 
 def _read_only_cross_attention(config: Mapping[str, Any]) -> Any:

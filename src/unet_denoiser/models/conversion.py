@@ -18,11 +18,7 @@ NetworkFormat = Literal["unet-denoiser", ForeignFormat]
 
 
 class Conversion(NamedTuple):
-    """The result of a conversion.
-
-    parameters: their number. comparison: with the checkpoint's own code. merged_weights: the number of weights that
-    the LoRA changed. The last two are None if they were not asked for.
-    """
+    """Number of parameters, comparison with the checkpoint's own code, number of weights that a LoRA changed."""
 
     parameters: int
     comparison: Comparison | None
@@ -56,7 +52,8 @@ def convert_checkpoint(
         raise ValueError(f"lora_scale={lora_scale} must be a finite number, for example 1.0")
     if lora is None and lora_scale != 1:
         raise ValueError(f"lora_scale={lora_scale} needs lora, the file to merge")
-    check_absent(target)
+    if target.exists():
+        raise FileExistsError(f"{target} exists; give a new name")
     if (source / WEIGHTS_NAME).is_file():
         if options:
             raise ValueError(f"{source} is this library's own, which tells all; leave out {', '.join(options)}")
@@ -73,20 +70,12 @@ def convert_checkpoint(
     return Conversion(sum(p.numel() for p in model.parameters()), comparison, merged_weights)
 
 
-def check_absent(target: Path) -> None:
-    """FileExistsError if there is something in a target's place."""
-    if target.exists():
-        raise FileExistsError(f"{target} exists; give a new name")
-
-
 def _load_verified(source: Path, options: dict[str, Any]) -> tuple[UNet, Comparison]:
     """Load a checkpoint, which is read once, and compare it with its own code; ValueError if the outputs differ."""
     checkpoint = ForeignCheckpoint.open(source, **options)
     model = UNet.from_checkpoint(checkpoint)
     comparison = compare(checkpoint, model)
     if not comparison.error < MAX_RELATIVE_ERROR:
-        raise ValueError(
-            f"{comparison.peer} gives other numbers, {comparison.error:.1e} of the largest output apart; "
-            "nothing written"
-        )
+        difference = f"{comparison.error:.1e} of the largest output apart"
+        raise ValueError(f"{comparison.peer} gives other numbers, {difference}; nothing written")
     return model, comparison

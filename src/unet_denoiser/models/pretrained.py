@@ -177,11 +177,7 @@ def write_pretrained(directory: Path, config: Mapping[str, Any], state: Mapping[
 
 
 def fetch(source: str | Path, name: str, hub: dict[str, Any]) -> Path:
-    """Return the local path of a file of a directory or, if there is no such directory, of a hub repository.
-
-    Raises:
-        FileNotFoundError: there is no such file, or it cannot be downloaded.
-    """
+    """Return the local path of a file of a directory or hub repository; FileNotFoundError if it cannot be had."""
     directory = Path(source, hub["subfolder"] or "")
     neither = f"{source} is neither a directory nor a hub repository's name (owner/name)"
     if directory.is_dir():

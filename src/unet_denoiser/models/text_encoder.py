@@ -90,14 +90,11 @@ def pad_tokens(tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def use_transformers(option: str, kind: str) -> Iterator[Any]:
-    """Give the module `transformers`, to load a model in it for an option.
-
-    Args:
-        option: the option and its value, for messages. kind: of the model, for example "text encoder".
+    """Provide transformers for loading the model, a `kind` like "text encoder", of an option like "text_encoder=NAME".
 
     Raises:
         ImportError: transformers is not installed.
-        ValueError: any error of the block, in one line.
+        ValueError: any error of the block, in one line that names the option.
     """
     try:
         import transformers

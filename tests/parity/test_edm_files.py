@@ -78,7 +78,7 @@ def make_state(augment=0, classes=CLASSES):
 
 
 def oracle(state, x, t, labels=None, augment=None):
-    """What DhariwalUNet computes from these tensors; names are visited in the order in which it was built."""
+    """Compute the output of DhariwalUNet with these tensors; names are visited in the order in which it was built."""
 
     def norm(name, h):
         return F.group_norm(h, min(32, h.shape[1] // 4), state[f"{name}.weight"], state[f"{name}.bias"], 1e-5)

@@ -1,4 +1,4 @@
-"""Checkpoints of other code that several tests share."""
+"""Small checkpoints of other code, and comparisons of tensors."""
 
 import diffusers
 import torch

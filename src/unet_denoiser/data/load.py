@@ -92,7 +92,7 @@ def with_conditions(config: DataConfig, load: Callable[[DataConfig], Any]) -> An
             )
         if config.aspect_buckets:
             raise ValueError("aspect_buckets=True with vae: latents of one size only are kept; leave one of them out")
-        plain = replace(plain, horizontal_flip=False, channels=config.channels or vae.picture_channels)
+        plain = replace(plain, horizontal_flip=False, channels=config.channels or vae.image_channels)
     data = load(plain)
     if config.concat is not None:
         is_folder = config.concat != "inpainting" and not config.concat.startswith("downscaled:")

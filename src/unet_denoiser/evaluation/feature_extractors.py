@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unet_denoiser.models.text_encoder import use_transformers
 from unet_denoiser.utils.cache import digest, fingerprint
 
 EXTRACTORS = ("auto", "inception", "efficientnet-lite0", "pixels")
@@ -200,17 +201,10 @@ def _torchscript(path: Path, device: str | torch.device) -> Extractor:
 
 
 def _transformers(name: str, device: str | torch.device) -> Extractor:
-    try:
-        import transformers
-    except ImportError:
-        raise ImportError(f"extractor=transformers:{name} needs it: pip install 'unet-denoiser[text]'") from None
-    try:
+    with use_transformers(f"extractor=transformers:{name}", "image encoder") as transformers:
         network: Any = transformers.AutoModel.from_pretrained(name, dtype=torch.float32)
         network = getattr(network, "vision_model", network).eval().to(device)  # of CLIP and its like, the images' half
         found, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name)
-    except Exception as error:  # each of the libraries behind it has exceptions of its own
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"extractor=transformers:{name} cannot be loaded ({reason})") from error
     size = network.config.image_size
     size = (size, size) if isinstance(size, int) else tuple(size)
     mean, std = (

@@ -61,11 +61,11 @@ class Pipeline:
         """
         if self.data.text_encoder is None:
             raise ValueError(f"caption={captions[0]!r}: {self.path} was trained without captions (text_encoder)")
-        from unet_denoiser.models.text_encoder import padded
+        from unet_denoiser.models.text_encoder import pad_tokens
 
         if new := [caption for caption in dict.fromkeys(captions) if caption not in self._tokens]:
             self._tokens.update(zip(new, text_encoder(self.data).tokens(new), strict=True))
-        context, mask = padded([self._tokens[caption] for caption in captions])
+        context, mask = pad_tokens([self._tokens[caption] for caption in captions])
         return {"context": context, "context_mask": mask}
 
     @cached_property
@@ -126,7 +126,7 @@ class Pipeline:
     def picture_channels(self) -> int:
         """Channels of what `decode` gives."""
         if self.data.vae is not None:
-            return self._autoencoder.picture_channels
+            return self._autoencoder.image_channels
         return data_channels(self.model, self.process)
 
     @property

@@ -95,9 +95,10 @@ def with_conditions(config: DataConfig, load: Callable[[DataConfig], Any]) -> An
         plain = replace(plain, horizontal_flip=False, channels=config.channels or vae.picture_channels)
     data = load(plain)
     if config.concat is not None:
-        is_folder = config.concat != "inpainting" and not config.concat.startswith("downscaled:")
+        kind = config.concat_kind
+        is_folder = kind is not None and kind.folder is not None
         paired = _paired(config.concat, data, plain, load, vae is not None) if is_folder else None
-        data = ConcatConditionDataset(data, config.concat, paired)
+        data = ConcatConditionDataset(data, config, paired)
     if vae is not None:
         sources = [Path(p) for p in (config.source, config.concat or "") if p and Path(p).exists()]
         key = digest([repr(sorted(asdict(plain).items())), str(config.concat), fingerprint(sources)])

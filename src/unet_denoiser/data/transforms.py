@@ -12,6 +12,7 @@ from PIL import Image, ImageColor, ImageOps
 from torch import Tensor
 
 from unet_denoiser.config.data import DataConfig, ResizeMode
+from unet_denoiser.utils.broadcasting import append_dims
 from unet_denoiser.utils.images import MODES
 
 Source = str | bytes  # a path, or a file's content
@@ -131,7 +132,7 @@ def _frame(image: Tensor, size: tuple[int, ...], offsets: Sequence[float], backg
     if tuple(image.shape[1:]) == size:
         return image
     fill = image.new_ones(len(image)) if background is None else background
-    framed = fill.view(-1, *[1] * len(size)).expand(-1, *size).clone()
+    framed = append_dims(fill, image.ndim).expand(-1, *size).clone()
     starts = [(n - m) // 2 for n, m in zip(size, image.shape[1:], strict=True)]
     framed[:, *[slice(i, i + n) for i, n in zip(starts, image.shape[1:], strict=True)]] = image
     return framed

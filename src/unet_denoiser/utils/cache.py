@@ -40,7 +40,7 @@ def fingerprint(paths: Iterable[str | Path]) -> str:
     return digest(parts)
 
 
-def computed_once(kind: str, key: str, compute: Callable[[Path], object]) -> Path:
+def compute_once(kind: str, key: str, compute: Callable[[Path], object]) -> Path:
     """A directory of the cache that `compute` has filled, now or earlier.
 
     Of several processes that ask at the same time, one computes and the others wait. What an interrupted one leaves

@@ -22,10 +22,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON value, indented, whole or not at all; its folder is made if it is not there."""
+def write_json(path: Path, value: Any, *, indent: int | None = 2, ensure_ascii: bool = False) -> None:
+    """Write a JSON value, whole or not at all, and make its folder if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(value, indent=indent, ensure_ascii=ensure_ascii) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 

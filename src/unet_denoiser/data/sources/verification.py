@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,7 +14,8 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from unet_denoiser.data.transforms import GREY, Source, UnreadableItemError, open_image
-from unet_denoiser.utils.files import read_json, write_atomically
+from unet_denoiser.utils.cache import cache_directory
+from unet_denoiser.utils.files import read_json, write_json
 
 NAMED = 5  # bad items that a message names
 PROGRESS_FROM = 1000  # images from which on a bar is shown
@@ -30,13 +30,6 @@ class Header(NamedTuple):
     problem: str | None = None
 
 
-def cache_dir() -> Path:
-    """Where scans are kept: $UNET_DENOISER_CACHE, else unet-denoiser in the user's cache directory."""
-    if own := os.environ.get("UNET_DENOISER_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unet-denoiser"
-
-
 def verify_images(name: str, stamps: dict[str, list[int]], open_source: Callable[[str], Source]) -> dict[str, Header]:
     """Decode every image in parallel, but for those that the cache knows by key and stamp.
 
@@ -45,7 +38,7 @@ def verify_images(name: str, stamps: dict[str, list[int]], open_source: Callable
         stamps: for each image's key what changes with it (bytes, time of the last change).
         open_source: the path or content of a key's image.
     """
-    path = cache_dir() / "scans" / f"{sha256(name.encode()).hexdigest()[:24]}.json"
+    path = cache_directory() / "scans" / f"{sha256(name.encode()).hexdigest()[:24]}.json"
     with _one_at_a_time(path):
         known = _read(path)
         found = {key: Header(*known[key][1]) for key, stamp in stamps.items() if known.get(key, [None])[0] == stamp}
@@ -53,8 +46,8 @@ def verify_images(name: str, stamps: dict[str, list[int]], open_source: Callable
             found |= _decode_all(new, open_source)
             entries = {key: [stamps[key], list(found[key])] for key in stamps}
             with suppress(OSError):  # a cache that cannot be written costs the next start some time, no more
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(path, lambda p: p.write_text(json.dumps(entries), encoding="utf-8"))
+                # compact, for there may be millions; ASCII, for a file's name may hold bytes that are not UTF-8
+                write_json(path, entries, indent=None, ensure_ascii=True)
     return {key: found[key] for key in stamps}
 
 

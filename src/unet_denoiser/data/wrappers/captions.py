@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,8 @@ import torch
 from torch import Tensor
 
 from unet_denoiser.data.dataset import DatasetWrapper, ImageDataset
-from unet_denoiser.utils.cache import MappedArray, computed_once, digest
+from unet_denoiser.utils.cache import MappedArray, compute_once, digest
+from unet_denoiser.utils.files import write_json
 
 if TYPE_CHECKING:
     from unet_denoiser.models.text_encoder import TextEncoder
@@ -60,7 +60,7 @@ class TokenStore:
         self.rows = {caption: row for row, caption in enumerate(unique)}
         self.context_dim = encoder.context_dim
         key = digest([encoder.key, *unique])
-        folder = computed_once("text", key, lambda folder: _write_tokens(encoder, unique, folder))
+        folder = compute_once("text", key, lambda folder: _write_tokens(encoder, unique, folder))
         self.tokens, self.starts = MappedArray(folder / "tokens.npy"), MappedArray(folder / "starts.npy")
         self.length = int(np.diff(self.starts.array).max())
 
@@ -94,6 +94,6 @@ def _write_tokens(encoder: TextEncoder, captions: list[str], folder: Path) -> No
         position += lengths[i]
     target.flush()
     np.save(folder / "starts.npy", starts)
-    (folder / "about.json").write_text(json.dumps({"encoder": encoder.name, "captions": len(captions)}))
+    write_json(folder / "about.json", {"encoder": encoder.name, "captions": len(captions)})
     del source
     encoded.unlink()

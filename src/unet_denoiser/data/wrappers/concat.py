@@ -68,20 +68,21 @@ class ConcatConditionDataset(DatasetWrapper):
     """Items get a "concat", channels that the network sees beside the noisy picture.
 
     Args:
-        kind: as `DataConfig.concat`.
+        config: its `concat` says which channels.
         paired: the other pictures, where it is a folder.
 
     Raises:
         ValueError: data that are no pictures, or whose size a factor does not divide.
     """
 
-    def __init__(self, data: ImageDataset, kind: str, paired: ImageDataset | None = None) -> None:
+    def __init__(self, data: ImageDataset, config: DataConfig, paired: ImageDataset | None = None) -> None:
         super().__init__(data)
         if len(data.image_size) != 2:
-            raise ValueError(f"concat={kind}: the data have {len(data.image_size)} axes; pictures have 2")
-        self.paired, self.inpainting = paired, kind == "inpainting"
-        self.factor = int(kind.removeprefix("downscaled:")) if kind.startswith("downscaled:") else 1
-        if self.factor > 1:
+            raise ValueError(f"concat={config.concat}: the data have {len(data.image_size)} axes; pictures have 2")
+        kind = config.concat_kind
+        assert kind is not None
+        self.paired, self.inpainting, self.factor = paired, kind.name == "inpainting", kind.factor
+        if kind.name == "downscaled":
             downscaled(torch.zeros(1, 1, *data.image_size), self.factor)
         self.concat_channels = data.channels + 1 if self.inpainting else (paired or data).channels
 

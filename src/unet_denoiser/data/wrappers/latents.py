@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +11,9 @@ import torch
 from torch import Tensor
 
 from unet_denoiser.data.dataset import DatasetWrapper, ImageDataset, StreamIndex
-from unet_denoiser.utils.cache import MappedArray, computed_once, digest
-from unet_denoiser.utils.files import read_json
+from unet_denoiser.utils.broadcasting import append_dims
+from unet_denoiser.utils.cache import MappedArray, compute_once, digest
+from unet_denoiser.utils.files import read_json, write_json
 
 if TYPE_CHECKING:
     from unet_denoiser.models.autoencoder import Autoencoder
@@ -42,7 +42,7 @@ class LatentDataset(DatasetWrapper):
         if standardize:
             autoencoder.set_statistics(self.store.mean, self.store.std)
         self.shift, self.scale = autoencoder.shift, autoencoder.scale
-        size = float((torch.tensor(self.store.std).view(-1, 1, 1) * self.scale).square().mean().sqrt())
+        size = float((append_dims(torch.tensor(self.store.std), 3) * self.scale).square().mean().sqrt())
         if not 0.5 < size < 2:
             warnings.warn(
                 f"the latents of {autoencoder.name} have a standard deviation of {size:.2g} by the scale that it "
@@ -80,7 +80,7 @@ class LatentStore:
     def __init__(self, data: Any, autoencoder: Autoencoder, key: str, flip: bool = False) -> None:
         _check_fit(data, autoencoder)
         parts = [autoencoder.key, key, str(flip), str(data.concat_channels), str(len(data))]
-        folder = computed_once("latents", digest(parts), lambda folder: _write_latents(data, autoencoder, flip, folder))
+        folder = compute_once("latents", digest(parts), lambda folder: _write_latents(data, autoencoder, flip, folder))
         self.latents, about = MappedArray(folder / "latents.npy"), read_json(folder / "about.json")
         self.mean, self.std = tuple(about["mean"]), tuple(about["std"])
 
@@ -122,5 +122,4 @@ def _write_latents(data: Any, autoencoder: Autoencoder, flip: bool, folder: Path
         sums += torch.stack([values.sum(1), values.square().sum(1)]) / values.shape[1] * len(z) / len(data)
     target.flush()
     std = (sums[1] - sums[0].square()).clamp(min=1e-12).sqrt()
-    about = {"vae": autoencoder.name, "mean": sums[0].tolist(), "std": std.tolist()}
-    (folder / "about.json").write_text(json.dumps(about))
+    write_json(folder / "about.json", {"vae": autoencoder.name, "mean": sums[0].tolist(), "std": std.tolist()})

@@ -24,15 +24,15 @@ def read_concat(config: DataConfig, channels: int, image: Path) -> Tensor:
     Raises:
         ValueError: a file that is no picture, or of no use to this run.
     """
-    if config.concat is None:
+    kind = config.concat_kind
+    if kind is None:
         raise ValueError(f"concat_image={image}: the run was trained without concat")
-    if config.concat == "inpainting":
+    if kind.name == "inpainting":
         raise ValueError(f"concat_image={image}: the run was trained for inpainting; give image, and mask or outpaint")
     wanted = (config.channels or 3) if config.vae is not None else channels
-    if config.concat.startswith("downscaled:"):
-        factor = int(config.concat.removeprefix("downscaled:"))
+    if kind.name == "downscaled":
         small = read_picture(config, wanted, image, as_it_is=True)
-        picture = enlarged(small, tuple(n * factor for n in small.shape[2:]))
+        picture = enlarged(small, tuple(n * kind.factor for n in small.shape[2:]))
     else:
         picture = read_picture(config, wanted, image)
     return picture if config.vae is None else autoencoder(config).encode(picture)

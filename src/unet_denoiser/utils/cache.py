@@ -43,8 +43,7 @@ def fingerprint(paths: Iterable[str | Path]) -> str:
 def compute_once(kind: str, key: str, compute: Callable[[Path], object]) -> Path:
     """Return a directory of the cache that `compute` has filled, in this call or an earlier one.
 
-    If several processes ask at the same time, one computes and the others wait. An interrupted computation is
-    repeated from the start.
+    If several processes ask at the same time, one computes and the others wait. An interrupted one is repeated.
 
     Args:
         kind: name of the folder in the cache, for example "latents".

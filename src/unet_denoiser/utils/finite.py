@@ -29,10 +29,7 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def first_nonfinite_module(model: nn.Module, forward: Callable[[], object]) -> str | None:
-    """Run `forward` and describe the first module of `model` whose output is not finite; None if all are finite.
-
-    Modules finish from the inside out, so the first one reported is the innermost.
-    """
+    """Run `forward` and describe the first module of `model` whose output is not finite; None if all are finite."""
     found: list[str] = []
 
     def make_hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -53,9 +50,6 @@ def first_nonfinite_module(model: nn.Module, forward: Callable[[], object]) -> s
 
 
 def first_nonfinite_gradient(model: nn.Module) -> str | None:
-    """Describe the deepest parameter with a gradient that is not finite; None if all are finite.
-
-    The backward pass reaches the deepest parameter first.
-    """
+    """Describe the deepest parameter with a gradient that is not finite, which is computed first; None if all are."""
     bad = [name for name, p in model.named_parameters() if p.grad is not None and not is_finite(p.grad)]
     return f"the gradient of {bad[-1]}" if bad else None

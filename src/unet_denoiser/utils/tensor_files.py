@@ -13,11 +13,7 @@ _MAX_COPIED_BYTES = 2**20
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file, whole or not at all.
-
-    Raises:
-        OSError: the file cannot be written, for example because the disk is full.
-    """
+    """Write a safetensors file, whole or not at all; OSError if it cannot be written, as on a full disk."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -28,11 +24,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file by name; large ones stay mapped from the file.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
+    """Return the tensors of a safetensors file by name, large ones mapped from it; ValueError if it is damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

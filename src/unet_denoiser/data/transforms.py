@@ -63,20 +63,20 @@ def _reason(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
+def read_pixels(source: Source, name: str, channels: int, size: Sequence[int], config: DataConfig) -> Tensor:
+    """Decode an image and scale it as `config` says: (channels, h, w), as `to_pixels` returns it."""
+    return to_pixels(open_image(source, name), channels, size, config.resize_mode, config.background)
+
+
 def to_pixels(
     image: Image.Image, channels: int, size: Sequence[int], mode: ResizeMode, background: str = "white"
 ) -> Tensor:
-    """Convert an image to `channels` and scale it for `mode`; it is not yet cropped or padded to `size`.
+    """Return an image as (channels, h, w) uint8, scaled for `mode` but not yet cropped or padded to `size`.
 
-    Args:
-        channels: 1, 3 or 4. With 4, opaque images get an opaque alpha channel; otherwise transparent ones are laid on
-            `background`.
-        size: height and width.
-
-    Returns:
-        (channels, h, w) uint8; or float32 in [-1, 1] for 16-bit grey images, to keep their precision.
+    16-bit grey images become float32 in [-1, 1], to keep their precision. Transparent images are laid on `background`,
+    but with 4 channels keep their alpha; opaque ones then get an opaque alpha.
     """
-    deep = image.mode.startswith("I")
+    deep = image.mode.startswith("I")  # 16-bit grey
     converted = Image.fromarray(np.asarray(image, np.float32)) if deep else _to_mode(image, MODES[channels], background)
     height, width = compute_scaled_size((image.height, image.width), size, mode)
     if converted.size != (width, height):

@@ -14,7 +14,7 @@ from unet_denoiser.config.base import per_axis
 from unet_denoiser.config.data import DataConfig
 from unet_denoiser.data.dataset import ImageDataset
 from unet_denoiser.data.sources.verification import Header, find_size_problem, map_images, report_unusable
-from unet_denoiser.data.transforms import Source, make_fill, open_image, parse_colour, to_pixels
+from unet_denoiser.data.transforms import Source, make_fill, parse_colour, read_pixels
 from unet_denoiser.utils.images import MODES
 
 MAX_DEFAULT_SIZE = 64  # pixels
@@ -23,7 +23,7 @@ MAX_DEFAULT_SIZE = 64  # pixels
 class EncodedImages(ImageDataset):
     """Base class for folders and tables of images: channels, size, buckets and the cache in memory.
 
-    A subclass defines `source` and `name`, and ends its constructor with `_set_up`.
+    A subclass defines `source`, and ends its constructor with `_set_up`.
     """
 
     config: DataConfig
@@ -34,7 +34,7 @@ class EncodedImages(ImageDataset):
 
     def name(self, index: int) -> str:
         """Return the name of an item, for messages."""
-        raise NotImplementedError
+        return str(self.source(index))
 
     def _set_up(self, config: DataConfig, headers: Sequence[Header]) -> None:
         self.config = config
@@ -57,12 +57,11 @@ class EncodedImages(ImageDataset):
         return self._decode(index) if self._cached is None else self._cached[index]
 
     def _decode(self, index: int) -> Tensor:
-        image = open_image(self.source(index), self.name(index))
-        return to_pixels(image, self.channels, self.item_size(index), self.config.resize_mode, self.config.background)
+        return read_pixels(self.source(index), self.name(index), self.channels, self.item_size(index), self.config)
 
     def _decode_all(self, count: int) -> list[Tensor]:
         """Decode all items into one block of shared memory per dtype: one file handle each, not one per image."""
-        decoded = map_images(self._decode, range(count), "caching images")
+        decoded: list[Tensor] = map_images(self._decode, range(count), "caching images")
         for dtype in {pixels.dtype for pixels in decoded}:
             indices = [i for i in range(count) if decoded[i].dtype == dtype]
             lengths = [decoded[i].numel() for i in indices]

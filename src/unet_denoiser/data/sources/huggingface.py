@@ -14,15 +14,7 @@ from unet_denoiser.data.columns import CAPTION_COLUMNS, encode_labels, encode_ve
 from unet_denoiser.data.dataset import StreamDataset, StreamIndex
 from unet_denoiser.data.sources.encoded_images import EncodedImages, check_config, choose_size, split_usable
 from unet_denoiser.data.sources.verification import Header, verify_images
-from unet_denoiser.data.transforms import (
-    Source,
-    UnreadableItemError,
-    augment,
-    make_fill,
-    open_image,
-    to_float,
-    to_pixels,
-)
+from unet_denoiser.data.transforms import Source, UnreadableItemError, augment, make_fill, read_pixels, to_float
 
 if TYPE_CHECKING:
     import datasets
@@ -132,7 +124,7 @@ class HubStream(StreamDataset):
     def _read_headers(self) -> Iterator[Header]:
         for row in self.table.take(STREAM_HEADER_ROWS):
             try:
-                yield Header.from_image(open_image(_read_cell(row[self.columns.image]), "a row"))
+                yield Header.read(_read_cell(row[self.columns.image]), "a row")
             except UnreadableItemError:
                 continue
 
@@ -155,10 +147,10 @@ class HubStream(StreamDataset):
 
     def decode(self, raw: dict[str, Any], index: StreamIndex) -> dict[str, Any]:
         config, columns = self.config, self.columns
-        image = open_image(_read_cell(raw[columns.image]), f"item {index.position} of {config.source}")
-        pixels = to_float(to_pixels(image, self.channels, self.image_size, config.resize_mode, config.background))
-        augmented = augment(pixels, self.image_size, config, rng=index.rng(), background=self.background)
-        item: dict[str, Any] = {"image": augmented}
+        source, name = _read_cell(raw[columns.image]), f"item {index.position} of {config.source}"
+        image = to_float(read_pixels(source, name, self.channels, self.image_size, config))
+        image = augment(image, self.image_size, config, rng=index.rng(), background=self.background)
+        item: dict[str, Any] = {"image": image}
         if columns.label and self.class_names is not None:
             label, _ = encode_labels([raw[columns.label]], self._own_names or self.class_names, config.source)
             item["class_labels"] = renumber_labels(label, self._own_names, self.class_names)[0]

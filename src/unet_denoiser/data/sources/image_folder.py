@@ -52,7 +52,7 @@ class ImageFolder(EncodedImages):
         if not files:
             raise ValueError(f"no images were found in {folder}")
         stamps = {file: _stamp(self.folder / file) for file in files}
-        headers = verify_images(str(self.folder.absolute()), stamps, self._path)
+        headers = verify_images(str(self.folder.absolute()), stamps, lambda file: str(self.folder / file))
         headers, config = split_usable(headers, config, str(self.folder))
         self.files = list(headers)
         if rows is None:
@@ -65,13 +65,7 @@ class ImageFolder(EncodedImages):
         return len(self.files)
 
     def source(self, index: int) -> str:
-        return self._path(self.files[index])
-
-    def _path(self, file: str) -> str:
-        return str(self.folder / file)
-
-    def name(self, index: int) -> str:
-        return self.source(index)
+        return str(self.folder / self.files[index])
 
     def _read_folder_classes(self, config: DataConfig) -> None:
         first_parts = [PurePosixPath(file).parts[0] if "/" in file else None for file in self.files]

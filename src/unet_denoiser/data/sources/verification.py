@@ -9,9 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeVar
-
-from PIL import Image
+from typing import Any, NamedTuple, Self
 
 from unet_denoiser.data.transforms import GREY_MODES, Source, UnreadableItemError, open_image
 from unet_denoiser.utils.cache import cache_directory
@@ -19,9 +17,6 @@ from unet_denoiser.utils.files import read_json, write_json
 
 MAX_NAMED_IMAGES = 5  # in a message about bad ones
 MIN_IMAGES_FOR_PROGRESS_BAR = 1000
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 class Header(NamedTuple):
@@ -33,8 +28,9 @@ class Header(NamedTuple):
     problem: str | None = None
 
     @classmethod
-    def from_image(cls, image: Image.Image) -> Self:
-        """Read the header of a decoded image."""
+    def read(cls, source: Source, name: str) -> Self:
+        """Decode an image; UnreadableItemError if that fails."""
+        image = open_image(source, name)
         return cls(image.mode in GREY_MODES, image.height, image.width)
 
 
@@ -73,7 +69,7 @@ def _lock(path: Path) -> AbstractContextManager[Any]:
         return nullcontext()
 
 
-def map_images(function: Callable[[Item], Result], items: Sequence[Item], description: str) -> list[Result]:
+def map_images(function: Callable[[Any], Any], items: Sequence[Any], description: str) -> list[Any]:
     """Apply a function that decodes an image to each item, in threads and with a progress bar."""
     from tqdm import tqdm
 
@@ -87,7 +83,7 @@ def _decode_header(key: str, open_source: Callable[[str], Source]) -> Header:
         source = open_source(key)
         if (os.path.getsize(source) if isinstance(source, str) else len(source)) == 0:
             return Header(False, 0, 0, "is empty")
-        return Header.from_image(open_image(source, key))
+        return Header.read(source, key)
     except FileNotFoundError:
         return Header(False, 0, 0, "is missing")
     except OSError as error:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from unet_denoiser.data.dataset import ImageDataset
 from unet_denoiser.data.sources.encoded_images import EncodedImages
 from unet_denoiser.evaluation.feature_extractors import Extractor, extract
-from unet_denoiser.utils.cache import MappedArray, computed_once, digest, fingerprint
+from unet_denoiser.utils.cache import MappedArray, compute_once, digest, fingerprint
 
 BATCH = 64
 
@@ -39,7 +39,7 @@ def data_features(data: ImageDataset, indices: np.ndarray, extractor: Extractor,
     def compute(folder: Path) -> None:
         np.save(folder / "features.npy", extract(extractor, batches()).numpy())
 
-    return torch.from_numpy(np.array(MappedArray(computed_once("features", key, compute) / "features.npy").array))
+    return torch.from_numpy(np.array(MappedArray(compute_once("features", key, compute) / "features.npy").array))
 
 
 def _key(data: ImageDataset, indices: np.ndarray, extractor: Extractor) -> str | None:

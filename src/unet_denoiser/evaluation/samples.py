@@ -16,7 +16,7 @@ from unet_denoiser.config.data import DataConfig
 from unet_denoiser.config.sampling import SamplingConfig
 from unet_denoiser.config.unet import CONDITIONS, UNetConfig
 from unet_denoiser.data.dataset import ImageDataset, StreamDataset
-from unet_denoiser.data.load import load_data
+from unet_denoiser.data.load import load_data, without_wrappers
 from unet_denoiser.data.sources.arrays import load_npz
 from unet_denoiser.data.sources.encoded_images import EncodedImages
 from unet_denoiser.data.transforms import open_image
@@ -154,11 +154,8 @@ def _pictures(config: DataConfig, name: str) -> ImageDataset:
     Raises:
         ValueError: a stream.
     """
-    plain = replace(config, text_encoder=None, caption_length=None, vae=None, standardize_latents=False, concat=None)
-    plain = replace(
-        plain, latent_mean=None, latent_std=None, horizontal_flip=False, aspect_buckets=False, cache_images=False
-    )
-    return _indexed(load_data(plain), name)
+    options = {"horizontal_flip": False, "aspect_buckets": False, "cache_images": False}
+    return _indexed(load_data(without_wrappers(config), **options), name)
 
 
 def conditioned_data(config: DataConfig, pictures: ImageDataset) -> ImageDataset:

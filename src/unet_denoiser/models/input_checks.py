@@ -98,7 +98,9 @@ def _check_labels(labels: Tensor, batch: int, num_classes: int) -> None:
     _check_tensor("class_labels", labels, None, (batch,))
     if labels.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"class_labels has dtype {labels.dtype}; give int64")
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling() and labels.numel():
+    # a subclass of Tensor need not have values (FakeTensor has none)
+    has_values = labels.device.type == "cpu" and not torch.compiler.is_compiling() and type(labels) is Tensor
+    if has_values and labels.numel():
         low, high = labels.min(), labels.max()
         if low < 0 or high >= num_classes:
             raise ValueError(f"class_labels has {int(low if low < 0 else high)}; valid are 0 to {num_classes - 1}")

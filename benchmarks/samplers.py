@@ -1,4 +1,4 @@
-"""Every sampler against closed forms: the table of docs/sampling.md.
+"""Every sampler against closed forms: the table of docs/reference/samplers.md.
 
     python benchmarks/samplers.py
 

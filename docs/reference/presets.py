@@ -1,4 +1,4 @@
-"""Writes docs/family.md from the presets: which options make each published network."""
+"""Writes docs/reference/presets.md from the presets: which options make each published network."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -18,10 +18,10 @@ FAMILIES = {
 }
 HEAD = """# The family
 
-Which options of [`UNetConfig`](../src/unet_denoiser/config/unet.py) make each published network:
+Which options of [`UNetConfig`](../../src/unet_denoiser/config/unet.py) make each published network:
 `UNet.from_preset(NAME)` builds it, `unet-denoiser info NAME` shows its levels.
 Options at their defaults, the specification's, are left out.
-This page is written by `python docs/family.py`; a test keeps it in step with the presets.
+This page is written by `python docs/reference/presets.py`; a test keeps it in step with the presets.
 """
 
 

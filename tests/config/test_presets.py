@@ -115,7 +115,7 @@ def test_starts_from_a_preset():
     assert architecture_for(3, (64, 64), None, {}, preset("specification")).context_dim is None
 
 
-def test_the_family_page_is_in_step():
+def test_the_page_of_presets_is_in_step():
     """docs/reference/presets.md is what docs/reference/presets.py writes, and names every published network once."""
     docs = Path(__file__).parents[2] / "docs" / "reference"
     page = runpy.run_path(str(docs / "presets.py"))["page"]()

@@ -102,13 +102,13 @@ def test_make_commands_exist(command):
 
 
 def test_file_trees_are_complete():
-    """README and docs/architecture.md name every module."""
+    """README and docs/development/architecture.md name every module."""
     modules = {p.name for p in (ROOT / "src" / "unet_denoiser").glob("*.py")} - {"__init__.py", "__main__.py"}
-    for text in (README, (ROOT / "docs" / "architecture.md").read_text()):
+    for text in (README, (ROOT / "docs" / "development" / "architecture.md").read_text()):
         assert set(re.findall(r"(?:^  |; )(\w+\.py)[ :]", text, flags=re.MULTILINE)) - {"speed.py"} >= modules
 
 
 def test_links_lead_somewhere():
-    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md"):
+    for document in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), ROOT / "CONTRIBUTING.md"):
         for link in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
             assert (document.parent / link).exists(), f"{document.name}: {link}"

@@ -27,8 +27,8 @@ from unet_denoiser.models.summary import count_flops, example_inputs
 from unet_denoiser.models.unet import UNet
 
 # glibc's heap keeps holes between longer-lived tensors: this share of what comes and goes, at most so many bytes, as
-# large blocks seldom lie in it. Fitted to the measurements of docs/scaling.md; with MALLOC_MMAP_THRESHOLD_=65536 in the
-# environment there are none, for twice the time
+# large blocks seldom lie in it. Fitted to the measurements of docs/results/scaling.md; with
+# MALLOC_MMAP_THRESHOLD_=65536 in the environment there are none, for twice the time
 HOLES, MOST_HOLES = 0.9, 370 * 2**20
 FLOAT = 4  # bytes: weights, gradients, moments and averages are float32, whatever autocast computes in
 

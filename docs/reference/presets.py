@@ -1,4 +1,4 @@
-"""Writes docs/family.md from the presets: which options make each published network."""
+"""Writes docs/reference/presets.md: the options that make each published network, read from the presets."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -16,28 +16,31 @@ FAMILIES = {
     "Stable Diffusion 1 and 2": ("sd-1", "instruct", "lcm", "sd-2", "sd-x4"),
     "SDXL (Podell et al. 2023)": "sdxl",
 }
-HEAD = """# The family
+HEAD = """# Presets
 
-Which options of [`UNetConfig`](../src/unet_denoiser/config/unet.py) make each published network:
-`UNet.from_preset(NAME)` builds it, `unet-denoiser info NAME` shows its levels.
-Options at their defaults, the specification's, are left out.
-This page is written by `python docs/family.py`; a test keeps it in step with the presets.
+A preset is the architecture of a published network. `UNet.from_preset(NAME)` builds it with random weights,
+`unet-denoiser train DATA --preset NAME` trains one, and `unet-denoiser info NAME` shows its levels. `specification` is
+the network of the [specification](../development/specification.md): all options at their defaults.
+
+The tables list the options of `UNetConfig` that are not at their defaults.
+
+`python docs/reference/presets.py` writes this page; a test keeps it in step with the presets.
 """
 
 
 def options(name: str) -> dict[str, object]:
-    """The fields of a preset that are not at their defaults."""
+    """Return the fields of a preset that are not at their defaults."""
     default = asdict(UNetConfig())
     return {field: value for field, value in asdict(preset(name)).items() if value != default[field]}
 
 
 def table(names: list[str]) -> str:
-    """What all networks of a family share, and a row for what sets each apart."""
+    """Return the options that all networks of a family share, and a row with the others for each network."""
     own = {name: options(name) for name in names}
     first = own[names[0]]
     shared = {f: v for f, v in first.items() if all(f in o and o[f] == v for o in own.values())}
-    lines = ["Shared: " + ", ".join(f"`{f}={v!r}`" for f, v in shared.items()) + ".", ""]
-    lines += ["| name | parameters | besides |", "|---|---|---|"]
+    lines = ["Shared options: " + ", ".join(f"`{f}={v!r}`" for f, v in shared.items()) + ".", ""]
+    lines += ["| name | parameters | other options |", "|---|---|---|"]
     for name in names:
         with torch.device("meta"):
             parameters = sum(p.numel() for p in UNet.from_preset(name).parameters())
@@ -47,7 +50,7 @@ def table(names: list[str]) -> str:
 
 
 def page() -> str:
-    """The whole document."""
+    """Return the whole document."""
     parts = [HEAD]
     for title, prefix in FAMILIES.items():
         parts.append(f"## {title}\n\n{table([name for name in list_presets() if name.startswith(prefix)])}\n")

@@ -75,7 +75,8 @@ def examine(
     for name, value in (("num_images", num_images), ("num_samples", num_samples)):
         if value < 2:
             raise ValueError(f"{name}={value} must be at least 2")
-    model = run.load_model().to(device)
+    pipeline = run.load_pipeline(device=device)
+    model = pipeline.model
     data = load_data(run.data) if data is None else data
     if not isinstance(data, ImageDataset):
         raise ValueError(f"{run.path} was trained on a stream, which cannot be searched; give data that can be indexed")
@@ -103,7 +104,7 @@ def examine(
         few = {name: value[:num_images] for name, value in images.items()}
         errors, picture = _errors(model, run.process, few)
         columns = picture.shape[0] // 3
-        pictures.append(save_grid(run.decode(picture), folder / "denoising.png", columns, run.picture_range))
+        pictures.append(save_grid(pipeline.decode(picture), folder / "denoising.png", columns, pipeline.image_range))
         measures["levels"] = _levels(errors, run.process, few["image"])
         measures["ema"]["averaged_over_raw"] = _against_raw(run, model, errors, few)
         x = _sample(model, run.process, {name: value[:num_samples] for name, value in images.items()}, on_step)
@@ -112,7 +113,7 @@ def examine(
             measures["neighbours"], nearest = _neighbours(x, images["image"])
             shown = min(16, len(x))
             pairs = torch.cat([x[:shown], images["image"][nearest[:shown]]])
-            pictures.append(save_grid(run.decode(pairs), folder / "neighbours.png", shown, run.picture_range))
+            pictures.append(save_grid(pipeline.decode(pairs), folder / "neighbours.png", shown, pipeline.image_range))
     report = Diagnosis(run.path, measures, judge(measures), pictures)
     _write(report, folder / "report.json")
     return report

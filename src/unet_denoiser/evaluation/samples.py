@@ -57,11 +57,11 @@ class GeneratedSamples:
         device: str | torch.device = "cpu",
         config: SamplingConfig | None = None,
     ) -> None:
-        self.run, self.data, self.count, self.seed, self.batch_size = run, data, count, seed, batch_size
+        self.data, self.count, self.seed, self.batch_size = data, count, seed, batch_size
         self.config = config or SamplingConfig()
         Sampler(self.config, run.process)  # refuses what cannot work before anything else takes time
-        self.model = run.load_model(checkpoint).to(device)
-        self.names = _conditions(self.model.config, data)
+        self.pipeline = run.load_pipeline(checkpoint, device)
+        self.names = _conditions(run.model, data)
         if not self.names and self.config.guidance_scale != 1:
             scale = self.config.guidance_scale
             raise ValueError(f"guidance_scale={scale} needs conditions, which {run.path} was trained without; give 1")
@@ -90,14 +90,14 @@ class GeneratedSamples:
             for start in range(0, self.count, self.batch_size):
                 stop = min(start + self.batch_size, self.count)
                 x = sample(
-                    self.model,
-                    self.run.process,
+                    self.pipeline.model,
+                    self.pipeline.process,
                     seeds=range(self.seed + start, self.seed + stop),
                     batch_size=self.batch_size,
                     config=self.config,
                     **self._conditions_of(start, stop),
                 )
-                yield self.run.decode(x.cpu())
+                yield self.pipeline.decode(x.cpu())
                 bar.update(stop - start)
 
     def _conditions_of(self, start: int, stop: int) -> dict[str, Any]:

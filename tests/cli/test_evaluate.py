@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from support.networks import SMALL
-from unet_denoiser import ArrayDataset, Diffusion, Run, TrainingConfig, UNetConfig
+from unet_denoiser import ArrayDataset, Diffusion, Run, TrainingConfig, UNetConfig, load_trainer, train
 from unet_denoiser.cli.app import main
 from unet_denoiser.config.data import DataConfig
 from unet_denoiser.config.sampling import SamplingConfig
@@ -30,9 +30,9 @@ def make_run(path, data, source, **model):
     config = UNetConfig(**SMALL | {"in_channels": data.channels, "out_channels": data.channels} | model)
     training = TrainingConfig(steps=1, batch_size=4, preview_every=10**6, device="cpu")
     run = Run(path, with_found_values(DataConfig(source), data), config, Diffusion(), training)
-    trainer = run.trainer(data)
+    trainer = load_trainer(run, data)
     run.write()
-    for _ in run.train(trainer):
+    for _ in train(run, trainer):
         pass
     return run
 

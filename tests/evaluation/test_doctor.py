@@ -15,6 +15,7 @@ from unet_denoiser.data.load import load_data, with_found_values
 from unet_denoiser.data.sources.arrays import ArrayDataset
 from unet_denoiser.evaluation.doctor import diagnose
 from unet_denoiser.evaluation.samples import GeneratedSamples
+from unet_denoiser.training.loop import load_trainer, train
 from unet_denoiser.training.run import Run
 
 TINY = {"model_channels": 8, "channel_mult": (1,), "num_res_blocks": 1, "attention_resolutions": (), "num_heads": 1}
@@ -34,9 +35,9 @@ def make_run(path, data, steps=1, process=None, **options):
     training = TrainingConfig(steps=steps, preview_every=10**6, **options)
     process = process or Diffusion(prediction_type="epsilon", beta_schedule="linear")
     run = Run(path, with_found_values(DataConfig("x.npz"), data), config, process, training)
-    trainer = run.trainer(data)
+    trainer = load_trainer(run, data)
     run.write()
-    for _ in run.train(trainer):
+    for _ in train(run, trainer):
         pass
     return run
 

@@ -31,6 +31,7 @@ from unet_denoiser.evaluation.noise_level_errors import (
 from unet_denoiser.evaluation.training_history import loss_curve, share_of_start, training_progress
 from unet_denoiser.models.unet import UNet
 from unet_denoiser.sampling.loop import Step, sample
+from unet_denoiser.sampling.pipeline.pipeline import Pipeline
 from unet_denoiser.training.run import Run
 from unet_denoiser.utils.files import write_json
 from unet_denoiser.utils.images import save_grid
@@ -88,7 +89,8 @@ def diagnose(
     for name, value in (("num_images", num_images), ("num_samples", num_samples)):
         if value < 2:
             raise ValueError(f"{name}={value} must be at least 2")
-    model = run.load_model().to(device)
+    pipeline = run.load_pipeline(device=device)
+    model = pipeline.model
     data = load_data(run.data) if data is None else data
     if not isinstance(data, ImageDataset):
         raise ValueError(f"{run.path} was trained on a stream, which cannot be searched; give data that can be indexed")
@@ -96,9 +98,9 @@ def diagnose(
     batch = _read_batch(data, max(num_images, num_samples, count))
     measures, pictures = _measure_run(run, model, data, batch), []
     if not measures.bad_weights:
-        measures, denoising = _measure_losses(run, model, first_items(batch, num_images), measures)
-        x = _make_samples(run, model, first_items(batch, num_samples), on_step)
-        measures, neighbours = _measure_samples(run, x, data, measures)
+        measures, denoising = _measure_losses(run, pipeline, first_items(batch, num_images), measures)
+        x = _make_samples(pipeline, first_items(batch, num_samples), on_step)
+        measures, neighbours = _measure_samples(pipeline, x, data, measures, run.path / "doctor" / "neighbours.png")
         pictures = [denoising, *neighbours]
     diagnosis = Diagnosis(run.path, measures, find_problems(measures), pictures)
     diagnosis.write(run.path / "doctor" / "report.json")
@@ -130,32 +132,36 @@ def _measure_run(run: Run, model: UNet, data: ImageDataset, batch: Batch) -> Mea
     )
 
 
-def _measure_losses(run: Run, model: UNet, batch: Batch, measures: Measures) -> tuple[Measures, Path]:
+def _measure_losses(run: Run, pipeline: Pipeline, batch: Batch, measures: Measures) -> tuple[Measures, Path]:
     """Measure the loss at each noise level, and draw an image that is denoised from each."""
-    errors, images = measure_errors(model, run.process, batch)
+    errors, images = measure_errors(pipeline.model, run.process, batch)
     levels = compare_with_guess(errors, run.process, batch["image"])
-    ema = replace(measures.ema, averaged_over_raw=averaged_over_raw(run, model, errors, batch))
-    return replace(measures, levels=levels, ema=ema), _save_picture(run, images, "denoising.png", NUM_LEVELS)
+    ema = replace(measures.ema, averaged_over_raw=averaged_over_raw(run, pipeline.model, errors, batch))
+    return replace(measures, levels=levels, ema=ema), _save_picture(
+        pipeline, images, run.path / "doctor" / "denoising.png", NUM_LEVELS
+    )
 
 
-def _make_samples(run: Run, model: UNet, batch: Batch, on_step: Callable[[Step], object] | None) -> Tensor:
+def _make_samples(pipeline: Pipeline, batch: Batch, on_step: Callable[[Step], object] | None) -> Tensor:
     """Make a sample for the conditions of each image."""
     images = batch["image"]
     return sample(
-        model,
-        run.process,
+        pipeline.model,
+        pipeline.process,
         seeds=range(len(images)),
         image_size=images.shape[2:],
-        num_inference_steps=min(NUM_SAMPLING_STEPS, run.process.num_train_timesteps),
+        num_inference_steps=min(NUM_SAMPLING_STEPS, pipeline.process.num_train_timesteps),
         batch_size=BATCH_SIZE,
         on_step=on_step,
-        **conditions_of_batch(model, batch).given(),
+        **conditions_of_batch(pipeline.model, batch).given(),
     ).cpu()
 
 
-def _measure_samples(run: Run, x: Tensor, data: ImageDataset, measures: Measures) -> tuple[Measures, list[Path]]:
+def _measure_samples(
+    pipeline: Pipeline, x: Tensor, data: ImageDataset, measures: Measures, path: Path
+) -> tuple[Measures, list[Path]]:
     """Measure samples, compare them with training images of their size, and draw them above the nearest ones."""
-    measures = replace(measures, samples=image_statistics(x, run.process.data_range))
+    measures = replace(measures, samples=image_statistics(x, pipeline.process.data_range))
     indices = np.arange(len(data))
     if data.buckets is not None:
         indices = next(bucket for bucket in data.buckets if data.item_size(int(bucket[0])) == tuple(x.shape[2:]))
@@ -163,8 +169,8 @@ def _measure_samples(run: Run, x: Tensor, data: ImageDataset, measures: Measures
         return measures, []
     found, shown = compare_without_held_out(x, data, indices), min(NUM_PAIRS, len(x))
     pairs = torch.cat([x[:shown], stack_images(data, found.indices[:shown].numpy())])
-    return replace(measures, neighbours=found.comparison), [_save_picture(run, pairs, "neighbours.png", shown)]
+    return replace(measures, neighbours=found.comparison), [_save_picture(pipeline, pairs, path, shown)]
 
 
-def _save_picture(run: Run, x: Tensor, name: str, columns: int) -> Path:
-    return save_grid(run.decode(x), run.path / "doctor" / name, columns, run.picture_range)
+def _save_picture(pipeline: Pipeline, x: Tensor, path: Path, columns: int) -> Path:
+    return save_grid(pipeline.decode(x), path, columns, pipeline.image_range)

@@ -58,11 +58,11 @@ class GeneratedSamples:
         device: str | torch.device = "cpu",
         config: SamplingConfig | None = None,
     ) -> None:
-        self.run, self.data, self.count, self.seed, self.batch_size = run, data, count, seed, batch_size
+        self.data, self.count, self.seed, self.batch_size = data, count, seed, batch_size
         self.config = config or SamplingConfig()
         Sampler(self.config, run.process)  # refuses options that cannot work before anything else takes time
-        self.model = run.load_model(checkpoint).to(device)
-        self.names = _condition_names(self.model.config, data)
+        self.pipeline = run.load_pipeline(checkpoint, device)
+        self.names = _condition_names(run.model, data)
         if not self.names and self.config.guidance_scale != 1:
             scale = self.config.guidance_scale
             raise ValueError(f"guidance_scale={scale} needs conditions, which {run.path} was trained without; give 1")
@@ -92,14 +92,14 @@ class GeneratedSamples:
                 stop = min(start + self.batch_size, self.count)
                 conditions: dict[str, Any] = self.conditions(start, stop).given()
                 x = sample(
-                    self.model,
-                    self.run.process,
+                    self.pipeline.model,
+                    self.pipeline.process,
                     seeds=range(self.seed + start, self.seed + stop),
                     batch_size=self.batch_size,
                     config=self.config,
                     **conditions,
                 )
-                yield self.run.decode(x.cpu())
+                yield self.pipeline.decode(x.cpu())
                 bar.update(stop - start)
 
     def conditions(self, start: int, stop: int) -> Conditions:

@@ -16,6 +16,7 @@ from unet_denoiser.config.unet import CONDITIONS
 from unet_denoiser.data.dataloader import make_loader
 from unet_denoiser.data.dataset import ImageDataset, StreamDataset
 from unet_denoiser.data.load import load_data
+from unet_denoiser.diffusion.loss import training_losses
 from unet_denoiser.diffusion.process import Diffusion
 from unet_denoiser.evaluation.findings import Finding, Measures, judge, likely_cause
 from unet_denoiser.models.unet import UNet
@@ -187,7 +188,7 @@ def _errors(model: UNet, process: Diffusion, images: Images) -> tuple[Tensor, Te
             at = torch.full((len(x0),), t, device=device)
             record = _Recorded(model)
             with torch.no_grad():
-                errors.append(process.losses(record, x0, t=at, noise=noise, **inputs).error.cpu())
+                errors.append(training_losses(process, record, x0, t=at, noise=noise, **inputs).error.cpu())
             if start == 0:
                 xt = process.add_noise(x0[:1], noise[:1], at[:1])
                 output = record.output[:1, : x0.shape[1]].float()
@@ -229,8 +230,7 @@ def _levels(errors: Tensor, process: Diffusion, x0: Tensor) -> list[dict[str, fl
     for row, t in zip(errors, _timesteps(process), strict=True):
         alpha, sigma = process.alphas[t].double(), process.sigmas[t].double()
         of_x0 = (variance * sigma**2 / (alpha**2 * variance + sigma**2)).mean()
-        scale = {"epsilon": (alpha / sigma) ** 2, "v_prediction": sigma**-2, "sample": torch.ones(())}
-        trivial = float(of_x0 * scale[process.prediction_type])
+        trivial = float(of_x0 * process.prediction.error_scale((alpha / sigma) ** 2))
         error = float(row.mean())
         signal = float((alpha / sigma) ** 2 * variance.mean())
         found.append({"t": t, "signal": signal, "error": error, "trivial": trivial})

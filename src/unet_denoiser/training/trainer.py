@@ -19,7 +19,7 @@ from unet_denoiser.data.dataloader import DataTimer, EndlessBatches, make_loader
 from unet_denoiser.data.dataset import ImageDataset, StreamDataset
 from unet_denoiser.data.load import first_item
 from unet_denoiser.data.sources.custom import as_dataset
-from unet_denoiser.diffusion.loss import Losses
+from unet_denoiser.diffusion.loss import Losses, training_losses
 from unet_denoiser.diffusion.loss_weighting import LossWeighting
 from unet_denoiser.diffusion.process import Diffusion
 from unet_denoiser.models.unet import UNet
@@ -226,7 +226,7 @@ class Trainer:
 
     def _losses(self, part: MicroBatch, network: Any) -> Losses:
         seed_dropout(self.config.seed, part.first)
-        return self.process.losses(network, part.x0, weighting=self.weighting, **part.inputs)
+        return training_losses(self.process, network, part.x0, weighting=self.weighting, **part.inputs)
 
     def _backward(self, part: MicroBatch, last: bool) -> Losses:
         """Add the part's gradients; processes exchange them with the last part alone."""

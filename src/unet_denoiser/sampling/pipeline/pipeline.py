@@ -14,7 +14,7 @@ from torch import Tensor
 from unet_denoiser.config.data import DataConfig
 from unet_denoiser.config.unet import UNetConfig
 from unet_denoiser.data.load import autoencoder, text_encoder
-from unet_denoiser.diffusion.process import Diffusion, concat_channels, data_channels
+from unet_denoiser.diffusion.process import Diffusion
 from unet_denoiser.sampling.pipeline.read_images import read_concat, read_mask, read_picture
 from unet_denoiser.utils.images import MODES, save_grid
 
@@ -75,7 +75,7 @@ class Pipeline:
 
     def read_concat(self, image: Path) -> Tensor:
         """(1, C2, H, W) for `sample` from a picture file; see `unet_denoiser.data.conditioned.read_concat`."""
-        return read_concat(self.data, concat_channels(self.model, self.process), image)
+        return read_concat(self.data, self.process.concat_channels(self.model), image)
 
     def read_picture(self, image: str | Path, size: Sequence[int] | None = None, *, as_it_is: bool = False) -> Tensor:
         """(1, C, H, W) of a picture file in [-1, 1], prepared as in training.
@@ -127,7 +127,7 @@ class Pipeline:
         """Channels of what `decode` gives."""
         if self.data.vae is not None:
             return self._autoencoder.picture_channels
-        return data_channels(self.model, self.process)
+        return self.process.data_channels(self.model)
 
     @property
     def makes_pictures(self) -> bool:

@@ -29,7 +29,7 @@ _EXPORTS = {
     "models": ("UNet", "ResBlock", "SinusoidalPosEmb", "SelfAttention", "CrossAttention"),
     "models.diffusers_adapter": ("DiffusersUNet",),
     "models.summary": ("summarize",),
-    "diffusion": ("Diffusion", "Losses", "LossWeighting"),
+    "diffusion": ("Diffusion", "training_losses", "Losses", "LossWeighting"),
     "data": ("load_data", "make_loader", "ImageDataset", "ArrayDataset", "ImageFolder"),
     "sampling": (
         *("sample", "sample_steps", "denoise", "Sampler", "Guidance", "Start", "TrajectoryRecorder"),

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from support.networks import small
-from unet_denoiser import Diffusion, Guidance, SamplingConfig, sample
+from unet_denoiser import Diffusion, Guidance, SamplingConfig, sample, training_losses
 from unet_denoiser.data.wrappers.concat import draw_mask, enlarge, lower_resolution, mask_images
 from unet_denoiser.diffusion.process import accepts_concat
 
@@ -121,7 +121,7 @@ def test_the_loss_sees_it():
     model, process = small(in_channels=3, out_channels=1), Diffusion(prediction_type="epsilon")
     x0, concat = torch.randn(4, 1, 8, 8), torch.randn(4, 2, 8, 8)
     draws = {"t": torch.tensor([1, 10, 100, 900]), "noise": torch.randn(4, 1, 8, 8)}
-    seen = process.loss(model, x0, concat=concat, **draws)
+    seen = training_losses(process, model, x0, concat=concat, **draws).loss
     xt = process.add_noise(x0, draws["noise"], draws["t"])
     error = model(torch.cat([xt, concat], 1), draws["t"]) - draws["noise"]
     torch.testing.assert_close(seen, error.square().flatten(1).mean(1))

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from support.networks import relative_error
 from support.trainings import NET, Vectors, assert_equal, make_trainer, two_classes, weights
-from unet_denoiser import Diffusion, TrainingConfig, UNet, sample
+from unet_denoiser import Diffusion, TrainingConfig, UNet, sample, training_losses
 
 
 def test_trainings_of_several_precisions_in_one_process_do_not_disturb_each_other():
@@ -60,19 +60,23 @@ def test_learning_rate_follows_the_width_unless_it_is_chosen(width):
         assert first == pytest.approx(expected)
 
 
-def test_one_step_is_adamw_on_clipped_gradients():
+def test_one_step_is_adamw_on_clipped_gradients(monkeypatch):
     """The same step by hand, with torch's own optimizer."""
     options = {"steps": 1, "warmup_steps": 0, "max_grad_norm": 0.01, "condition_dropout": 0.0, "learning_rate": 1e-2}
     trainer = make_trainer(options, net={"dropout": 0.0})
     model = UNet(**NET | {"num_classes": 2, "dropout": 0.0})
     model.load_state_dict(trainer.model.state_dict())
     seen = {}
-    losses = trainer.process.losses
-    trainer.process.losses = lambda network, x0, **inputs: seen.update(inputs, x0=x0) or losses(network, x0, **inputs)
+
+    def record(process, network, x0, **inputs):
+        seen.update(inputs, x0=x0)
+        return training_losses(process, network, x0, **inputs)
+
+    monkeypatch.setattr("unet_denoiser.training.trainer.training_losses", record)
     (step,) = trainer.steps()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=trainer.config.weight_decay)
     inputs = {name: seen[name] for name in ("x0", "t", "noise", "class_labels")}
-    losses(model, **inputs).loss.mean().backward()
+    training_losses(trainer.process, model, **inputs).loss.mean().backward()
     norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 0.01)
     optimizer.step()
     assert_close(step.grad_norm, norm)
@@ -82,12 +86,15 @@ def test_one_step_is_adamw_on_clipped_gradients():
             assert_close(p, trainer.model.get_parameter(name), rtol=1e-4, atol=1e-6)
 
 
-def test_conditions_are_dropped_at_the_asked_rate():
+def test_conditions_are_dropped_at_the_asked_rate(monkeypatch):
     trainer = make_trainer({"steps": 40, "batch_size": 100, "condition_dropout": 0.3})
-    losses, dropped = trainer.process.losses, []
-    trainer.process.losses = lambda *args, drop, **kw: (
-        dropped.append(drop["class_labels"]) or losses(*args, drop=drop, **kw)
-    )
+    dropped = []
+
+    def record(*args, drop, **inputs):
+        dropped.append(drop["class_labels"])
+        return training_losses(*args, drop=drop, **inputs)
+
+    monkeypatch.setattr("unet_denoiser.training.trainer.training_losses", record)
     list(trainer.steps())
     assert torch.cat(dropped).float().mean().item() == pytest.approx(0.3, abs=0.03)
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from unet_denoiser.diffusion.loss import training_losses
 from unet_denoiser.diffusion.predictions import PREDICTIONS
 from unet_denoiser.diffusion.process import Diffusion
 from unet_denoiser.evaluation.measures import NoiseLevelError
@@ -58,7 +59,7 @@ def measure_errors(model: UNet, process: Diffusion, batch: Batch) -> PredictionE
             t_batch = torch.full((len(x0),), t, device=device)
             recorder = _OutputRecorder(model)
             with torch.no_grad():
-                losses = process.losses(recorder, x0, t=t_batch, noise=noise, **conditions)
+                losses = training_losses(process, recorder, x0, t=t_batch, noise=noise, **conditions)
             level.append(losses.error.cpu())
             if start == 0:
                 xt = process.add_noise(x0[:1], noise[:1], t_batch[:1])

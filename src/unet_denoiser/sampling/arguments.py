@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unet_denoiser.config.sampling import SamplingConfig
 from unet_denoiser.config.unet import CONDITIONS
-from unet_denoiser.diffusion.process import Diffusion, concat_channels, data_channels
+from unet_denoiser.diffusion.process import Diffusion
 from unet_denoiser.models.unet import UNet
 
 INPUTS = (*CONDITIONS, "context_mask", "time_cond", "concat")  # what a network is given beside x and t, row by row
@@ -90,7 +90,7 @@ def check_rows(where: str, conditions: Mapping[str, Tensor], count: int) -> None
 
 def check_channels(model: UNet, process: Diffusion, concat: int) -> int:
     """The channels of the samples; ValueError for a network of another process, or another number to concatenate."""
-    count, needed = data_channels(model.config, process), concat_channels(model.config, process)
+    count, needed = process.data_channels(model.config), process.concat_channels(model.config)
     if 0 <= needed != concat:
         perhaps = ", or for self_conditioning=True" if needed == count and not process.self_conditioning else ""
         raise ValueError(f"concat has {concat} channels; this network was built for {needed}{perhaps}")

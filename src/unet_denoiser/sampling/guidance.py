@@ -12,6 +12,7 @@ from torch import Tensor
 from unet_denoiser.config.base import PredictionType
 from unet_denoiser.config.sampling import SamplingConfig
 from unet_denoiser.config.unet import CONDITIONS
+from unet_denoiser.diffusion.predictions import PREDICTIONS
 
 Conditions = Mapping[str, Tensor | None]
 NO_SIGNAL = 2.0**-11  # alpha; below it x_t tells a classifier nothing of x0, and its gradient would be divided by alpha
@@ -138,8 +139,7 @@ class Guidance:
         with torch.enable_grad():
             xt = x[:, :count].detach().requires_grad_()
             (gradient,) = torch.autograd.grad(self.classifier(xt, t, **self.conditional).sum(), xt)
-        # the score is -eps / sigma; x0 and v follow from eps at the same x_t
-        factor = {"epsilon": -sigma, "sample": sigma**2 / alpha, "v_prediction": -sigma / alpha}[self.prediction_type]
+        factor = PREDICTIONS[self.prediction_type].score_scale(alpha, sigma)
         bent = output[:, :count] + self.classifier_scale * factor * gradient
         return bent if self.channels is None else torch.cat([bent, output[:, count:]], dim=1)
 

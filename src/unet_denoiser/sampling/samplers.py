@@ -20,7 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from unet_denoiser.config.base import PredictionType
 from unet_denoiser.config.sampling import SamplerName, SamplingConfig
+from unet_denoiser.diffusion.predictions import PREDICTIONS
 from unet_denoiser.diffusion.process import Diffusion
 
 LEAST_ALPHA_SQUARED = 2.0**-24  # of pure noise, for schedulers that divide by alpha; diffusers' own choice
@@ -42,7 +44,7 @@ class Kind(NamedTuple):
             middle ("middle"), the last step aside; or once more in the second step ("pndm").
         bounded: its first step multiplies the difference of two x0 by sigma / alpha, which must not be large: it starts
             where that is at most `LARGEST_RATIO`.
-        epsilon: it extrapolates what it is handed, which must then be the noise.
+        prediction_type: what x0 is handed to it as: the noise where it extrapolates that, else the velocity.
     """
 
     scheduler: str
@@ -51,7 +53,7 @@ class Kind(NamedTuple):
     scaled: bool = False
     calls: Literal["once", "heun", "middle", "pndm"] = "once"
     bounded: bool = False
-    epsilon: bool = False
+    prediction_type: PredictionType = "v_prediction"
 
 
 def _dpm(steps: str, order: int, algorithm: str = "dpmsolver++") -> Kind:
@@ -64,7 +66,7 @@ _MIDDLE: dict[str, Any] = {"scaled": True, "calls": "middle", "bounded": True}
 SAMPLERS: dict[SamplerName, Kind] = {
     "ddpm": Kind("DDPMScheduler", {"clip_sample": False}, stochastic=True),
     "ddim": Kind("DDIMScheduler", {"clip_sample": False}),
-    "pndm": Kind("PNDMScheduler", _PLMS, calls="pndm", bounded=True, epsilon=True),
+    "pndm": Kind("PNDMScheduler", _PLMS, calls="pndm", bounded=True, prediction_type="epsilon"),
     "ipndm": Kind("IPNDMScheduler"),
     "dpm++": _dpm("Multistep", 2),
     "dpm++3m": _dpm("Multistep", 3),
@@ -152,7 +154,7 @@ class Sampler:
             return x0
         (alpha, sigma), after, scheduler = self.noise_level(i), self.noise_level(i + 1), self._scheduler
         noise = (x - alpha * x0) / sigma
-        output = noise if self._kind.epsilon else alpha * noise - sigma * x0
+        output = PREDICTIONS[self._kind.prediction_type].target(x0, noise, alpha, sigma)
         if variance is not None and self.name == "ddpm":
             output = torch.cat([output, variance], dim=1)
         draws = {"generator": generators} if self._kind.stochastic or self._options else {}
@@ -245,7 +247,7 @@ def _make_scheduler(kind: Kind, ratios: Numbers, own_options: Mapping[str, Any])
         scheduler = getattr(diffusers, kind.scheduler)(
             num_train_timesteps=count,
             trained_betas=1 - alphas_squared / np.append(1, alphas_squared[:-1]),
-            prediction_type="epsilon" if kind.epsilon else "v_prediction",
+            prediction_type=kind.prediction_type,
             **({} if single else {"timestep_spacing": "trailing"}),
             **kind.options,
             **own_options,

@@ -19,7 +19,7 @@ from unet_denoiser.data.dataloader import DataTimer, EndlessBatches, make_loader
 from unet_denoiser.data.dataset import ImageDataset, StreamDataset
 from unet_denoiser.data.load import first_item
 from unet_denoiser.data.sources.custom import as_dataset
-from unet_denoiser.diffusion.loss import Losses
+from unet_denoiser.diffusion.loss import Losses, training_losses
 from unet_denoiser.diffusion.loss_weighting import LossWeighting
 from unet_denoiser.diffusion.process import Diffusion
 from unet_denoiser.models.conditions import Conditions
@@ -220,7 +220,7 @@ class Trainer:
         droppable = [name for name in DROPPABLE if name in given and (has_null or name == "concat")]
         drop = condition_dropout(droppable, part.draws.chances, self.config.condition_dropout) or None
         inputs = {"t": part.draws.t, "noise": part.draws.noise, "self_condition": part.draws.self_condition}
-        return self.process.losses(network, part.x0, weighting=self.weighting, drop=drop, **inputs, **given)
+        return training_losses(self.process, network, part.x0, weighting=self.weighting, drop=drop, **inputs, **given)
 
     def _backward(self, part: MicroBatch, last: bool) -> Losses:
         """Add the gradients of a micro-batch; processes exchange them with the last one only."""

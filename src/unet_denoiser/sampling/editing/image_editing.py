@@ -16,7 +16,7 @@ from torch import Tensor
 
 from unet_denoiser.config.sampling import SamplingConfig
 from unet_denoiser.data.wrappers.concat import enlarge, mask_images
-from unet_denoiser.diffusion.process import Diffusion, concat_channels, data_channels
+from unet_denoiser.diffusion.process import Diffusion
 from unet_denoiser.models.unet import UNet
 from unet_denoiser.sampling.arguments import Start, config_of
 from unet_denoiser.sampling.loop import Step, denoise, sample
@@ -93,7 +93,7 @@ def inpaint(
         raise ValueError(f"mask has shape {tuple(mask.shape)}; images of {tuple(images.shape)} need one channel of it")
     device = model.input_conv.weight.device
     images, mask = images.to(device), mask.to(device)
-    if concat_channels(model.config, process) == images.shape[1] + 1:
+    if process.concat_channels(model.config) == images.shape[1] + 1:
         options.setdefault("concat", mask_images(images, mask))
 
     def edit(x0: Tensor, t: float, rows: slice) -> Tensor:
@@ -160,7 +160,7 @@ def upscale(
         raise ValueError(f"factor={factor} must be at least 2")
     images = _per_seed("images", images, seeds).to(model.input_conv.weight.device)
     size = tuple(n * factor for n in images.shape[2:])
-    if concat_channels(model.config, process) == images.shape[1]:
+    if process.concat_channels(model.config) == images.shape[1]:
         return sample(model, process, seeds=seeds, concat=enlarge(images, size), **options)
 
     def edit(x0: Tensor, t: float, rows: slice) -> Tensor:
@@ -184,7 +184,7 @@ def _painted(
 ) -> Tensor:
     if resample < 1:
         raise ValueError(f"resample={resample} must be at least 1")
-    if like.shape[1] != (channels := data_channels(model.config, process)):
+    if like.shape[1] != (channels := process.data_channels(model.config)):
         raise ValueError(f"images have {like.shape[1]} channels; the samples have {channels}")
     if resample > 1:
         options["config"] = config_of(options.get("config"), options, sampler="ddim")

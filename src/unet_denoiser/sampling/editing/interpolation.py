@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unet_denoiser.diffusion.process import Diffusion, data_channels
+from unet_denoiser.diffusion.process import Diffusion
 from unet_denoiser.models.unet import UNet
 from unet_denoiser.sampling.arguments import INPUTS, Start
 from unet_denoiser.sampling.loop import sample
@@ -40,7 +40,7 @@ def interpolate(model: UNet, process: Diffusion, *, seeds: tuple[int, int], coun
     like = options.get("concat")
     size = options.get("image_size") or (model.config.image_size if like is None else tuple(like.shape[2:]))
     size = (size,) * model.config.dims if isinstance(size, int) else size
-    shape = (data_channels(model.config, process), *size)
+    shape = (process.data_channels(model.config), *size)
     ends = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     start = Start(torch.stack([slerp(ends[0], ends[1], float(weight)) for weight in weights]), add_noise=False)
     noise = [*[seeds[0]] * (count - 1), seeds[1]]  # that samplers draw on the way: the ends have their own

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unet_denoiser.config.data import DataConfig
 from unet_denoiser.data.load import load_autoencoder, load_text_encoder
-from unet_denoiser.diffusion.process import SCHEDULER_NAME, Diffusion, concat_channels, data_channels
+from unet_denoiser.diffusion.process import SCHEDULER_NAME, Diffusion
 from unet_denoiser.models.conditions import Conditions
 from unet_denoiser.models.unet import UNet
 from unet_denoiser.sampling.pipeline.read_images import read_concat, read_image, read_image_unscaled, read_mask
@@ -67,7 +67,7 @@ class Pipeline:
             )
         process, names = Diffusion.from_dict(schedule), folder / CLASS_NAMES
         found = json.loads(names.read_text("utf-8")) if names.is_file() else range(model.config.num_classes or 0)
-        classes, channels = tuple(map(str, found)) or None, data_channels(model.config, process)
+        classes, channels = tuple(map(str, found)) or None, process.data_channels(model.config)
         data = DataConfig(str(folder), image_size=model.config.sizes, channels=channels, class_names=classes)
         return cls(folder, model.to(device), process, data)
 
@@ -137,7 +137,7 @@ class Pipeline:
     def read_concat(self, image: Path) -> Tensor:
         """Read an image file as `concat` (1, C2, *spatial) of a sample; ValueError if the network sees no image."""
         latent = self.data.vae is not None
-        channels = self.image_channels if latent else concat_channels(self.model.config, self.process)
+        channels = self.image_channels if latent else self.process.concat_channels(self.model.config)
         return self.encode(read_concat(self.data, channels, image))
 
     def read_mask(self, mask: str | Path, size: Sequence[int]) -> Tensor:
@@ -166,7 +166,7 @@ class Pipeline:
         """Channels of the images that `decode` returns."""
         if self.data.vae is not None:
             return self._autoencoder.image_channels
-        return data_channels(self.model.config, self.process)
+        return self.process.data_channels(self.model.config)
 
     @property
     def image_range(self) -> tuple[float, float] | None:

@@ -29,7 +29,7 @@ _OLD_NAME = re.compile(r"\.processor\.(to_\w+)_lora\.(down|up)\.")
 class _LoraFile(NamedTuple):
     """A LoRA of the U-Net.
 
-    name: in messages. tensors: by their present names. config: peft's `LoraConfig`, which tells the scale.
+    name: in messages. tensors: by current names. config: peft's `LoraConfig`, which tells the scale.
     """
 
     name: str
@@ -144,10 +144,10 @@ def _read_lora(source: str | Path | Mapping[str, Tensor]) -> _LoraFile:
     for name, tensor in source.items():
         if name.startswith(_TEXT_ENCODER_PREFIXES):
             continue
-        present_name = _OLD_NAME.sub(_rename_old, name)
-        if present_name in tensors:
+        current_name = _OLD_NAME.sub(_rename_old, name)
+        if current_name in tensors:
             raise ValueError(f"{file} has {name}, and {_DUPLICATE}")
-        tensors[present_name] = tensor
+        tensors[current_name] = tensor
     return _LoraFile(file, tensors, config)
 
 

@@ -129,3 +129,14 @@ def test_timer_warns_once_about_waiting():
     for _ in quick:
         time.sleep(0.002)
     assert quick.wait_share() < 0.1
+
+
+def test_refuses_a_bucket_of_one_unreadable_item(tmp_path):
+    path = write_image(tmp_path / "d" / "0.png", np.zeros((8, 8)))
+    data = load_data(tmp_path / "d")
+    path.write_bytes(b"broken")
+    with (
+        pytest.warns(UserWarning, match="replaced"),
+        pytest.raises(ValueError, match="1 items in a row cannot be read"),
+    ):
+        list(make_loader(data, 1, seed=0, start=0, stop=1, num_workers=0))

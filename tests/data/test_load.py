@@ -7,8 +7,10 @@ import pytest
 from PIL import Image
 
 from support.data import CAPTIONS, MINILM, TINY, failure, write_captions, write_folder
-from unet_denoiser import load_data
+from unet_denoiser import DataConfig, load_data
 from unet_denoiser.cli.app import main
+from unet_denoiser.config.data import ConcatKind
+from unet_denoiser.data.load import with_found_values
 
 
 def test_refuses_sources(tmp_path):
@@ -57,3 +59,27 @@ def test_evaluation_of_a_conditioned_run(options, vae, tmp_path, capsys):
     assert "8 samples against 12 of the 24 images" in capsys.readouterr().out
     assert report["samples"]["kernel"]["value"] != 0
     assert Image.open(run / "evaluation" / "neighbours.png").mode == "RGB"
+
+
+@pytest.mark.parametrize(
+    ("concat", "kind"),
+    [
+        (None, None),
+        ("downscaled:4", ConcatKind("downscaled", factor=4)),
+        ("inpainting", ConcatKind("inpainting")),
+        ("edges", ConcatKind("folder", folder="edges")),
+    ],
+)
+def test_concat_kinds(concat, kind):
+    assert DataConfig("d", concat=concat).concat_kind == kind
+
+
+def test_found_values_have_absolute_paths(image_folder, tmp_path, monkeypatch):
+    """But for "inpainting", which names no folder even if there is one."""
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / "pairs", seed=1)
+    (tmp_path / "inpainting").mkdir()
+    for concat, expected in (("pairs", str(tmp_path / "pairs")), ("inpainting", "inpainting")):
+        config = DataConfig(str(image_folder), concat=concat)
+        found = with_found_values(config, load_data(config))
+        assert (found.concat, found.image_size, found.channels) == (expected, (8, 8), 3)

@@ -1,4 +1,4 @@
-"""Every sampler against closed forms: the table of docs/sampling.md.
+"""Every sampler against closed forms: the table of docs/reference/samplers.md.
 
     python benchmarks/samplers.py
 
@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from helpers_sampling import Mixture
-
+from support.oracles import Mixture
 from unet_denoiser import Diffusion, Sampler, SamplingConfig, denoise
 from unet_denoiser.sampling.samplers import SAMPLERS
 

@@ -164,7 +164,7 @@ def test_the_name_says_what_is_written(run, capsys):
 def test_a_row_is_one_class_however_many_samples_there_are(run):
     grey = torch.linspace(-0.8, 1, 10)
     x = grey[torch.arange(12) % 10].view(12, 1, 1, 1).expand(12, 1, 8, 8)
-    pixels = np.asarray(Image.open(Run.load(run).save_grid(x, Path("grid.png"))), np.float32)
+    pixels = np.asarray(Image.open(Run.load(run).load_pipeline().save_grid(x, Path("grid.png"))), np.float32)
     height, width = pixels.shape[0] / 10, pixels.shape[1] / 2
     tiles = np.array([[pixels[int((i + 0.5) * height), int((j + 0.5) * width)] for j in (0, 1)] for i in range(10)])
     close(torch.from_numpy(tiles[:, 0] / 127.5 - 1), grey)

@@ -95,7 +95,7 @@ def test_trains_on_a_folder_of_colour_pictures(tmp_path, capsys):
             Image.new("RGB", (20, 14), colour).save(tmp_path / "pets" / name / f"{i}.jpg")
     main(["train", "pets", "--image-size", "8", "6", *TINY])
     run = Run.load("runs/pets")
-    assert (run.model.in_channels, run.model.image_size, run.class_names) == (3, (8, 6), ["cats", "dogs"])
+    assert (run.model.in_channels, run.model.image_size, run.data.class_names) == (3, (8, 6), ("cats", "dogs"))
     main(["sample", "runs/pets", "--class", "dogs", "--num-images", "2", "--num-inference-steps", "2"])
     with Image.open("runs/pets/samples.png") as image:
         assert image.mode == "RGB"
@@ -238,7 +238,7 @@ def test_damaged_runs_are_one_line(run, capsys, tmp_path):
     checkpoint.write_bytes(checkpoint.read_bytes()[:100])
     message = error(capsys, "train", "--resume", run, "--steps", 5)
     assert "step-00000003.safetensors cannot be read" in message
-    assert "delete it to go on" in message
+    assert "delete it to resume" in message
     weights = run / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     assert "model.safetensors is not a readable safetensors file" in error(capsys, "sample", run)

@@ -37,7 +37,7 @@ def test_run_samples_from_captions(captioned_folder, tmp_path, capsys):
     main([*sampling, *captions, "--device", "cpu", "--out", str(run / "a.png")])
     assert Image.open(run / "a.png").size[0] == Image.open(run / "a.png").size[1]  # two rows of two
     assert len(list((run / "samples").glob("*.png"))) == 1
-    assert "needs a class, caption, vector or picture" in failure(sampling, capsys)
+    assert "needs a class, caption, vector or image" in failure(sampling, capsys)
 
 
 def test_run_encodes_each_caption_once(captioned_folder, tmp_path, monkeypatch):
@@ -45,14 +45,14 @@ def test_run_encodes_each_caption_once(captioned_folder, tmp_path, monkeypatch):
     main(["train", str(captioned_folder), "--out", str(run), "--text-encoder", MINILM, *TINY])
     tokens = TextEncoder.tokens
     monkeypatch.setattr(TextEncoder, "tokens", lambda self, texts: encoded.extend(texts) or tokens(self, texts))
-    loaded, asked = Run.load(run), ["a red drake", "blue", "a red drake"]
-    found = [loaded.encode_captions(asked), loaded.encode_captions(["blue"]), loaded.encode_captions(asked)]
+    pipeline, asked = Run.load(run).load_pipeline(), ["a red drake", "blue", "a red drake"]
+    found = [pipeline.encode_captions(asked), pipeline.encode_captions(["blue"]), pipeline.encode_captions(asked)]
     assert encoded == ["a red drake", "blue"]
     context, mask = TextEncoder(MINILM)(asked)
     for one in (found[0], found[2]):
-        torch.testing.assert_close(one["context"], context, rtol=1e-3, atol=1e-3)
-        assert torch.equal(one["context_mask"], mask)
-    assert torch.equal(found[1]["context_mask"][0], mask[1][mask[1]])
+        torch.testing.assert_close(one.context, context, rtol=1e-3, atol=1e-3)
+        assert torch.equal(one.context_mask, mask)
+    assert torch.equal(found[1].context_mask[0], mask[1][mask[1]])
 
 
 def test_samples_follow_their_captions(tmp_path):

@@ -11,6 +11,7 @@ from support.data import assert_same, load_batches
 from unet_denoiser import DataConfig, Diffusion, Run, Trainer, TrainingConfig, UNet
 from unet_denoiser.data.dataset import StreamIndex
 from unet_denoiser.data.sources.custom import as_dataset
+from unet_denoiser.training.loop import preview
 
 
 class RandomDataset(torch.utils.data.Dataset):
@@ -79,7 +80,7 @@ def test_training_on_custom_data_with_conditions(stream, tmp_path):
     trainer = Trainer(model, run.process, data, training)
     for _ in trainer.steps():
         pass
-    assert run.preview(trainer).exists()
+    assert preview(run, trainer).exists()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from unet_denoiser import Run
 from unet_denoiser.training import distributed as distribution
-from unet_denoiser.training.checkpoints import step_of
+from unet_denoiser.training.checkpoints import parse_step
+from unet_denoiser.training.loop import load_trainer, train
 
 
 def sharding(**options):
@@ -30,10 +31,10 @@ def finish(path, start):
     run = Run.load(path)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-    assert [step_of(file) for file in run.checkpoints.paths()] == [start]
-    trainer = run.trainer()
+    assert [parse_step(file) for file in run.checkpoints.paths()] == [start]
+    trainer = load_trainer(run)
     assert trainer.accelerator.num_processes == 2
-    for _ in run.train(trainer):
+    for _ in train(run, trainer):
         pass
     trainer.accelerator.wait_for_everyone()
     return trainer

@@ -19,7 +19,7 @@ import torch
 
 from unet_denoiser import Run, UNet, load_data
 from unet_denoiser.cli.app import main
-from unet_denoiser.training.checkpoints import read_checkpoint, step_of
+from unet_denoiser.training.checkpoints import parse_step, read_checkpoint
 
 NETWORK = ["--model.model-channels", "8", "--model.num-res-blocks", "1", "--model.channel-mult", "1"]
 SAVING = ["--checkpoint-every", "2", "--preview-every", "1000", "--keep-best"]
@@ -55,20 +55,20 @@ def check_readable(path):
         return 0
     checkpoints = Run.load(path).checkpoints.paths()
     for file in checkpoints:
-        tensors, facts = read_checkpoint(file)
-        assert facts["step"] == step_of(file)
+        tensors, metadata = read_checkpoint(file)
+        assert metadata["step"] == parse_step(file)
         assert all(torch.isfinite(tensors[name]).all() for name in tensors)
     if (path / "model" / "model.safetensors").exists():
         UNet.from_pretrained(path / "model")
-    return step_of(checkpoints[-1]) if checkpoints else 0
+    return parse_step(checkpoints[-1]) if checkpoints else 0
 
 
 def contents(path):
     """All that two equal trainings have in common, to the bit."""
-    tensors, facts = read_checkpoint(Run.load(path).checkpoints.find("latest"))
+    tensors, metadata = read_checkpoint(Run.load(path).checkpoints.find("latest"))
     metrics = re.sub(r', "data_wait": [0-9.]+', "", (path / "metrics.jsonl").read_text())
     weights = (path / "model" / "model.safetensors").read_bytes()
-    return {name: tensors[name].numpy().tobytes() for name in tensors}, facts, metrics, weights
+    return {name: tensors[name].numpy().tobytes() for name in tensors}, metadata, metrics, weights
 
 
 def run(folder, kills, steps, longest, seed=0):

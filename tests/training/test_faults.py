@@ -17,6 +17,7 @@ from support.trainings import make_trainer, steps_kept, two_classes, weights
 from unet_denoiser import ArrayDataset, DataConfig, Diffusion, Run
 from unet_denoiser.config.training import TrainingConfig
 from unet_denoiser.training.checkpoints import Checkpoints, read_checkpoint
+from unet_denoiser.training.loop import save, train
 from unet_denoiser.training.tracking import MetricsLog
 from unet_denoiser.utils.files import check_writable, write_atomically
 from unet_denoiser.utils.finite import NonFiniteError, first_nonfinite_module
@@ -86,13 +87,13 @@ def test_where_nothing_can_be_written_is_told_beforehand(tmp_path):
 def test_one_process_trains_in_a_directory(tmp_path):
     trainer = make_trainer({"steps": 3})
     run = Run(tmp_path, DataConfig("two"), trainer.model.config, trainer.process, trainer.config)
-    steps = run.train(trainer)
+    steps = train(run, trainer)
     next(steps)
     with pytest.raises(ValueError, match="another process trains in it"):
-        next(run.with_training(steps=9).train(make_trainer({"steps": 9})))
+        next(train(run.with_training(steps=9), make_trainer({"steps": 9})))
     assert Run.load(tmp_path).training.steps == 3  # what was refused has changed nothing
     assert [step.step for step in steps] == [2, 3]
-    assert not list(run.train(trainer))
+    assert not list(train(run, trainer))
 
 
 # ---- not finite ------------------------------------------------------------------------------------------------------
@@ -159,12 +160,12 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     run = Run(tmp_path, DataConfig("two"), trainer.model.config, trainer.process, trainer.config)
     metrics = MetricsLog(tmp_path / "metrics.jsonl", 1000)
     next(trainer.steps())
-    run.save(trainer, metrics)
+    save(run, trainer, metrics)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     trainer.step = 2
     trainer.model.input_conv.weight.data[0, 0, 0, 0] = float("nan")
     with pytest.raises(NonFiniteError, match=r"model.input_conv.weight is not finite"):
-        run.save(trainer, metrics)
+        save(run, trainer, metrics)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
@@ -185,20 +186,20 @@ def test_which_checkpoints_are_kept(tmp_path):
 
 def test_a_checkpoint_that_does_not_read_back_is_found_out(tmp_path):
     checkpoints = Checkpoints(tmp_path)
-    tensors, facts = {"x": torch.ones(3)}, {"step": 1}
-    path = checkpoints.write(tensors, facts)
-    checkpoints.verify(path, tensors, facts)
+    tensors, metadata = {"x": torch.ones(3)}, {"step": 1}
+    path = checkpoints.write(tensors, metadata)
+    checkpoints.verify(path, tensors, metadata)
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(OSError, match="does not read back"):
-        checkpoints.verify(path, tensors, facts)
+        checkpoints.verify(path, tensors, metadata)
 
 
 def test_a_checkpoint_of_the_run_can_be_loaded_by_its_step(tmp_path):
     trainer = make_trainer({"steps": 4, "checkpoint_every": 1, "keep_last": 9})
     run = Run(tmp_path, DataConfig("two"), trainer.model.config, trainer.process, trainer.config)
-    for step in run.train(trainer):
+    for step in train(run, trainer):
         if step.step == 2:
             expected = {name: a.clone() for name, a in trainer.ema.averages().items()}
     found = run.load_model("2").state_dict()

@@ -11,6 +11,7 @@ from support.trainings import Vectors, make_trainer, two_classes, weights
 from unet_denoiser import DataConfig, Diffusion, Run, UNet, merge_lora
 from unet_denoiser.cli.app import main
 from unet_denoiser.training.finetuning import load_matching, with_image_size
+from unet_denoiser.training.loop import train
 
 TINY = ["--batch-size", "4", "--device", "cpu", "--num-workers", "0"]
 NETWORK = ["--model.model-channels", "8", "--model.num-res-blocks", "1"]
@@ -116,7 +117,7 @@ def test_lora_of_a_network_that_diffusers_has_not(tmp_path):
     randomise(trainer.model)
     base = {n.replace(".base_layer.", "."): t for n, t in weights(trainer.model).items() if "lora_" not in n}
     run = Run(tmp_path, DataConfig("two"), trainer.model.config, Diffusion(), trainer.config)
-    list(run.train(trainer))
+    list(train(run, trainer))
     again = UNet.from_config(trainer.model.config)
     again.load_state_dict(base)
     assert merge_lora(again, tmp_path / "lora.safetensors") > 0

@@ -10,6 +10,7 @@ from PIL import Image
 from support.trainings import make_trainer
 from unet_denoiser import DataConfig, Run
 from unet_denoiser.diffusion.loss import Losses
+from unet_denoiser.training.loop import train
 from unet_denoiser.training.tracking import MetricsLog, plot
 from unet_denoiser.training.trainer import TrainingStep
 
@@ -74,7 +75,7 @@ def test_tensorboard_is_told_every_line(tmp_path):
 
     trainer = make_trainer({"track": "tensorboard", "steps": 12, "preview_every": 100})
     run = Run(tmp_path, DataConfig("two"), trainer.model.config, trainer.process, trainer.config)
-    list(run.train(trainer))
+    list(train(run, trainer))
     (file,) = tmp_path.rglob("events.out.tfevents.*")
     events = EventAccumulator(str(file.parent))
     events.Reload()

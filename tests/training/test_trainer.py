@@ -9,15 +9,8 @@ import torch
 from torch.testing import assert_close
 
 from support.networks import relative_error
-from support.trainings import NET, Vectors, make_trainer, steps_kept, two_classes, weights, without_times
-from unet_denoiser import DataConfig, Diffusion, Run, TrainingConfig, UNet, sample
-from unet_denoiser.training.run import check_new
-from unet_denoiser.training.tracking import MetricsLog
-
-
-def assert_equal(a, b):
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[name], b[name]) for name in a)
+from support.trainings import NET, Vectors, assert_equal, make_trainer, two_classes, weights
+from unet_denoiser import Diffusion, TrainingConfig, UNet, sample
 
 
 def test_trainings_of_several_precisions_in_one_process_do_not_disturb_each_other():
@@ -112,21 +105,6 @@ def test_averages_move_and_differ_from_the_weights():
     assert trainer.ema.updates == 6
 
 
-def test_previews_and_saves_do_not_change_training(tmp_path):
-    plain = make_trainer()
-    list(plain.steps())
-    watched = make_trainer()
-    data = DataConfig("two", class_names=("low", "high"))
-    run = Run(tmp_path, data, watched.model.config, watched.process, watched.config)
-    for _ in watched.steps():
-        before = weights(watched.model)
-        run.preview(watched)
-        run.save(watched, MetricsLog(tmp_path / "metrics.jsonl", 1000))
-        assert_equal(weights(watched.model), before)
-    assert_equal(weights(watched.model), weights(plain.model))
-    assert_equal(watched.ema.state_dict()["averages"], plain.ema.state_dict()["averages"])
-
-
 @pytest.mark.parametrize("cut", [1, 5])
 @pytest.mark.parametrize("parts", [1, 3])
 def test_goes_on_bit_for_bit(cut, parts):
@@ -139,10 +117,10 @@ def test_goes_on_bit_for_bit(cut, parts):
     for step in first.steps():
         if step.step == cut:
             break
-    tensors, facts = first.state()
+    tensors, metadata = first.state()
     torch.manual_seed(99)
     second = make_trainer(options | {"seed": 0})
-    second.restore(tensors, json.loads(json.dumps(facts)))
+    second.restore(tensors, json.loads(json.dumps(metadata)))
     rest = [float(step.loss) for step in second.steps()]
     assert rest == losses[cut:]
     assert_equal(weights(second.model), weights(straight.model))
@@ -162,8 +140,8 @@ def test_all_of_an_objective_goes_on_bit_for_bit():
     for step in first.steps():
         if step.step == 3:
             break
-    tensors, facts = first.state()
-    second.restore(tensors, json.loads(json.dumps(facts)))
+    tensors, metadata = first.state()
+    second.restore(tensors, json.loads(json.dumps(metadata)))
     assert [float(step.loss) for step in second.steps()] == losses[3:]
     assert_equal(weights(second.model), weights(straight.model))
     learned = straight.weighting.uncertainty.weight
@@ -256,113 +234,3 @@ def test_refuses_options(options, message):
 def test_refuses_a_missing_gpu():
     with pytest.raises(ValueError, match="device='cuda' is not available here"):
         make_trainer({"device": "cuda"})
-
-
-# ---- the run directory -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def run(tmp_path):
-    """A run on a small .npz, not yet trained."""
-    data = two_classes()
-    np.savez(tmp_path / "two.npz", images=data.images[:, 0].numpy(), labels=data.labels.numpy())
-    options = {"steps": 25, "batch_size": 4, "checkpoint_every": 10, "preview_every": 20, "device": "cpu"}
-    chosen = DataConfig(str(tmp_path / "two.npz"), (4, 4), 1, ("low", "high"))
-    config = UNet(**NET | {"num_classes": 2}).config
-    run = Run(tmp_path / "run", chosen, config, Diffusion(), TrainingConfig(**options))
-    run.write()
-    return run
-
-
-def test_run_directory_describes_itself(run):
-    trainer = run.trainer()
-    assert [step.step for step in run.train(trainer)] == list(range(1, 26))
-    files = {str(p.relative_to(run.path)) for p in run.path.rglob("*") if p.is_file() and "checkpoints" not in p.parts}
-    assert files == {
-        ".lock",
-        "config.json",
-        "loss.png",
-        "metrics.jsonl",
-        "model/class_names.json",
-        "model/config.json",
-        "model/model.safetensors",
-        "model/scheduler_config.json",
-        "samples/step-00000020.png",
-        "samples/step-00000025.png",
-    }
-    assert steps_kept(run) == [20, 25]  # the latest two
-    again = Run.load(run.path)
-    assert (again.data, again.model, again.training) == (run.data, run.model, run.training)
-    assert again.process.to_dict() == run.process.to_dict()
-    assert again.class_names == json.loads((run.path / "model" / "class_names.json").read_text()) == ["low", "high"]
-    with trainer.ema.swapped():  # model/ has the averages
-        assert_equal(weights(UNet.from_pretrained(run.path / "model")), weights(trainer.model))
-    logged = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in logged] == [10, 20, 25]
-    assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in logged)
-
-
-def test_runs_of_before_the_data_had_options_are_read(run):
-    path = run.path / "config.json"
-    config = json.loads(path.read_text())
-    config["data"] = {name: config["data"][name] for name in ("source", "image_size", "channels", "class_names")}
-    path.write_text(json.dumps(config))
-    assert Run.load(run.path).data == run.data
-    path.write_text(json.dumps(config | {"data": config["data"] | {"colour": 1}}))
-    with pytest.raises(ValueError, match="unknown option of the data 'colour'"):
-        Run.load(run.path)
-
-
-def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(run, tmp_path):
-    straight = run.trainer()
-    list(run.train(straight))
-    expected, metrics = weights(straight.model), (run.path / "metrics.jsonl").read_text()
-    other = Run(tmp_path / "other", run.data, run.model, run.process, run.training)
-    other.write()
-    for step in other.train(other.trainer()):
-        if step.step == 17:  # a checkpoint at 10, metrics up to 10, then lost
-            break
-    resumed = Run.load(other.path)
-    trainer = resumed.trainer()
-    assert trainer.step == 10
-    list(resumed.train(trainer))
-    assert_equal(weights(trainer.model), expected)
-    assert without_times((other.path / "metrics.jsonl").read_text()) == without_times(metrics)
-
-
-def test_a_failed_save_leaves_the_last_checkpoint(run, monkeypatch):
-    trainer = run.trainer()
-    steps = run.train(trainer)
-    while next(steps).step < 10:
-        pass
-    before = {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
-
-    def fail(tensors, path, metadata):
-        path.write_text("half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("safetensors.torch.save_file", fail)
-    with pytest.raises(OSError, match="No space left"):
-        run.save(trainer, MetricsLog(run.path / "metrics.jsonl", 1000))
-    assert {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()} == before
-    monkeypatch.undo()
-    assert run.trainer().step == 10
-
-
-def test_labels(run):
-    assert run.labels(5).tolist() == [0, 1, 0, 1, 0]
-    assert run.labels(3, ["high"]).tolist() == [1, 1, 1]
-    with pytest.raises(ValueError, match="class='cat' is not one of low, high"):
-        run.labels(3, ["cat"])
-
-
-def test_refuses_directories(run, tmp_path):
-    with pytest.raises(FileExistsError, match="already holds a run: train --resume"):
-        check_new(run.path)
-    with pytest.raises(FileNotFoundError, match="holds no run"):
-        Run.load(tmp_path / "nothing")
-    with pytest.raises(FileNotFoundError, match="no model yet"):
-        run.load_model()
-    (run.path / "config.json").write_text('{"model": {}}')
-    with pytest.raises(ValueError, match="lacks data, process, training"):
-        Run.load(run.path)

@@ -45,7 +45,7 @@ def _by_size(size: int, options: dict[str, Any], on_cpu: bool) -> dict[str, Any]
     """Levels down to about 4 pixels, and attention where there are at most 16 per axis."""
     widths = {8: (32, (1, 2)), 16: (64, (1, 2, 2)), 32: (64, (1, 2, 2, 2)), 64: (96, (1, 2, 3, 4))}
     model_channels, mults = next((v for limit, v in widths.items() if size <= limit), (128, (1, 1, 2, 3, 4)))
-    small = on_cpu and size > 8  # in the same time a wider one gets too few steps (docs/quality.md)
+    small = on_cpu and size > 8  # in the same time a wider one gets too few steps (docs/results/quality.md)
     model_channels = 32 if small else model_channels
     levels = len(options.get("channel_mult", mults))
     width = options.get("model_channels", model_channels)
@@ -59,13 +59,14 @@ def _by_size(size: int, options: dict[str, Any], on_cpu: bool) -> dict[str, Any]
         "context_dim": None,
         "upsample": "nearest",
         "norm_groups": max(1, min(32, width // 4)),  # with one channel per group, the time embedding would be lost
-        "dropout": 0.0,  # it costs time and, until the data are learned by heart, distance; see docs/quality.md
+        "dropout": 0.0,  # it costs time and, until the data are learned by heart, distance; see docs/results/quality.md
     }
 
 
 def default_learning_rate(model_channels: int) -> float:
     """What suits a network of this width: Adam's best rate falls as the inverse of the width (Yang et al. 2022).
 
-    1e-3 at 32 channels is measured (docs/quality.md); DDPM's 2e-4 at 128 and Stable Diffusion's 1e-4 at 320 are near.
+    1e-3 at 32 channels is measured (docs/results/quality.md); DDPM's 2e-4 at 128 and Stable Diffusion's 1e-4 at
+    320 are near.
     """
     return 0.032 / model_channels

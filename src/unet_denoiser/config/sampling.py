@@ -21,7 +21,7 @@ class SamplingConfig:
     """How samples are made.
 
     Args:
-        sampler: the sampler (docs/sampling.md has a table); ddpm wants hundreds of steps, the others tens.
+        sampler: the sampler (docs/reference/samplers.md has a table); ddpm wants hundreds of steps, the others tens.
         num_inference_steps: steps of the reverse process: more is slower and more exact.
         eta: share of the noise of ddpm that ddim draws: 0 is deterministic, 1 is ddpm's (Song et al. 2021, equation
             16); only with ddim.

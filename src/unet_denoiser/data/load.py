@@ -44,7 +44,7 @@ def load_data(config: DataConfig | str | Path, **options: Any) -> ImageDataset |
 
     source = without_wrappers(config)
     if vae is not None:  # latents are kept, so `LatentDataset` flips
-        source = replace(source, horizontal_flip=False, channels=config.channels or vae.picture_channels)
+        source = replace(source, horizontal_flip=False, channels=config.channels or vae.image_channels)
     data: Any = _load_source(source)
     if config.concat is not None:
         data = ConcatConditionDataset(data, config, _load_paired(config, source, data))

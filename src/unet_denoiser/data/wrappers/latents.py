@@ -88,8 +88,8 @@ def _check_images(data: ImageDataset, autoencoder: Autoencoder) -> None:
     name, factor = autoencoder.name, autoencoder.factor
     if len(data.image_size) != 2 or any(n % factor for n in data.image_size):
         raise ValueError(f"image_size={tuple(data.image_size)}: vae={name} takes multiples of {factor} pixels")
-    if data.channels != autoencoder.picture_channels:
-        raise ValueError(f"channels={data.channels}: vae={name} takes {autoencoder.picture_channels}")
+    if data.channels != autoencoder.image_channels:
+        raise ValueError(f"channels={data.channels}: vae={name} takes {autoencoder.image_channels}")
     if data.concat_channels not in (0, data.channels):
         raise ValueError(f"concat: with vae={name} it must be images of {data.channels} channels, without a mask")
 
@@ -110,7 +110,7 @@ def _write_latents(data: ImageDataset, autoencoder: Autoencoder, flip: bool, fol
         items = [data[i] for i in range(start, min(start + ENCODE_BATCH_SIZE, len(data)))]
         images = torch.stack([torch.stack([item[name] for name in names]) for item in items])  # (B, K, C, H, W)
         images = torch.stack([images, images.flip(-1)][: 1 + flip], 1)  # (B, M, K, C, H, W)
-        z = autoencoder.raw(images.flatten(0, 2)).view(*images.shape[:3], *shape[3:])
+        z = autoencoder.encode_unscaled(images.flatten(0, 2)).view(*images.shape[:3], *shape[3:])
         if not z.half().isfinite().all():
             raise ValueError(f"vae={autoencoder.name}: its latents do not fit float16")
         target[start : start + len(z)] = z.numpy()

@@ -123,7 +123,7 @@ class EndlessBatches(Sampler[list[StreamIndex]]):
         return self.stop - self.start
 
     def __iter__(self) -> Iterator[list[StreamIndex]]:
-        # `last` is an epoch that surely begins after `start`: each bucket may hold back less than one batch
+        # find the epoch of batch `start`; `last` begins after it, since each bucket postpones less than one batch
         last = (self.start + len(self.buckets) + 1) * self.batch_size // int(self.sizes.sum()) + 1
         first = bisect_right(range(last + 1), self.start, key=lambda epoch: int(self._count_before(epoch).sum())) - 1
         for epoch in count(first):
@@ -146,6 +146,7 @@ class EndlessBatches(Sampler[list[StreamIndex]]):
             turns[bucket] += 1
 
     def _indices(self, batch: int, bucket: int, turn: int) -> list[StreamIndex]:
+        # the item is that of the bucket's own stream; the position counts all batches
         return [
             StreamIndex(self._item(bucket, turn * self.batch_size + i), batch * self.batch_size + i, self.seed)
             for i in range(self.batch_size)[self.part]

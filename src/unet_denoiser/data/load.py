@@ -87,7 +87,7 @@ def _check_wrappers(config: DataConfig) -> None:
     if given and config.streaming:
         raise ValueError(f"{given[0]} with streaming=True: it needs all items beforehand; leave streaming out")
     if config.vae is not None and config.resize_mode == "random_crop":
-        raise ValueError("resize_mode='random_crop' with vae: latents are kept, so crops are too; use 'center_crop'")
+        raise ValueError("resize_mode='random_crop' with vae: an image has one latent, so one crop; use 'center_crop'")
     if config.vae is not None and config.aspect_buckets:
         raise ValueError("aspect_buckets=True with vae: latents of one size only are kept; leave one of them out")
 

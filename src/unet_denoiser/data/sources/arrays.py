@@ -77,7 +77,7 @@ class ArrayDataset(ImageDataset):
                 raise ValueError(f"image_size={image_size} cannot resize data with {axes} axes; leave it out")
             mode: ResizeMode = "center_crop" if config is None else config.resize_mode
             self._scaled_size = compute_scaled_size(array.shape[2:], self.image_size, mode)
-            if isinstance(self.images, Tensor):  # in batches, for the floats in between take four times the memory
+            if isinstance(self.images, Tensor):  # in batches, since the floats in between take four times the memory
                 self.images = torch.cat([_resize(batch, self._scaled_size) for batch in self.images.split(256)])
         self.background = make_fill("white" if config is None else config.background, self.channels)
         self._add_conditions(labels, class_names, captions, vectors)
@@ -111,7 +111,7 @@ class ArrayDataset(ImageDataset):
     def pixels(self, index: int) -> Tensor:
         if isinstance(self.images, Tensor):
             return self.images[int(index)]
-        image = torch.from_numpy(np.array(self.images.array[int(index)]))  # copied, for the file is mapped read-only
+        image = torch.from_numpy(np.array(self.images.array[int(index)]))  # copied, since the file is mapped read-only
         if image.is_floating_point() and not bool((image.abs() <= 1).all()):
             raise ValueError(f"image {int(index)} of {self.images.path} is not within [-1, 1]")
         return image if tuple(image.shape[1:]) == self._scaled_size else _resize(image[None], self._scaled_size)[0]
@@ -182,7 +182,7 @@ def _check_images(images: np.ndarray, in_memory: bool) -> None:
         return
     if not np.issubdtype(images.dtype, np.floating):
         raise TypeError(f"images have dtype {images.dtype}; give uint8, uint16, or floats in [-1, 1]")
-    # of a file only a part, spread evenly, for reading all may take minutes; `pixels` checks each again
+    # of a file only a part, spread evenly, since reading all may take minutes; `pixels` checks each image again
     checked = images if in_memory else images[:: -(-len(images) // MAX_CHECKED_IMAGES)]
     if not (checked.min() >= -1 and checked.max() <= 1):  # in this form it is True for NaN too
         raise ValueError(f"images go from {checked.min():g} to {checked.max():g}; floats must be in [-1, 1]")

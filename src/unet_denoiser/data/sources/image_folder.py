@@ -157,7 +157,7 @@ def _read_column(rows: list[dict[str, Any]], name: str, where: str) -> list[Any]
 
 
 def _parse_integers(values: list[Any]) -> list[Any]:
-    """Return integers if all values are, for a .csv has text only; otherwise names."""
+    """Return integers if all values are, since a .csv holds text only; otherwise names."""
     texts = [str(value) for value in values]
     return [int(text) for text in texts] if all(text.isdecimal() for text in texts) else texts
 

@@ -33,7 +33,7 @@ in step with the command.
 |---|---|
 """
 METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
-CODE = re.compile(r'"([^" ]+)"|(?<![`\w])(--[a-z][\w.*-]*)')  # values in quotes, and options
+CODE = re.compile(r'"([^" ]+)"|(?<![`\w])(--[a-z][\w.*-]*[\w*])')  # values in quotes, and options
 
 
 def page() -> str:
@@ -87,7 +87,7 @@ def row(name: str, hint: Any, meaning: str = "", default: Any = None) -> tuple[s
     value = told.get("metavar") or metavar(kind)
     is_option = tyro.conf.Positional not in markers(hint)
     typed = f"--{told.get('name', name).replace('_', '-')} {value}".strip() if is_option else value
-    return tuple(cell.replace("|", "\\|") for cell in (f"`{typed}`", shown, sentences(meaning, literals(kind))))
+    return tuple(cell.replace("|", "\\|") for cell in (f"`{typed}`", code(shown), sentences(meaning, literals(kind))))
 
 
 def sentences(text: str, choices: list[str]) -> str:

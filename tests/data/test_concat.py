@@ -6,37 +6,37 @@ import torch
 
 from support.networks import small
 from unet_denoiser import Diffusion, Guidance, SamplingConfig, sample
-from unet_denoiser.data.wrappers.concat import downscaled, enlarged, masked, random_mask
+from unet_denoiser.data.wrappers.concat import draw_mask, enlarge, lower_resolution, mask_images
 from unet_denoiser.diffusion.process import accepts_concat
 
 
 def test_downscaled_keeps_what_a_small_picture_can_hold():
     x = torch.rand(2, 3, 8, 8) * 2 - 1
-    low = downscaled(x, 4)
+    low = lower_resolution(x, 4)
     assert low.shape == x.shape
     assert low.abs().max() <= 1
     flat = torch.full((1, 1, 8, 8), 0.3)
-    torch.testing.assert_close(downscaled(flat, 4), flat)
+    torch.testing.assert_close(lower_resolution(flat, 4), flat)
     smooth = torch.linspace(-0.5, 0.5, 16).expand(1, 1, 16, 16)
-    assert (downscaled(smooth, 2) - smooth).abs().mean() < 0.02
+    assert (lower_resolution(smooth, 2) - smooth).abs().mean() < 0.02
     checkers = (torch.arange(8)[:, None] + torch.arange(8)) % 2 * 2.0 - 1
-    assert downscaled(checkers.expand(1, 1, 8, 8), 4).abs().max() < 0.2  # antialiased away
+    assert lower_resolution(checkers.expand(1, 1, 8, 8), 4).abs().max() < 0.2  # antialiased away
 
 
 def test_a_small_picture_enlarged_is_what_training_saw():
     x = torch.rand(1, 3, 8, 8) * 2 - 1
     small_picture = torch.nn.functional.interpolate(x, scale_factor=0.5, mode="bicubic", antialias=True)
-    torch.testing.assert_close(enlarged(small_picture, (8, 8)), downscaled(x, 2))
+    torch.testing.assert_close(enlarge(small_picture, (8, 8)), lower_resolution(x, 2))
 
 
 def test_downscaled_wants_a_multiple():
     with pytest.raises(ValueError, match=r"concat='downscaled:3'.*\(8, 8\)"):
-        downscaled(torch.zeros(1, 1, 8, 8), 3)
+        lower_resolution(torch.zeros(1, 1, 8, 8), 3)
 
 
 def test_masked():
     x = torch.rand(1, 2, 2, 2) + 0.1
-    out = masked(x, torch.tensor([[[[True, False], [False, False]]]]))
+    out = mask_images(x, torch.tensor([[[[True, False], [False, False]]]]))
     assert out.shape == (1, 3, 2, 2)
     assert out[0, 0].tolist() == [[1, -1], [-1, -1]]
     assert not out[0, 1:, 0, 0].any()
@@ -44,14 +44,14 @@ def test_masked():
 
 
 def test_random_masks():
-    masks = torch.stack([random_mask((16, 24), np.random.default_rng(i)) for i in range(200)])
+    masks = torch.stack([draw_mask((16, 24), np.random.default_rng(i)) for i in range(200)])
     assert masks.shape == (200, 1, 16, 24)
     assert masks.dtype == torch.bool
     shares = masks.float().mean((1, 2, 3))
     assert (shares > 0).all()
     assert shares.min() < 0.2 < 0.7 < shares.max()
     assert 0.2 < shares.mean() < 0.6
-    assert torch.equal(masks[7], random_mask((16, 24), np.random.default_rng(7)))
+    assert torch.equal(masks[7], draw_mask((16, 24), np.random.default_rng(7)))
     # everywhere is masked now and then
     assert masks.float().mean(0).min() > 0.05
 

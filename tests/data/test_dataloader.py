@@ -128,10 +128,10 @@ def test_goes_on_anywhere(start):
 
 def test_processes_share_every_batch():
     whole = list(EndlessBatches(7, 4, 3, 0, 5))
-    parts = [list(EndlessBatches(7, 4, 3, 0, 5, 2, process)) for process in range(2)]
+    parts = [list(EndlessBatches(7, 4, 3, 0, 5, num_processes=2, process_index=process)) for process in range(2)]
     assert [a + b for a, b in zip(*parts, strict=True)] == whole
     with pytest.raises(ValueError, match="batch_size=4 must be a multiple of the 3 processes"):
-        EndlessBatches(7, 4, 3, 0, 5, 3)
+        EndlessBatches(7, 4, 3, 0, 5, num_processes=3)
 
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=4), st.integers(1, 6), st.integers(0, 9), st.integers(0, 30))
@@ -285,10 +285,10 @@ def test_own_streams_go_on_exactly(workers):
 @pytest.mark.parametrize(
     ("data", "error", "message"),
     [
-        (3, TypeError, "data is a int; give a data set"),
+        (3, TypeError, "data is a int; give a dataset"),
         ([], ValueError, "no items"),
-        ([torch.zeros(1, 4, 4)], ValueError, "item 0 of the data set is a Tensor; give dicts with 'image'"),
-        ([{"pixels": 1}], ValueError, "item 0 of the data set has the keys pixels"),
+        ([torch.zeros(1, 4, 4)], ValueError, "item 0 of the dataset is a Tensor; give dicts with 'image'"),
+        ([{"pixels": 1}], ValueError, "item 0 of the dataset has the keys pixels"),
         ([{"image": np.zeros((4, 4, 3), np.uint8)}], ValueError, r"'image' in item 0 is torch.uint8 \(4, 4, 3\)"),
         ([{"image": "a.png"}], ValueError, "'image' in item 0 is str; give a tensor"),
     ],

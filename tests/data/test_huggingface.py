@@ -95,9 +95,9 @@ def test_refuses_columns(options, message):
 
 def test_refuses_sources(tmp_path):
     (tmp_path / "d.parquet").write_bytes(b"no table")
-    with pytest.raises(ValueError, match=r"d\.parquet cannot be loaded as a data set"):
+    with pytest.raises(ValueError, match=r"d\.parquet cannot be loaded as a dataset"):
         load_data(tmp_path / "d.parquet")
-    with pytest.raises(ValueError, match=r"hf:no-such/name cannot be loaded as a data set"):
+    with pytest.raises(ValueError, match=r"hf:no-such/name cannot be loaded as a dataset"):
         load_data("hf:no-such/name")
     with pytest.raises(ValueError, match="no column of images"):
         HubDataset(datasets.Dataset.from_dict({"a": [1]}))

@@ -14,9 +14,9 @@ from support.autoencoders import small_kl, small_tiny
 from unet_denoiser import DataConfig, Diffusion, Run, Trainer, TrainingConfig, UNet, load_data
 from unet_denoiser.cli.app import main
 from unet_denoiser.data.dataset import StreamIndex
-from unet_denoiser.data.load import autoencoder, with_found_values
+from unet_denoiser.data.load import load_autoencoder, with_found_values
 from unet_denoiser.data.sources.custom import as_dataset
-from unet_denoiser.data.wrappers.concat import downscaled
+from unet_denoiser.data.wrappers.concat import lower_resolution
 from unet_denoiser.models.autoencoder import Autoencoder
 from unet_denoiser.models.text_encoder import TextEncoder
 from unet_denoiser.utils.images import to_uint8
@@ -218,7 +218,7 @@ def test_measured_statistics_stay_with_the_run(pictures, vae):
     torch.testing.assert_close(latents.square().mean((0, 2, 3)), torch.ones(3), rtol=0, atol=2e-2)
     found = DataConfig.from_dict(json.loads(json.dumps(with_found_values(config, data).__dict__)))
     assert found.latent_mean == data.store.mean
-    decoded = autoencoder(found).decode(latents)
+    decoded = load_autoencoder(found).decode(latents)
     straight = Autoencoder(vae)
     expected = straight.decode(straight.encode(torch.stack([load_data(str(pictures))[i]["image"] for i in range(6)])))
     torch.testing.assert_close(decoded, expected, rtol=5e-3, atol=5e-3)
@@ -245,7 +245,7 @@ def test_the_tiny_autoencoder(pictures, tmp_path):
         (["--vae", "/nowhere"], "vae=/nowhere is no folder"),
         (["--vae", "VAE", "--resize-mode", "random_crop"], "resize_mode='random_crop' with vae"),
         (["--vae", "VAE", "--aspect-buckets"], "aspect_buckets=True with vae"),
-        (["--vae", "VAE", "--concat", "inpainting"], "it must be pictures of 3 channels, without a mask"),
+        (["--vae", "VAE", "--concat", "inpainting"], "it must be images of 3 channels, without a mask"),
         (["--vae", "VAE", "--image-size", "7"], "takes multiples of 2"),
         (["--standardize-latents"], "standardize_latents=True needs vae"),
         (["--concat", "downscaled:0"], "needs a whole factor of at least 2"),
@@ -266,7 +266,7 @@ def test_what_cannot_work_is_one_line(options, message, pictures, vae, tmp_path,
 def test_super_resolution(pictures, tmp_path, capsys):
     plain, data = load_data(str(pictures)), load_data(str(pictures), concat="downscaled:4")
     assert data.concat_channels == 3
-    torch.testing.assert_close(data[3]["concat"][None], downscaled(plain[3]["image"][None], 4))
+    torch.testing.assert_close(data[3]["concat"][None], lower_resolution(plain[3]["image"][None], 4))
     run = tmp_path / "run"
     main(["train", str(pictures), "--out", str(run), "--concat", "downscaled:4", *TINY])
     config = Run.load(run).model
@@ -314,7 +314,7 @@ def test_pairs_are_augmented_alike(tmp_path):
 
 def test_pairs_need_the_same_names(pictures, tmp_path):
     other = write_folder(tmp_path / "other", NAMES[:5])
-    with pytest.raises(ValueError, match="has no usable picture 5; names must be the same in both folders"):
+    with pytest.raises(ValueError, match="has no usable image 5; names must be the same in both folders"):
         load_data(str(pictures), concat=str(other))
 
 

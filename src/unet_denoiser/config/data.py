@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from unet_denoiser.config.base import check_choice
 
 ResizeMode = Literal["center_crop", "random_crop", "pad", "stretch"]
 OnBad = Literal["raise", "skip"]
+
+
+class ConcatKind(NamedTuple):
+    """The condition that `DataConfig.concat` names: the kind, and the factor or the folder that belongs to it."""
+
+    name: Literal["downscaled", "inpainting", "folder"]
+    factor: int = 1
+    folder: str | None = None
 
 
 @dataclass(frozen=True)
@@ -107,10 +115,21 @@ class DataConfig:
             raise ValueError(f"caption_length={self.caption_length} must be at least 1")
         if (self.latent_mean is None) != (self.latent_std is None):
             raise ValueError("latent_mean and latent_std belong together; give both, or neither")
-        if self.concat is not None and self.concat.startswith("downscaled:"):
-            factor = self.concat.removeprefix("downscaled:")
-            if not factor.isdecimal() or int(factor) < 2:
-                raise ValueError(f"concat={self.concat!r} needs a whole factor of at least 2, as in 'downscaled:4'")
+        _ = self.concat_kind  # raises for a factor that cannot be used
+
+    @property
+    def concat_kind(self) -> ConcatKind | None:
+        """Parse `concat`; ValueError for a factor below 2."""
+        if self.concat is None:
+            return None
+        if self.concat == "inpainting":
+            return ConcatKind("inpainting")
+        if not self.concat.startswith("downscaled:"):
+            return ConcatKind("folder", folder=self.concat)
+        factor = self.concat.removeprefix("downscaled:")
+        if not factor.isdecimal() or int(factor) < 2:
+            raise ValueError(f"concat={self.concat!r} needs a whole factor of at least 2, as in 'downscaled:4'")
+        return ConcatKind("downscaled", factor=int(factor))
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> DataConfig:

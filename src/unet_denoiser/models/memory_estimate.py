@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -23,9 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from unet_denoiser.config.memory import MemoryConfig
 from unet_denoiser.config.unet import UNetConfig
-from unet_denoiser.models import input_checks as inputs
-from unet_denoiser.models import unet
-from unet_denoiser.models.layers import conv, recompute, winograd
+from unet_denoiser.models.layers.conv import convolutions_as_on
 from unet_denoiser.models.summary import count_flops, example_inputs
 from unet_denoiser.models.unet import UNet
 
@@ -143,7 +140,7 @@ def _walk(step: _Step) -> _Walk:
         return tensor
 
     dtype = torch.bfloat16 if step.half_weights else torch.float32
-    with FakeTensorMode(), _convolutions_of(step.device), _default_dtype(dtype):
+    with FakeTensorMode(), convolutions_as_on(step.device), _default_dtype(dtype):
         model = UNet.from_config(step.config).train()
         model.gradient_checkpointing = step.checkpointing
         own = {p.untyped_storage()._cdata for p in model.parameters()}
@@ -203,24 +200,6 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-@contextmanager
-def _convolutions_of(device: str) -> Iterator[None]:
-    """The tensors claim to be on a CPU; what conv.py does there only must be as on the device that is meant."""
-    with ExitStack() as patches:
-        # tensors without storage have no label values to look at
-        patches.enter_context(patch.object(inputs, "_check_labels", lambda *args: None))
-        if device == "cpu":
-            # blocks of tiles follow each other in the same memory: the first, which is the largest, stands for all
-            blocks = winograd._blocks
-            patches.enter_context(patch.object(winograd, "_blocks", lambda *args: [next(blocks(*args))]))
-            patches.enter_context(patch.object(winograd, "_scratch", winograd._Scratch()))  # not to mix with real ones
-        else:
-            patches.enter_context(patch.object(conv, "winograd_pays", lambda *args, **kwargs: False))
-            patches.enter_context(patch.object(recompute, "winograd_pays", lambda *args, **kwargs: False))
-            patches.enter_context(patch.object(unet, "channels_last", lambda x: x))
-        yield
 
 
 @lru_cache(maxsize=32)

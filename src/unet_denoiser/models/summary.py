@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from unet_denoiser.config.unet import UNetConfig
+from unet_denoiser.models.input_checks import condition_shapes
 from unet_denoiser.models.unet import UNet
 
 
@@ -37,7 +38,7 @@ def summarize(config: UNetConfig) -> list[LayerSummary]:
     with torch.device("meta"):
         model = UNet.from_config(config).eval()
         counter = count_flops(model, example_inputs(config, batch=1, context_tokens=1))
-    size = spatial_size(config)
+    size = config.sizes
     flops = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
     names = {module: name for name, module in model.named_modules()}
 
@@ -76,22 +77,14 @@ def summarize(config: UNetConfig) -> list[LayerSummary]:
     return [parts[0]._replace(parameters=parts[0].parameters + nulls), *parts[1:]]
 
 
-def spatial_size(config: UNetConfig) -> tuple[int, ...]:
-    """`image_size`, one int per axis."""
-    return config.image_size if isinstance(config.image_size, tuple) else (config.image_size,) * config.dims
-
-
 def example_inputs(
     config: UNetConfig, *, batch: int, context_tokens: int, size: tuple[int, ...] | None = None
 ) -> dict[str, torch.Tensor]:
     """What a network's `forward` takes, all of its conditions included; zeros, on the current default device."""
-    inputs = {"x": torch.zeros(batch, config.in_channels, *(size or spatial_size(config))), "t": torch.zeros(batch)}
-    if config.num_classes is not None:
-        inputs["class_labels"] = torch.zeros(batch, dtype=torch.long)
-    if config.vector_dim is not None:
-        inputs["vector"] = torch.zeros(batch, config.vector_dim)
-    if config.context_dim is not None:
-        inputs["context"] = torch.zeros(batch, context_tokens, config.context_dim)
+    inputs = {"x": torch.zeros(batch, config.in_channels, *(size or config.sizes)), "t": torch.zeros(batch)}
+    for name in config.conditions:
+        shape = [context_tokens if n is None else n for n in condition_shapes(config, batch)[name]]
+        inputs[name] = torch.zeros(shape, dtype=torch.long if name == "class_labels" else None)
     return inputs
 
 

@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from unet_denoiser.config.base import signature_of
 from unet_denoiser.config.presets import preset
 from unet_denoiser.config.unet import UNetConfig
-from unet_denoiser.convert.checkpoint import import_checkpoint
-from unet_denoiser.convert.checkpoint_files import weight_files
+from unet_denoiser.convert.checkpoint import ForeignCheckpoint
+from unet_denoiser.convert.checkpoint_files import find_weights
+from unet_denoiser.models.conditions import Conditions
 from unet_denoiser.models.input_checks import check_inputs
 from unet_denoiser.models.layers.attention import ContextAttention, SelfAttention, SpatialTransformer
 from unet_denoiser.models.layers.common import full_precision, zero_init
@@ -25,7 +26,7 @@ from unet_denoiser.models.layers.embeddings import ClassEmbedding, TimeMLP
 from unet_denoiser.models.layers.norm import group_norm
 from unet_denoiser.models.layers.resampling import AveragePool, Downsample, NearestUpsample, TransposedUpsample
 from unet_denoiser.models.layers.resblock import Block, ResBlock
-from unet_denoiser.models.pretrained import Pretrained, fetch
+from unet_denoiser.models.pretrained import Pretrained, fetch, load_strictly
 from unet_denoiser.utils.files import read_json
 
 
@@ -96,23 +97,26 @@ class UNet(Pretrained, nn.Module):
         return cls.from_config(replace(preset(name), **options))
 
     @classmethod
-    def _read(
-        cls, source: str | Path, config_path: Path | None, hub: dict[str, Any], options: dict[str, Any]
-    ) -> tuple[Self, dict[str, Tensor]]:
-        """Our own format, or any that `unet_denoiser.convert` reads; `options` then say what a file does not tell."""
+    def from_checkpoint(cls, checkpoint: ForeignCheckpoint) -> Self:
+        """Build the network of an opened checkpoint of other code, in evaluation mode; they share the weights.
+
+        Raises:
+            ValueError: tensors that do not fit the architecture exactly, by name.
+        """
+        model = cls._build_on_meta(checkpoint.config)
+        shapes = {name: p.shape for name, p in model.state_dict().items()}
+        load_strictly(model, checkpoint.parameters(shapes), checkpoint.path)
+        return model.eval()
+
+    @classmethod
+    def _load(cls, source: str | Path, config_path: Path | None, hub: dict[str, Any], options: dict[str, Any]) -> Self:
+        """Load our own format, or one that `ForeignCheckpoint` opens; `options` state what such a file leaves open."""
         if config_path is not None and "_class_name" not in read_json(config_path):
-            return super()._read(source, config_path, hub, options)
+            return super()._load(source, config_path, hub, options)
         path = Path(source)
         if config_path is not None:
-            path = weight_files(lambda name: fetch(source, name, hub), options.get("variant"))[0].parent
-        empty: list[Self] = []
-
-        def shapes_of(config: UNetConfig) -> dict[str, torch.Size]:
-            empty.append(cls._empty(config))
-            return {name: p.shape for name, p in empty[0].state_dict().items()}
-
-        _, state = import_checkpoint(path, shapes_of, **options)
-        return empty[0], state
+            path = find_weights(lambda name: fetch(source, name, hub), options.get("variant"))[0].parent
+        return cls.from_checkpoint(ForeignCheckpoint.open(path, **options))
 
     def forward(
         self,
@@ -149,16 +153,16 @@ class UNet(Pretrained, nn.Module):
             ValueError, TypeError: a condition the network was not built for, one that is missing while
                 learned_null=False, or a wrong shape, range or dtype; before anything is computed.
         """
-        conditions = {"class_labels": class_labels, "vector": vector, "context": context}
-        residuals = (skip_residuals, bottleneck_residual)
-        check_inputs(self.config, self.dtype, x, t, conditions, context_mask, time_cond, drop, *residuals)
+        conditions = Conditions(class_labels, vector, context, context_mask, time_cond=time_cond)
+        residuals: dict[str, Any] = {"skip_residuals": skip_residuals, "bottleneck_residual": bottleneck_residual}
+        check_inputs(self.config, self.dtype, x, t, conditions, drop=drop, **residuals)
         with full_precision(x.device.type):
             emb = self.embed_time(t, time_cond)
-            added, attended = self.embed_conditions(t.shape[0], conditions, context_mask, drop or {})
+            added, attended = self.embed_conditions(t.shape[0], conditions, drop or {})
             emb = sum(added, start=emb)
 
         skips = self.encode_shallow(x, emb, attended)
-        h = self.deep_features(skips[-1], emb, attended, 1, (skip_residuals or ())[1:], bottleneck_residual)
+        h = self.deep_features(skips[-1], emb, attended, **residuals)
         if skip_residuals is not None:
             skips = [skips[0] + skip_residuals[0]]
         out = self.decode_shallow(h, skips, emb, attended)
@@ -186,22 +190,27 @@ class UNet(Pretrained, nn.Module):
         return self.time_mlp(t, self.time_cond(time_cond.to(self.dtype)))  # in half precision it may come, in autocast
 
     def embed_conditions(
-        self, batch: int, given: Mapping[str, Tensor | None], mask: Tensor | None, drop: Mapping[str, Tensor]
+        self, batch: int, conditions: Conditions, drop: Mapping[str, Tensor]
     ) -> tuple[list[Tensor], Context | None]:
-        """What the conditions add to the time's embedding, and the context that cross-attention sees."""
-        added: list[Any] = []
-        for name, embed, null in (
-            ("class_labels", self.class_embedding, self.null_class),
-            ("vector", self.vector_embedding, self.null_vector),
+        """Return the terms (B, time_dim) that class and vector add to the time embedding, and the context."""
+        added = []
+        for embedding, value, null, dropped in (
+            (self.class_embedding, conditions.class_labels, self.null_class, drop.get("class_labels")),
+            (self.vector_embedding, conditions.vector, self.null_vector, drop.get("vector")),
         ):
-            if embed is not None:
-                value = given.get(name)
-                if value is not None and value.is_floating_point():
-                    value = value.to(self.dtype)
-                added.append(null if value is None else _replace(embed(value), null, drop.get(name)))
+            if embedding is not None:
+                added.append(self._embed(embedding, value, null, dropped))
         if self.config.context_dim is None:
             return added, None
-        return added, build_context(given.get("context"), mask, drop.get("context"), self.null_context, batch)
+        tokens, mask = conditions.context, conditions.context_mask
+        return added, build_context(tokens, mask, drop.get("context"), self.null_context, batch)
+
+    def _embed(self, embedding: nn.Module, value: Tensor | None, null: Tensor | None, dropped: Tensor | None) -> Any:
+        """Embed a condition: (B, D), with `null` (D,) at the `dropped` samples (B,) or, without a value, alone."""
+        if value is None:
+            return null
+        embedded = embedding(value.to(self.dtype) if value.is_floating_point() else value)
+        return embedded if dropped is None or null is None else torch.where(dropped[:, None], null, embedded)
 
     def encode_shallow(self, x: Tensor, emb: Tensor, context: Context | None, depth: int = 1) -> list[Tensor]:
         """The first `depth` skips: those of the decoder's last `depth` blocks."""
@@ -216,7 +225,8 @@ class UNet(Pretrained, nn.Module):
         emb: Tensor,
         context: Context | None,
         depth: int = 1,
-        skip_residuals: Sequence[Tensor] = (),
+        *,
+        skip_residuals: Sequence[Tensor] | None = None,
         bottleneck_residual: Tensor | None = None,
     ) -> Tensor:
         """What enters the decoder's last `depth` blocks, from the last shallow skip: most of the network's work."""
@@ -226,8 +236,8 @@ class UNet(Pretrained, nn.Module):
             skips.append(h)
         for block in self.bottleneck:
             h = self._run(block, h, emb, context)
-        if skip_residuals:
-            skips = [skip + residual for skip, residual in zip(skips, skip_residuals, strict=True)]
+        if skip_residuals is not None:
+            skips = [skip + residual for skip, residual in zip(skips, skip_residuals[depth:], strict=True)]
         if bottleneck_residual is not None:
             h = h + bottleneck_residual
         return self._decode(list(self.decoder)[:-depth], h, skips, emb, context, size)
@@ -295,8 +305,3 @@ class _Builder:
 
     def null(self, width: int | None) -> nn.Parameter | None:
         return nn.Parameter(torch.zeros(width)) if width and self.config.learned_null else None
-
-
-def _replace(value: Tensor, null: Tensor | None, where: Tensor | None) -> Tensor:
-    """`value` (B, D), with `null` (D,) in the rows of `where` (B,)."""
-    return value if where is None or null is None else torch.where(where[:, None], null, value)

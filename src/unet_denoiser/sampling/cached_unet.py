@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from unet_denoiser.config.unet import CONDITIONS
+from unet_denoiser.models.conditions import Conditions
 from unet_denoiser.models.input_checks import check_inputs
 from unet_denoiser.models.layers.attention import project_context
 from unet_denoiser.models.layers.common import full_precision
@@ -124,11 +124,10 @@ class CachedUNet:
         tensors = [(name, value) for given in (inputs, drop) for name, value in given.items() if name != "drop"]
         key = (x.shape, *((name, id(value)) for name, value in tensors))
         if key not in self.known:
-            model, mask = self.model, inputs.get("context_mask")
-            given = {name: inputs.get(name) for name in CONDITIONS}
-            check_inputs(model.config, model.dtype, x, t, given, mask, inputs.get("time_cond"), drop, None, None)
+            model, given = self.model, Conditions.select(inputs, Conditions.names())
+            check_inputs(model.config, model.dtype, x, t, given, drop=drop)
             with full_precision(x.device.type):
-                added, context = model.embed_conditions(len(x), given, mask, drop)
+                added, context = model.embed_conditions(len(x), given, drop)
             context = None if context is None else project_context(model, context)
             self.known[key] = _Rows(added, context, [value for _, value in tensors])
         return self.known[key]

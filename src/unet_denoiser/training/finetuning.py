@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from unet_denoiser.config.unet import UNetConfig
-from unet_denoiser.convert.key_maps import LAYOUTS, block_structure
+from unet_denoiser.convert.key_maps import LAYOUTS
+from unet_denoiser.convert.layout import BlockStructure
 from unet_denoiser.models.unet import UNet
 from unet_denoiser.utils.files import read_json
 from unet_denoiser.utils.tensor_files import write_safetensors
@@ -126,12 +127,12 @@ def merge_lora_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def save_lora(weights: Mapping[str, Tensor], config: UNetConfig, path: Path) -> None:
     """Write a LoRA as diffusers reads it, and `merge_lora`; under our own names where diffusers has no such network."""
-    bones = block_structure(config)
+    structure = BlockStructure.from_config(config)
     modules = [name.removesuffix(_A) for name in weights if name.endswith(_A)]
     names = {name: name for name in modules}
     if config.attention == "transformer" or config.context_dim is None:
-        foreign = {name: LAYOUTS["diffusers"](f"{name}.weight", bones).name.removesuffix(".weight") for name in modules}
-        names = {name: f"unet.{there}" for name, there in foreign.items()}
+        foreign = {name: LAYOUTS["diffusers"].key_map(f"{name}.weight", structure).name for name in modules}
+        names = {name: f"unet.{there.removesuffix('.weight')}" for name, there in foreign.items()}
     file = {f"{names[name]}.lora_A.weight": weights[name + _A].contiguous() for name in modules}
     file |= {f"{names[name]}.lora_B.weight": weights[name + _B].contiguous() for name in modules}
     write_safetensors(path, file)

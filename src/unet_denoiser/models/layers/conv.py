@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from unet_denoiser.models.layers.winograd import convolve, transform_weight, weight_gradient
+from unet_denoiser.models.layers.winograd import convolve, first_block_only, transform_weight, weight_gradient
 
 _KEPT = 2**30  # bytes of transformed weights that inference keeps
 _WORTH = 0.95  # share of the plain convolution's time from which on the filtering is used
 _enabled = True
+_assumed_device: str | None = None
 
 
 @contextmanager
@@ -31,6 +32,26 @@ def plain_convolutions() -> Iterator[None]:
         _enabled = before
 
 
+@contextmanager
+def convolutions_as_on(device: str) -> Iterator[None]:
+    """Within it, convolve tensors on a CPU as tensors on `device` are convolved: to count memory without storage.
+
+    On a "cpu", one block of tiles stands for all: the others use the same memory.
+    """
+    global _assumed_device
+    before, _assumed_device = _assumed_device, device
+    try:
+        with first_block_only() if device == "cpu" else nullcontext():
+            yield
+    finally:
+        _assumed_device = before
+
+
+def is_on_cpu(x: Tensor) -> bool:
+    """Return True if x is on a CPU, and no other device is assumed (`convolutions_as_on`)."""
+    return x.device.type == "cpu" and _assumed_device in (None, "cpu")
+
+
 class Conv2d(nn.Conv2d):
     """nn.Conv2d; on a CPU, 3x3 by Winograd's filtering and 1x1 as a matrix product where these are faster."""
 
@@ -39,7 +60,7 @@ class Conv2d(nn.Conv2d):
 
     def run(self, x: Tensor, training: bool) -> Tensor:
         """The convolution; `training` says that the weights change after each call, so that nothing is kept of them."""
-        if only_plain() or x.device.type != "cpu" or x.ndim != 4:
+        if only_plain() or not is_on_cpu(x) or x.ndim != 4:
             return super().forward(x)
         if winograd_pays(self, x, training):
             if torch.compiler.is_compiling() or torch.is_grad_enabled():
@@ -79,7 +100,7 @@ def winograd_pays(conv: nn.Conv2d, x: Tensor, training: bool) -> bool:
     """
     if conv.kernel_size != (3, 3) or not conv.stride == conv.padding == conv.dilation == (1, 1):
         return False
-    if conv.groups != 1 or conv.padding_mode != "zeros" or x.device.type != "cpu":
+    if conv.groups != 1 or conv.padding_mode != "zeros" or not is_on_cpu(x):
         return False
     if torch.is_autocast_enabled("cpu") or not x.dtype == conv.weight.dtype == torch.float32:
         return False
@@ -203,7 +224,7 @@ conv3x3.register_autograd(_backward, setup_context=_save)
 
 def channels_last(x: Tensor) -> Tensor:
     """An image on a CPU in the layout that convolutions and norms there are fastest in, and which they hand on."""
-    use = x.ndim == 4 and x.device.type == "cpu" and not only_plain()
+    use = x.ndim == 4 and is_on_cpu(x) and not only_plain()
     return x.contiguous(memory_format=torch.channels_last) if use else x
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -73,7 +74,22 @@ class _Scratch(threading.local):
         self.buffer = _Buffers()
 
 
-_scratch = _Scratch()
+_scratch, _first_block_only = _Scratch(), False
+
+
+@contextmanager
+def first_block_only() -> Iterator[None]:
+    """Within it, compute the first block of tiles alone, in scratch memory that is dropped afterwards.
+
+    That is enough to count memory on tensors without storage: the first block is the largest, and all use the same.
+    """
+    global _scratch, _first_block_only
+    before = _scratch, _first_block_only
+    _scratch, _first_block_only = _Scratch(), True
+    try:
+        yield
+    finally:
+        _scratch, _first_block_only = before
 
 
 def transform_weight(weight: Tensor, *, turned: bool = False, keep: bool = True) -> Tensor:
@@ -139,6 +155,8 @@ def _blocks(images: int, rows: int, columns: int) -> Iterator[_Block]:
     for i in range(0, images, m):
         for a in range(0, rows, r):
             yield _Block(i, min(m, images - i), a, min(r, rows - a), columns)
+            if _first_block_only:
+                return
 
 
 def _input_places(x: Tensor, block: _Block, bt: Tensor, buffers: _Buffers) -> Tensor:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unet_denoiser.config.sampling import SamplingConfig
-from unet_denoiser.data.wrappers.concat import enlarged, masked
+from unet_denoiser.data.wrappers.concat import enlarge, mask_images
 from unet_denoiser.diffusion.process import Diffusion, concat_channels, data_channels
 from unet_denoiser.models.unet import UNet
 from unet_denoiser.sampling.arguments import Start, config_of
@@ -94,7 +94,7 @@ def inpaint(
     device = model.input_conv.weight.device
     images, mask = images.to(device), mask.to(device)
     if concat_channels(model.config, process) == images.shape[1] + 1:
-        options.setdefault("concat", masked(images, mask))
+        options.setdefault("concat", mask_images(images, mask))
 
     def edit(x0: Tensor, t: float, rows: slice) -> Tensor:
         return torch.where(mask[rows], x0, images[rows])
@@ -161,7 +161,7 @@ def upscale(
     images = _per_seed("images", images, seeds).to(model.input_conv.weight.device)
     size = tuple(n * factor for n in images.shape[2:])
     if concat_channels(model.config, process) == images.shape[1]:
-        return sample(model, process, seeds=seeds, concat=enlarged(images, size), **options)
+        return sample(model, process, seeds=seeds, concat=enlarge(images, size), **options)
 
     def edit(x0: Tensor, t: float, rows: slice) -> Tensor:
         return x0 + _repeated(images[rows] - F.avg_pool2d(x0, factor), factor)

@@ -168,6 +168,8 @@ def _negative(run: Pipeline, request: GenerationRequest) -> dict[str, Tensor]:
 def _check_upscaling(run: Pipeline, factor: int) -> None:
     if run.data.vae is not None:
         raise ValueError(f"upscale={factor}: {run.path} was trained on latents, whose averages are not the picture's")
-    trained = (run.data.concat or "").removeprefix("downscaled:")
-    if trained.isdecimal() and int(trained) != factor:
-        raise ValueError(f"upscale={factor}: {run.path} was trained with concat='downscaled:{trained}'; give {trained}")
+    kind = run.data.concat_kind
+    if kind is not None and kind.name == "downscaled" and kind.factor != factor:
+        raise ValueError(
+            f"upscale={factor}: {run.path} was trained with concat={run.data.concat!r}; give {kind.factor}"
+        )

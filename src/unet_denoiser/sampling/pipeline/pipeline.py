@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unet_denoiser.config.data import DataConfig
 from unet_denoiser.config.unet import UNetConfig
-from unet_denoiser.data.load import autoencoder, text_encoder
+from unet_denoiser.data.load import load_autoencoder, load_text_encoder
 from unet_denoiser.diffusion.process import Diffusion, concat_channels, data_channels
 from unet_denoiser.sampling.pipeline.read_images import read_concat, read_mask, read_picture
 from unet_denoiser.utils.images import MODES, save_grid
@@ -61,11 +61,11 @@ class Pipeline:
         """
         if self.data.text_encoder is None:
             raise ValueError(f"caption={captions[0]!r}: {self.path} was trained without captions (text_encoder)")
-        from unet_denoiser.models.text_encoder import padded
+        from unet_denoiser.models.text_encoder import pad_tokens
 
         if new := [caption for caption in dict.fromkeys(captions) if caption not in self._tokens]:
-            self._tokens.update(zip(new, text_encoder(self.data).tokens(new), strict=True))
-        context, mask = padded([self._tokens[caption] for caption in captions])
+            self._tokens.update(zip(new, load_text_encoder(self.data).tokens(new), strict=True))
+        context, mask = pad_tokens([self._tokens[caption] for caption in captions])
         return {"context": context, "context_mask": mask}
 
     @cached_property
@@ -74,7 +74,7 @@ class Pipeline:
         return {}
 
     def read_concat(self, image: Path) -> Tensor:
-        """(1, C2, H, W) for `sample` from a picture file; see `unet_denoiser.data.conditioned.read_concat`."""
+        """(1, C2, H, W) for `sample` from a picture file; see `read_images.read_concat`."""
         return read_concat(self.data, concat_channels(self.model, self.process), image)
 
     def read_picture(self, image: str | Path, size: Sequence[int] | None = None, *, as_it_is: bool = False) -> Tensor:
@@ -115,7 +115,7 @@ class Pipeline:
 
     @cached_property
     def _autoencoder(self) -> Any:
-        return autoencoder(self.data)
+        return load_autoencoder(self.data)
 
     @property
     def latent_factor(self) -> int:
@@ -126,7 +126,7 @@ class Pipeline:
     def picture_channels(self) -> int:
         """Channels of what `decode` gives."""
         if self.data.vae is not None:
-            return self._autoencoder.picture_channels
+            return self._autoencoder.image_channels
         return data_channels(self.model, self.process)
 
     @property

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from unet_denoiser.config.data import DataConfig
-from unet_denoiser.data.load import autoencoder
-from unet_denoiser.data.transforms import augment, fill_colour, open_image, to_float, to_pixels
-from unet_denoiser.data.wrappers.concat import enlarged
+from unet_denoiser.data.load import load_autoencoder
+from unet_denoiser.data.transforms import augment, make_fill, open_image, to_float, to_pixels
+from unet_denoiser.data.wrappers.concat import enlarge
 
 
 def read_concat(config: DataConfig, channels: int, image: Path) -> Tensor:
@@ -24,18 +24,18 @@ def read_concat(config: DataConfig, channels: int, image: Path) -> Tensor:
     Raises:
         ValueError: a file that is no picture, or of no use to this run.
     """
-    if config.concat is None:
+    kind = config.concat_kind
+    if kind is None:
         raise ValueError(f"concat_image={image}: the run was trained without concat")
-    if config.concat == "inpainting":
+    if kind.name == "inpainting":
         raise ValueError(f"concat_image={image}: the run was trained for inpainting; give image, and mask or outpaint")
     wanted = (config.channels or 3) if config.vae is not None else channels
-    if config.concat.startswith("downscaled:"):
-        factor = int(config.concat.removeprefix("downscaled:"))
+    if kind.name == "downscaled":
         small = read_picture(config, wanted, image, as_it_is=True)
-        picture = enlarged(small, tuple(n * factor for n in small.shape[2:]))
+        picture = enlarge(small, tuple(n * kind.factor for n in small.shape[2:]))
     else:
         picture = read_picture(config, wanted, image)
-    return picture if config.vae is None else autoencoder(config).encode(picture)
+    return picture if config.vae is None else load_autoencoder(config).encode(picture)
 
 
 def read_picture(
@@ -55,7 +55,7 @@ def read_picture(
         return to_float(to_pixels(opened, channels, (opened.height, opened.width), "stretch", config.background))[None]
     size = tuple(size or config.image_size or ())  # type: ignore[arg-type]  # a run's is a tuple
     pixels = to_pixels(opened, channels, size, config.resize_mode, config.background)
-    return augment(to_float(pixels), size, config, None, fill_colour(config.background, channels))[None]
+    return augment(to_float(pixels), size, config, background=make_fill(config.background, channels))[None]
 
 
 def read_mask(config: DataConfig, mask: str | Path, size: Sequence[int]) -> Tensor:
@@ -66,7 +66,7 @@ def read_mask(config: DataConfig, mask: str | Path, size: Sequence[int]) -> Tens
     """
     size = tuple(size)
     drawn = to_float(to_pixels(open_image(str(mask)), 1, size, config.resize_mode, "black"))
-    white = augment(drawn, size, config, None, -torch.ones(1))[None] > 0
+    white = augment(drawn, size, config, background=-torch.ones(1))[None] > 0
     if not white.any():
         raise ValueError(f"mask={mask} has nothing white, so there is nothing to paint")
     return white

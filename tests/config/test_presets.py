@@ -105,14 +105,14 @@ def test_on_a_cpu_the_network_is_small(size):
     assert small.resolutions == usual.resolutions
     assert (count(small) < 0.5 * count(usual)) == (size > 8)
     assert architecture_for(3, (size, size), None, {"model_channels": 48}, on_cpu=True).model_channels == 48
-    assert architecture_for(3, (size, size), None, {}, preset("ddpm-cifar10"), on_cpu=True).model_channels == 128
+    assert architecture_for(3, (size, size), None, {}, base=preset("ddpm-cifar10"), on_cpu=True).model_channels == 128
 
 
 def test_starts_from_a_preset():
-    config = architecture_for(3, (32, 32), 5, {"dropout": 0.0}, preset("ddpm-cifar10"))
+    config = architecture_for(3, (32, 32), 5, {"dropout": 0.0}, base=preset("ddpm-cifar10"))
     assert (config.widths, config.downsample) == ((128, 256, 256, 256), "conv_asymmetric")
     assert (config.num_classes, config.dropout) == (5, 0.0)
-    assert architecture_for(3, (64, 64), None, {}, preset("specification")).context_dim is None
+    assert architecture_for(3, (64, 64), None, {}, base=preset("specification")).context_dim is None
 
 
 def test_the_family_page_is_in_step():
@@ -127,5 +127,5 @@ def test_the_family_page_is_in_step():
 @pytest.mark.parametrize("base", [None, "adm-256", "ddpm-cifar10"])
 def test_channels_of_the_process(base):
     process = Diffusion(variance_type="learned_range", self_conditioning=True)
-    config = architecture_for(1, (16, 16), None, {}, base and preset(base), process.channels(1))
+    config = architecture_for(1, (16, 16), None, {}, base=base and preset(base), network_channels=process.channels(1))
     assert (config.in_channels, config.out_channels) == (2, 2)

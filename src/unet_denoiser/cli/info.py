@@ -41,13 +41,13 @@ def info(
         if diagram is not None:
             if diagram.suffix != ".svg":
                 raise ValueError(f"diagram={diagram}: give a name that ends in .svg")
-            from unet_denoiser.models.diagram import diagram as draw
+            from unet_denoiser.models.diagram import draw_diagram
             from unet_denoiser.utils.files import write_atomically
 
-            write_atomically(diagram, lambda path: path.write_text(draw(config), encoding="utf-8"))
-    from unet_denoiser.models.summary import summarize, table
+            write_atomically(diagram, lambda path: path.write_text(draw_diagram(config), encoding="utf-8"))
+    from unet_denoiser.models.summary import format_summary, summarize
 
-    print(table(summarize(config)))
+    print(format_summary(summarize(config)))
     print("\n" + ", ".join(f"{k}={show(v)}" for k, v in asdict(config).items()))
 
 
@@ -69,7 +69,7 @@ def _network(name: str) -> tuple[UNetConfig, Any]:
 
 def _show_memory(name: str, options: dict[str, Any], device: DeviceName) -> None:
     with one_line_errors():
-        from unet_denoiser.models.memory_estimate import estimate, table
+        from unet_denoiser.models.memory_estimate import estimate, format_estimate
         from unet_denoiser.utils.device import resolve_device
 
         config, run = _network(name)
@@ -77,6 +77,6 @@ def _show_memory(name: str, options: dict[str, Any], device: DeviceName) -> None
         given = {} if run is None else {key: getattr(run.training, key) for key in shared}
         about = MemoryConfig(**given | options)
         place = resolve_device("auto") if device == "auto" else device
-        print(table(estimate(config, about, place), about, place))
+        print(format_estimate(estimate(config, about, place), about, place))
         if run is not None and run.training.lora_rank:
             print("This is for training all weights; a LoRA needs less, by most of the gradients' and optimizer's.")

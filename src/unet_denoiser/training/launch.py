@@ -54,7 +54,8 @@ def start_run(source: str, given: dict[str, Any]) -> tuple[Run, Trainer]:
     size = options.get("image_size")
     if size is not None and per_axis(size, len(data.image_size)) != tuple(data.image_size):
         raise ValueError(f"model.image_size={size}: the data have {tuple(data.image_size)}; give image_size instead")
-    config = architecture_for(data.channels, data.image_size, classes, conditions | options, base, own, on_cpu)
+    shared: dict[str, Any] = {"base": base, "network_channels": own, "on_cpu": on_cpu}
+    config = architecture_for(data.channels, data.image_size, classes, conditions | options, **shared)
     rate = training.learning_rate or default_learning_rate(config.model_channels)
     training = replace(training, learning_rate=rate)
     run = Run(out, with_found_values(data_config, data), config, process, training)

@@ -53,8 +53,9 @@ def convert(
             print(target)
             return
         from unet_denoiser.models.conversion import convert_checkpoint
+        from unet_denoiser.training.run import Run
 
-        model = _find_model(source)
+        model = source if (run := Run.find(source)) is None else run.model_folder
         result = convert_checkpoint(model, target, to, lora=lora, lora_scale=lora_scale, verify=verify, **options)
         done = f"{target}: {result.parameters:,} parameters"
         if result.comparison is not None:
@@ -63,18 +64,6 @@ def convert(
         if result.merged_weights is not None:
             done += f"; {result.merged_weights} weights changed by {lora}"
         print(done)
-
-
-def _find_model(source: Path) -> Path:
-    """Return the model's directory of a run, and any other source as it is; FileNotFoundError if a run has none."""
-    from unet_denoiser.utils.files import read_json
-
-    config, model = source / "config.json", source / "model"
-    if (model / "config.json").is_file():
-        return model
-    if config.is_file() and "training" in read_json(config):
-        raise FileNotFoundError(f"{source} has no model yet: its first checkpoint was not reached")
-    return source
 
 
 def _write_pipeline(run: Path, target: Path, unused: list[str]) -> None:

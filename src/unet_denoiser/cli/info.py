@@ -41,41 +41,34 @@ def info(
         if diagram is not None:
             if diagram.suffix != ".svg":
                 raise ValueError(f"diagram={diagram}: give a name that ends in .svg")
-            from unet_denoiser.models.diagram import diagram as draw_diagram
+            from unet_denoiser.models.diagram import draw_diagram
             from unet_denoiser.utils.files import write_atomically
 
             write_atomically(diagram, lambda path: path.write_text(draw_diagram(config), encoding="utf-8"))
-    from unet_denoiser.models.summary import summarize, table
+    from unet_denoiser.models.summary import format_summary, summarize
 
-    print(table(summarize(config)))
+    print(format_summary(summarize(config)))
     print("\n" + ", ".join(f"{k}={show(v)}" for k, v in asdict(config).items()))
 
 
 def _find_network(name: str) -> tuple[UNetConfig, Any]:
     """Return the architecture of a preset, run or model directory, and the run if it is one."""
     from unet_denoiser.config.presets import PRESETS, preset
+    from unet_denoiser.training.run import Run
     from unet_denoiser.utils.files import read_json
 
     if name in PRESETS:
         return preset(name), None
-    if (run := _find_run(Path(name))) is not None:
+    if (run := Run.find(name)) is not None:
         return run.model, run
     if (Path(name) / "config.json").is_file():
         return UNetConfig.from_dict(read_json(Path(name) / "config.json")), None
     raise ValueError(f"{name!r} is neither a run or model directory nor a preset: {', '.join(PRESETS)}")
 
 
-def _find_run(path: Path) -> Any:
-    """Return the run in a directory; None if there is none."""
-    from unet_denoiser.training.run import Run
-
-    is_run = (path / "model").is_dir() or (path / "metrics.jsonl").exists()
-    return Run.load(path) if is_run else None
-
-
 def _show_memory(name: str, options: dict[str, Any], device: DeviceName) -> None:
     with one_line_errors():
-        from unet_denoiser.models.memory_estimate import estimate, table
+        from unet_denoiser.models.memory_estimate import estimate, format_estimate
         from unet_denoiser.utils.device import resolve_device
 
         config, run = _find_network(name)
@@ -83,6 +76,6 @@ def _show_memory(name: str, options: dict[str, Any], device: DeviceName) -> None
         defaults = {} if run is None else {key: getattr(run.training, key) for key in shared}
         step = MemoryConfig(**defaults | options)
         place = resolve_device("auto") if device == "auto" else device
-        print(table(estimate(config, step, place), step, place))
+        print(format_estimate(estimate(config, step, place), step, place))
         if run is not None and run.training.lora_rank:
             print("This is for training all weights; a LoRA needs less, by most of the gradients' and optimizer's.")

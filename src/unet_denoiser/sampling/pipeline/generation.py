@@ -142,7 +142,7 @@ def _edit_image(pipeline: Pipeline, request: GenerationRequest, file: Path, opti
     """Return edited versions of an image file; `options` are arguments of `sample`."""
     edit = request.edit
     if edit.upscale is not None:
-        return _upscale(pipeline, request, pipeline.read_image_unscaled(file), options)
+        return _upscale(pipeline, request, pipeline.read_image(file, keep_size=True), options)
     image = pipeline.read_image(file, request.image_size)
     if edit.mask is not None or edit.outpaint is not None:
         return _inpaint(pipeline, request, image, options)

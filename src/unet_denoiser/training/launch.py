@@ -67,11 +67,7 @@ class Initialization(NamedTuple):
 
 
 def start_run(request: TrainRequest) -> Launch:
-    """Prepare a new run.
-
-    Raises:
-        ValueError, FileExistsError, FileNotFoundError: an option that cannot work, in one line.
-    """
+    """Prepare a new run; an option that cannot work raises ValueError or OSError."""
     training = TrainingConfig(**request.training)
     source, folder = _absolute_source(request.source or "")
     out = request.out or Path("runs") / _default_name(source)
@@ -100,12 +96,7 @@ def start_run(request: TrainRequest) -> Launch:
 
 
 def resume_run(path: Path, request: TrainRequest) -> Launch:
-    """Load a run and its trainer at the latest checkpoint.
-
-    Raises:
-        ValueError: the request changes an option that must stay as it is, or the run holds no more steps.
-        FileNotFoundError: there is no run.
-    """
+    """Load a run and its trainer at the latest checkpoint; ValueError for a change of a fixed option."""
     fixed = [name for name in ("out", "init", "preset", "process", "model") if getattr(request, name)]
     fixed += sorted(set(request.training) - TRAINING_CHANGEABLE) + sorted(set(request.data) - DATA_CHANGEABLE)
     if fixed:

@@ -14,7 +14,7 @@ from unet_denoiser import Run, save_grid, upscale
 
 def main(directory: str, file: str, factor: str = "4") -> None:
     pipeline, n = Run.load(directory).load_pipeline(), int(factor)
-    small = pipeline.read_image_unscaled(file)
+    small = pipeline.read_image(file, keep_size=True)
     large = upscale(pipeline.model, pipeline.process, small, n, seeds=range(3), num_inference_steps=50)
     squares = small.repeat_interleave(n, 2).repeat_interleave(n, 3)
     print(save_grid(torch.cat([squares, large]), "super_resolution.png", data_range=pipeline.image_range))

@@ -1,6 +1,6 @@
-"""What tests/test_distribution.py runs in two processes: DDP, going on exactly with DDP, and FSDP2.
+"""Run in two processes by tests/training/test_distributed.py: DDP, resuming with DDP, and FSDP2.
 
-On CPUs Accelerate does not shard; here its own way of doing so is switched on all the same.
+Accelerate does not shard on CPUs; here its code for that is switched on all the same.
 """
 
 import shutil
@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.tensor import DTensor
 
 from unet_denoiser import Run
-from unet_denoiser.training import distributed as distribution
+from unet_denoiser.training import distributed
 from unet_denoiser.training.checkpoints import parse_step
 from unet_denoiser.training.loop import load_trainer, train
 
@@ -48,7 +48,7 @@ if __name__ == "__main__":
     if first.accelerator.is_main_process:
         shutil.copy(Run.load(folder / "ddp").checkpoints.find("3"), folder / "again" / "checkpoints")
     finish(folder / "again", 3)
-    distribution.Accelerator = sharding
+    distributed.Accelerator = sharding
     sharded = finish(folder / "fsdp", 2)
     assert all(isinstance(p, DTensor) for p in sharded.model.parameters())
     assert all(isinstance(a, DTensor) for a in sharded.ema.averages().values())

@@ -49,7 +49,7 @@ def weights(module):
 
 
 class Vectors(ArrayDataset):
-    """A data set of one's own, with a vector and tokens beside each image."""
+    """A custom dataset with a vector and tokens beside each image."""
 
     def __getitem__(self, index):
         return super().__getitem__(index) | {"vector": torch.ones(3), "context": torch.randn(2, 5)}
@@ -60,5 +60,5 @@ def steps_kept(run):
 
 
 def without_times(metrics):
-    """metrics.jsonl without what no two runs have in common; all else must be equal to the byte."""
+    """Return metrics.jsonl without the times, which differ between equal runs."""
     return re.sub(r', "data_wait": [0-9.]+', "", metrics)

@@ -1,4 +1,4 @@
-"""Two processes: the same training as one, by DDP and by FSDP2, from each other's checkpoints."""
+"""Two processes train as one does, with DDP and FSDP2, and resume from each other's checkpoints."""
 
 import json
 import shutil
@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
 
 
 def end(path):
-    """Tensors and metadata of a run's sixth step."""
+    """Return tensors and metadata of the checkpoint of step 6."""
     tensors, metadata = read_checkpoint(Run.load(path).checkpoints.find("6"))
     return {name: tensors[name] for name in tensors}, metadata
 
@@ -70,7 +70,7 @@ def test_two_processes_train_as_one(folder, engine):
         assert lines[1][name] == pytest.approx(lines[0][name], rel=1e-6)
 
 
-def test_two_processes_go_on_bit_for_bit(folder):
+def test_two_processes_resume_bit_for_bit(folder):
     (straight, metadata), (resumed, resumed_metadata) = end(folder / "ddp"), end(folder / "again")
     assert largest_difference(straight, resumed) == 0
     assert metadata == resumed_metadata
@@ -79,7 +79,7 @@ def test_two_processes_go_on_bit_for_bit(folder):
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
-def test_one_process_goes_on_from_two(folder, engine):
+def test_one_process_resumes_from_two(folder, engine):
     source = Run.load(folder / engine)
     back = new_run(folder / f"back-{engine}", folder / "two.npz", source.model)
     shutil.copy(source.checkpoints.find("4"), back.checkpoints.folder)

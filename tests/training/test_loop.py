@@ -60,7 +60,7 @@ def test_previews_and_saves_do_not_change_training(tmp_path):
     assert_equal(watched.ema.state_dict()["averages"], plain.ema.state_dict()["averages"])
 
 
-def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(run, tmp_path):
+def test_an_interrupted_run_resumes_bit_for_bit(run, tmp_path):
     straight = load_trainer(run)
     list(train(run, straight))
     expected, metrics = weights(straight.model), (run.path / "metrics.jsonl").read_text()

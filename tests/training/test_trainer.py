@@ -1,4 +1,4 @@
-"""Training: it learns, its schedule and averages are right, previews and saves leave it alone, it goes on exactly."""
+"""The trainer: it learns, its schedule and averages are right, it resumes exactly, it refuses what cannot work."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from support.trainings import NET, Vectors, assert_equal, make_trainer, two_clas
 from unet_denoiser import Diffusion, TrainingConfig, UNet, sample, training_losses
 
 
-def test_trainings_of_several_precisions_in_one_process_do_not_disturb_each_other():
+def test_trainings_of_several_precisions_in_one_process_are_independent():
     alone, first = make_trainer(), make_trainer()
     list(alone.steps())
     steps = first.steps()
@@ -52,7 +52,7 @@ def test_learning_rate_warms_up_and_decays():
 
 
 @pytest.mark.parametrize("width", [8, 16])
-def test_learning_rate_follows_the_width_unless_it_is_chosen(width):
+def test_learning_rate_follows_the_width_unless_it_is_given(width):
     for chosen, expected in ((None, 0.032 / width), (3e-4, 3e-4)):
         options = {"steps": 3, "warmup_steps": 0, "learning_rate": chosen}
         trainer = make_trainer(options, net={"model_channels": width, "norm_groups": 4})
@@ -86,7 +86,7 @@ def test_one_step_is_adamw_on_clipped_gradients(monkeypatch):
             assert_close(p, trainer.model.get_parameter(name), rtol=1e-4, atol=1e-6)
 
 
-def test_conditions_are_dropped_at_the_asked_rate(monkeypatch):
+def test_conditions_are_dropped_with_the_given_probability(monkeypatch):
     trainer = make_trainer({"steps": 40, "batch_size": 100, "condition_dropout": 0.3})
     dropped = []
 
@@ -114,8 +114,8 @@ def test_averages_move_and_differ_from_the_weights():
 
 @pytest.mark.parametrize("cut", [1, 5])
 @pytest.mark.parametrize("parts", [1, 3])
-def test_goes_on_bit_for_bit(cut, parts):
-    """N + M steps are N steps, a state, a new process's worth of objects, a restore, and M steps."""
+def test_resumes_bit_for_bit(cut, parts):
+    """N + M steps equal N steps, a state, new objects as in a new process, a restore, and M steps."""
     # the batch does not divide the data: batches run over the end of an epoch
     options = {"batch_size": 12, "gradient_accumulation_steps": parts}
     straight = make_trainer(options)
@@ -134,15 +134,15 @@ def test_goes_on_bit_for_bit(cut, parts):
     assert_equal(second.ema.state_dict()["averages"], straight.ema.state_dict()["averages"])
 
 
-def all_of_an_objective(**options):
+def make_full_objective_trainer(**options):
     """A trainer with learned weighting, learned variance, self-conditioning and offset noise: all states and draws."""
     process = Diffusion(variance_type="learned_range", self_conditioning=True, prediction_type="v_prediction")
     options = {"loss_weighting": "learned", "noise_offset": 0.1} | options
     return make_trainer(options, process, process.channels(1) | {"dropout": 0.0})
 
 
-def test_all_of_an_objective_goes_on_bit_for_bit():
-    straight, first, second = (all_of_an_objective(batch_size=5) for _ in range(3))
+def test_a_full_objective_resumes_bit_for_bit():
+    straight, first, second = (make_full_objective_trainer(batch_size=5) for _ in range(3))
     losses = [float(step.loss) for step in straight.steps()]
     for step in first.steps():
         if step.step == 3:
@@ -156,16 +156,16 @@ def test_all_of_an_objective_goes_on_bit_for_bit():
     assert learned.abs().max() > 0
 
 
-def test_a_batch_in_parts_is_the_same_objective():
+def test_micro_batches_do_not_change_the_objective():
     """Which samples see an estimate, and what is drawn, depends on the sample alone."""
-    whole, parts = all_of_an_objective(), all_of_an_objective(gradient_accumulation_steps=4)
+    whole, parts = make_full_objective_trainer(), make_full_objective_trainer(gradient_accumulation_steps=4)
     losses = [float(step.loss) for step in whole.steps()]
     assert [float(step.loss) for step in parts.steps()] == pytest.approx(losses, rel=1e-4)
     assert_close(parts.weighting.uncertainty.weight, whole.weighting.uncertainty.weight, rtol=1e-2, atol=1e-4)
 
 
 @pytest.mark.parametrize("option", [{"loss_weighting": "p2"}, {"noise_offset": 0.5}])
-def test_an_objectives_options_reach_the_loss(option):
+def test_options_of_the_objective_reach_the_loss(option):
     plain, other = make_trainer(), make_trainer(option)
     assert float(next(plain.steps()).loss) != float(next(other.steps()).loss)
 
@@ -183,7 +183,7 @@ def test_workers_give_the_same_batches():
         assert torch.equal(a["image"], b["image"])
 
 
-def test_a_data_set_of_ones_own_brings_any_conditions():
+def test_a_custom_dataset_provides_any_conditions():
     data = two_classes()
     own = Vectors(data.images.numpy(), data.labels.numpy())
     trainer = make_trainer(net={"vector_dim": 3, "context_dim": 5}, data=own)

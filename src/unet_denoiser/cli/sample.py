@@ -106,11 +106,11 @@ def sample(
             edit,
             config,
             range(seed, seed + count),
-            classes,
-            captions,
-            vector,
-            concat_image,
-            image_size,
+            classes=classes,
+            captions=captions,
+            vector=vector,
+            concat_image=concat_image,
+            image_size=image_size,
             negative_class=negative_class,
             negative_caption=negative_caption,
             guide=None if guide_checkpoint is None else loaded.load_model(guide_checkpoint).to(place),
@@ -120,7 +120,7 @@ def sample(
 
 
 class _Output(NamedTuple):
-    """Files to write: a picture or a folder, and what was asked for beside the picture."""
+    """Files to write: a picture or a folder, and the files beside the picture."""
 
     path: Path
     separate: bool
@@ -163,7 +163,7 @@ def _check_output(pipeline: Pipeline, output: _Output) -> None:
 def _write_picture(
     pipeline: Pipeline, request: GenerationRequest, output: _Output, batch_size: int, state: Any
 ) -> None:
-    """Generate images and write them as one picture, with the other files that were asked for."""
+    """Generate images; write them as one picture, and the files beside it."""
     from tqdm import tqdm
 
     from unet_denoiser.sampling.callbacks import LivePreview, TrajectoryRecorder

@@ -98,20 +98,27 @@ def select_averages(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix("ema."): tensors[name] for name in tensors if name.startswith("ema.")}
 
 
-def read_metadata(path: Path) -> Metadata:
-    """Read the metadata in a checkpoint's header; ValueError for another kind of file."""
-    with _open(path) as file:
-        return _metadata(path, file)
-
-
 def read_checkpoint(path: Path) -> tuple[Mapping[str, Tensor], Metadata]:
     """Open a checkpoint: its tensors, each read when it is accessed, and its metadata.
 
     Raises:
         ValueError: the file is damaged or no checkpoint.
     """
-    file = _open(path)
-    return _LazyTensors(file), _metadata(path, file)
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        file = safe_open(path, "pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); delete it to resume from the one before") from None
+    text = (file.metadata() or {}).get(_METADATA_KEY)
+    if text is None:
+        raise ValueError(f"{path} is not a checkpoint of a training; delete it to resume from the one before")
+    return _LazyTensors(file), json.loads(text)
+
+
+def read_metadata(path: Path) -> Metadata:
+    """Read the metadata of a checkpoint alone; errors as `read_checkpoint`."""
+    return read_checkpoint(path)[1]
 
 
 class _LazyTensors(Mapping[str, Tensor]):
@@ -130,19 +137,3 @@ class _LazyTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.names)
-
-
-def _open(path: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(path, "pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); delete it to resume from the one before") from None
-
-
-def _metadata(path: Path, file: Any) -> Metadata:
-    text = (file.metadata() or {}).get(_METADATA_KEY)
-    if text is None:
-        raise ValueError(f"{path} is not a checkpoint of a training; delete it to resume from the one before")
-    return json.loads(text)

@@ -67,11 +67,7 @@ class Initialization(NamedTuple):
 
 
 def start_run(request: TrainRequest) -> Launch:
-    """Prepare a new run.
-
-    Raises:
-        ValueError, FileExistsError, FileNotFoundError: an option that cannot work, in one line.
-    """
+    """Prepare a new run; an option that cannot work raises ValueError or OSError."""
     training = TrainingConfig(**request.training)
     source, folder = _absolute_source(request.source or "")
     out = request.out or Path("runs") / _default_name(source)
@@ -100,12 +96,7 @@ def start_run(request: TrainRequest) -> Launch:
 
 
 def resume_run(path: Path, request: TrainRequest) -> Launch:
-    """Load a run and its trainer at the latest checkpoint.
-
-    Raises:
-        ValueError: the request changes an option that must stay as it is, or the run holds no more steps.
-        FileNotFoundError: there is no run.
-    """
+    """Load a run and its trainer at the latest checkpoint; ValueError for a change of a fixed option."""
     fixed = [name for name in ("out", "init", "preset", "process", "model") if getattr(request, name)]
     fixed += sorted(set(request.training) - TRAINING_CHANGEABLE) + sorted(set(request.data) - DATA_CHANGEABLE)
     if fixed:
@@ -120,24 +111,23 @@ def resume_run(path: Path, request: TrainRequest) -> Launch:
 
 def initialization(request: TrainRequest, training: TrainingConfig) -> Initialization:
     """Read the preset or checkpoint that a training starts from, and decide on the process."""
-    if request.preset and request.init:
+    init = request.init
+    if request.preset and init:
         raise ValueError(
-            f"preset={request.preset!r} and init={request.init}: give one of them; a checkpoint has its own "
-            "architecture"
+            f"preset={request.preset!r} and init={init}: give one of them; a checkpoint has its own architecture"
         )
-    if training.lora_rank and not request.init:
+    if training.lora_rank and not init:
         raise ValueError(f"lora_rank={training.lora_rank} needs --init CHECKPOINT: a LoRA changes a trained network")
-    if not request.init:
+    if not init:
         unbounded = {"clip_sample_range": None} if request.data.get("vae") else {}  # latents have no fixed range
         config = preset(request.preset) if request.preset else None
         return Initialization(config, None, Diffusion(**unbounded | dict(request.process)), [])
-    network, saved = read_initial_checkpoint(request.init)
+    network, saved = read_initial_checkpoint(init)
     messages = []
     if saved is None:  # most published networks without a schedule beside them are DDPM's
         saved = Diffusion(prediction_type="epsilon", beta_schedule="linear").to_dict()
         messages.append(
-            f"{request.init}: no schedule beside it; taken to predict epsilon along the linear one unless --process.* "
-            "says else"
+            f"{init}: no schedule beside it; taken to predict epsilon along the linear one unless --process.* says else"
         )
     changes = dict(request.process)
     if "clip_sample_range" in changes:  # diffusers has two options for it

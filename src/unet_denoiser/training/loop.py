@@ -21,6 +21,7 @@ from unet_denoiser.models.unet import UNet
 from unet_denoiser.sampling.loop import sample
 from unet_denoiser.sampling.pipeline.pipeline import CLASS_NAMES, Pipeline
 from unet_denoiser.training.checkpoints import read_checkpoint, read_metadata, select_averages
+from unet_denoiser.training.distributed import is_sharded
 from unet_denoiser.training.lora import save_lora
 from unet_denoiser.training.run import Run
 from unet_denoiser.training.tracking import LOG_EVERY, MetricsLog, log_to_trackers, plot, start_trackers
@@ -127,7 +128,7 @@ def _record(run: Run, trainer: Trainer, metrics: MetricsLog, step: TrainingStep)
     if last or step.stop or step.step == 1 or step.step % config.checkpoint_every == 0:
         save(run, trainer, metrics)
     if last or step.step % config.preview_every == 0:
-        if main or trainer.is_sharded:
+        if main or is_sharded(trainer.accelerator):  # with shards all processes must run the network
             try:
                 preview(run, trainer)
             except UnreadableItemError as error:  # training itself replaces such items

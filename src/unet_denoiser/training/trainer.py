@@ -25,7 +25,7 @@ from unet_denoiser.diffusion.process import Diffusion
 from unet_denoiser.models.conditions import Conditions
 from unet_denoiser.models.unet import UNet
 from unet_denoiser.training.checkpoints import select_averages
-from unet_denoiser.training.distributed import gather_full, is_sharded, make_accelerator, shard_like
+from unet_denoiser.training.distributed import gather_full, make_accelerator, shard_like
 from unet_denoiser.training.ema import EMA
 from unet_denoiser.training.lora import add_lora, merge_lora_weights
 from unet_denoiser.training.randomness import DROPPABLE, LossDraws, condition_dropout, draw_for_loss, seed_dropout
@@ -172,11 +172,6 @@ class Trainer:
         if self._scaler and metadata["scaler"]:
             self._scaler.load_state_dict(metadata["scaler"])
 
-    @property
-    def is_sharded(self) -> bool:
-        """True if each process has only a shard of every weight, so that all of them must run the network."""
-        return is_sharded(self.accelerator)
-
     def _trained(self) -> list[tuple[str, Any]]:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
@@ -231,8 +226,7 @@ class Trainer:
 
     def _clip(self) -> Tensor:
         """Scale the gradients down to `max_grad_norm`; return their norm before that."""
-        norm = self.accelerator.clip_grad_norm_(self.prepared.parameters(), self.config.max_grad_norm)
-        norm = torch.as_tensor(norm)
+        norm = torch.as_tensor(self.accelerator.clip_grad_norm_(self.prepared.parameters(), self.config.max_grad_norm))
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     def _gather(self, losses: list[Losses]) -> tuple[Losses, bool]:

@@ -62,7 +62,8 @@ def generate(pipeline: Pipeline, request: GenerationRequest, **options: Any) -> 
     """
     edit, process, model = request.edit, pipeline.process, pipeline.model
     conditions, negative = _read_conditions(pipeline, request), _read_negative(pipeline, request)
-    _check_guidance(pipeline, request, conditions, negative)
+    conditional = bool(conditions.given()) or pipeline.data.concat is not None
+    _check_guidance(request, conditional, has_negative=bool(negative.given()))
     options |= {"config": request.config, "negative": negative.given(), "guide": request.guide, **conditions.given()}
     if edit.image is not None:
         return _edit_image(pipeline, request, edit.image, options)
@@ -121,15 +122,12 @@ def _read_negative(pipeline: Pipeline, request: GenerationRequest) -> Conditions
     return negative
 
 
-def _check_guidance(
-    pipeline: Pipeline, request: GenerationRequest, conditions: Conditions, negative: Conditions
-) -> None:
+def _check_guidance(request: GenerationRequest, conditional: bool, has_negative: bool) -> None:
     """Raise ValueError if guidance has nothing to lead to, or if it is off although something is given to lead from."""
     scale, guide = request.config.guidance_scale, request.guide
-    conditional = bool(conditions.given()) or pipeline.data.concat is not None
     if not conditional and guide is None and scale != 1:
         raise ValueError(f"guidance_scale={scale} needs a class, caption, vector or image to follow; give one, or 1")
-    if (negative.given() or guide is not None) and scale == 1:
+    if (has_negative or guide is not None) and scale == 1:
         raise ValueError(
             "guidance_scale=1 leads away from nothing: with a negative or a guide give 2 to 5, for example"
         )
@@ -142,7 +140,7 @@ def _edit_image(pipeline: Pipeline, request: GenerationRequest, file: Path, opti
     """Return edited versions of an image file; `options` are arguments of `sample`."""
     edit = request.edit
     if edit.upscale is not None:
-        return _upscale(pipeline, request, pipeline.read_image_unscaled(file), options)
+        return _upscale(pipeline, request, pipeline.read_image(file, keep_size=True), options)
     image = pipeline.read_image(file, request.image_size)
     if edit.mask is not None or edit.outpaint is not None:
         return _inpaint(pipeline, request, image, options)

@@ -17,7 +17,7 @@ from unet_denoiser.data.load import load_autoencoder, load_text_encoder
 from unet_denoiser.diffusion.process import SCHEDULER_NAME, Diffusion
 from unet_denoiser.models.conditions import Conditions
 from unet_denoiser.models.unet import UNet
-from unet_denoiser.sampling.pipeline.read_images import read_concat, read_image, read_image_unscaled, read_mask
+from unet_denoiser.sampling.pipeline.read_images import read_concat, read_image, read_mask
 from unet_denoiser.utils.files import read_json
 from unet_denoiser.utils.images import MODES, save_grid
 
@@ -113,26 +113,20 @@ class Pipeline:
 
     # ---- images and samples ----------------------------------------------------------------------------------------
 
-    def read_image(self, image: str | Path, size: Sequence[int] | None = None) -> Tensor:
+    def read_image(self, image: str | Path, size: Sequence[int] | None = None, *, keep_size: bool = False) -> Tensor:
         """Read an image file as (1, C, H, W) in [-1, 1], resized and cropped as in training.
 
         Args:
             size: in pixels, one number or height and width (default: that of the training).
+            keep_size: keep the size of the file instead.
 
         Raises:
             ValueError, OSError: the file is no image, or the network makes none.
         """
-        self._check_images(image)
-        return read_image(self.data, self.image_channels, image, self._check_size(size))
-
-    def read_image_unscaled(self, image: str | Path) -> Tensor:
-        """Read an image file as (1, C, H, W) in [-1, 1], with the size of the file; errors as `read_image`."""
-        self._check_images(image)
-        return read_image_unscaled(self.data, self.image_channels, image)
-
-    def _check_images(self, image: str | Path) -> None:
         if not self.makes_images:
             raise ValueError(f"image={image}: {self.path} makes no images")
+        sizes: Any = None if keep_size else self._check_size(size) or self.data.image_size
+        return read_image(self.data, self.image_channels, image, sizes)
 
     def read_concat(self, image: Path) -> Tensor:
         """Read an image file as `concat` (1, C2, *spatial) of a sample; ValueError if the network sees no image."""

@@ -13,24 +13,20 @@ from unet_denoiser.data.transforms import augment, make_fill, open_image, to_flo
 from unet_denoiser.data.wrappers.concat import enlarge
 
 
-def read_image(data: DataConfig, channels: int, image: str | Path, size: Sequence[int] | None = None) -> Tensor:
+def read_image(data: DataConfig, channels: int, image: str | Path, size: Sequence[int] | None) -> Tensor:
     """Read an image file as (1, channels, H, W) in [-1, 1], resized and cropped as in training.
 
     Args:
-        size: height and width (default: `data.image_size`).
+        size: height and width; None keeps the size of the file.
 
     Raises:
         ValueError: the file is no image.
     """
-    size = tuple(size or data.image_size or ())  # type: ignore[arg-type]  # a run's is a tuple
-    pixels = to_pixels(open_image(str(image)), channels, size, data.resize_mode, data.background)
-    return augment(to_float(pixels), size, data, background=make_fill(data.background, channels))[None]
-
-
-def read_image_unscaled(data: DataConfig, channels: int, image: str | Path) -> Tensor:
-    """Read an image file as (1, channels, H, W) in [-1, 1], with the size of the file; ValueError if it is none."""
     opened = open_image(str(image))
-    return to_float(to_pixels(opened, channels, (opened.height, opened.width), "stretch", data.background))[None]
+    if size is None:
+        return to_float(to_pixels(opened, channels, (opened.height, opened.width), "stretch", data.background))[None]
+    pixels = to_pixels(opened, channels, tuple(size), data.resize_mode, data.background)
+    return augment(to_float(pixels), tuple(size), data, background=make_fill(data.background, channels))[None]
 
 
 def read_concat(data: DataConfig, channels: int, image: Path) -> Tensor:
@@ -45,8 +41,8 @@ def read_concat(data: DataConfig, channels: int, image: Path) -> Tensor:
     if kind.name == "inpainting":
         raise ValueError(f"concat_image={image}: the run was trained for inpainting; give image, and mask or outpaint")
     if kind.name == "folder":
-        return read_image(data, channels, image)
-    small = read_image_unscaled(data, channels, image)
+        return read_image(data, channels, image, data.image_size)  # type: ignore[arg-type]  # a run's is a tuple
+    small = read_image(data, channels, image, None)
     return enlarge(small, tuple(n * kind.factor for n in small.shape[2:]))
 
 

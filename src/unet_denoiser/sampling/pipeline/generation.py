@@ -14,7 +14,7 @@ from torch import Tensor
 from unet_denoiser.config.editing import DEFAULT_STRENGTH, EditingConfig
 from unet_denoiser.config.sampling import SamplingConfig
 from unet_denoiser.models.unet import UNet
-from unet_denoiser.sampling.editing.image_editing import canvas, image_to_image, inpaint, upscale
+from unet_denoiser.sampling.editing.image_editing import image_to_image, inpaint, pad_canvas, upscale
 from unet_denoiser.sampling.editing.interpolation import interpolate
 from unet_denoiser.sampling.editing.inversion import invert, regenerate
 from unet_denoiser.sampling.loop import sample
@@ -93,7 +93,7 @@ def _edit(run: Pipeline, model: UNet, request: GenerationRequest, options: dict[
     picture = run.read_picture(edit.image, request.image_size)
     if edit.mask is not None or edit.outpaint is not None:
         if edit.outpaint is not None:
-            picture, mask = canvas(picture, edit.outpaint)
+            picture, mask = pad_canvas(picture, edit.outpaint)
             if any(n % run.latent_factor for n in picture.shape[2:]):
                 raise ValueError(
                     f"outpaint={edit.outpaint} makes a picture of {tuple(picture.shape[2:])}; with latents both must "

@@ -113,7 +113,7 @@ def test_sampling_takes_its_size_from_concat():
         (None, {}, "concat has 0 channels; this network was built for 2"),
         (torch.zeros(2, 1, 8, 8), {}, "concat has 1 channels; this network was built for 2"),
         (torch.zeros(2, 2, 8, 8), {"image_size": 16}, r"concat has size \(8, 8\); the samples have \(16, 16\)"),
-        (torch.zeros(3, 2, 8, 8), {}, "concat has 3 rows for 2 seeds"),
+        (torch.zeros(3, 2, 8, 8), {}, "concat has 3 samples for 2 seeds"),
     ],
 )
 def test_sampling_refuses_a_wrong_concat(concat, options, message):

@@ -194,11 +194,7 @@ class Diffusion:
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Diffusion:
-        """Read `scheduler_config.json`.
-
-        Raises:
-            FileNotFoundError, ValueError: the file is missing or unreadable.
-        """
+        """Read `scheduler_config.json`; FileNotFoundError or ValueError if it is missing or unreadable."""
         return cls.from_dict(read_json(Path(directory) / SCHEDULER_NAME))
 
 

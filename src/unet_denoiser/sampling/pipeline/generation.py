@@ -15,7 +15,7 @@ from unet_denoiser.config.editing import DEFAULT_STRENGTH, EditingConfig
 from unet_denoiser.config.sampling import SamplingConfig
 from unet_denoiser.models.conditions import Conditions
 from unet_denoiser.models.unet import UNet
-from unet_denoiser.sampling.editing.image_editing import canvas, image_to_image, inpaint, upscale
+from unet_denoiser.sampling.editing.image_editing import image_to_image, inpaint, pad_canvas, upscale
 from unet_denoiser.sampling.editing.interpolation import interpolate
 from unet_denoiser.sampling.editing.inversion import invert, regenerate
 from unet_denoiser.sampling.loop import sample
@@ -174,7 +174,7 @@ def _inpaint(pipeline: Pipeline, request: GenerationRequest, image: Tensor, opti
     """Return versions of an image (1, C, H, W) that are new inside a mask, or in margins around it."""
     edit, factor = request.edit, pipeline.latent_factor
     if edit.outpaint is not None:
-        image, mask = canvas(image, edit.outpaint)
+        image, mask = pad_canvas(image, edit.outpaint)
         if any(n % factor for n in image.shape[2:]):
             raise ValueError(
                 f"outpaint={edit.outpaint} makes an image of {tuple(image.shape[2:])}; with latents both must be "

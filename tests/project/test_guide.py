@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 import unet_denoiser
@@ -45,8 +46,25 @@ def test_python_compiles(document):
 
 def test_every_public_name_has_a_place_in_the_api():
     pages = (ROOT / "docs" / "reference" / "api").glob("*.md")
-    named = [name for page in pages for name in re.findall(r"^::: unet_denoiser\.(\w+)$", page.read_text(), re.M)]
+    text = "\n".join(page.read_text() for page in pages)
+    named = re.findall(r"^::: unet_denoiser\.(?:\w+\.)?(\w+)$", text, re.MULTILINE)
     assert sorted(named) == sorted({*unet_denoiser.__all__} - {"__version__"})
+
+
+def test_python_of_sampling_and_editing(tmp_path, monkeypatch):
+    """The blocks of the two pages, in one namespace each, on a small run with the classes of digits."""
+    monkeypatch.chdir(tmp_path)
+    model = "--model.model-channels 8 --model.norm-groups 4 --model.num-res-blocks 1"
+    main([*f"train digits --out RUN --steps 2 --batch-size 2 --device cpu {model}".split()])
+    Image.new("L", (8, 8), 90).save("image.png")
+    Image.new("L", (4, 4), 90).save("small.png")
+    mask = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+    mask[..., 4:] = True
+    for page in ("sample", "edit"):
+        code = "\n".join(blocks(ROOT / "docs" / "guide" / f"{page}.md", "python"))
+        exec(code.replace("runs/photos", "RUN").replace('["cats"]', '["4"]'), {"mask": mask})
+    for name in ("cats.png", "now.png", "strip.png", "samples.gif"):
+        assert Path(name).stat().st_size > 100
 
 
 @pytest.mark.filterwarnings("ignore:norm_groups:UserWarning")

@@ -134,7 +134,7 @@ def test_strip_gif_and_preview(run, capsys):
         ("--image digit.png --concat-image digit.png", "the run was trained without concat"),
         ("--negative-class 3", "guidance_scale=1 leads away from nothing"),
         ("--guide-checkpoint 1", "guidance_scale=1 leads away from nothing"),
-        ("--negative-class 3 --guide-checkpoint 1 --guidance-scale 2", "guide and negative both say"),
+        ("--negative-class 3 --guide-checkpoint 1 --guidance-scale 2", "guide and negative"),
         ("--negative-caption red --guidance-scale 2", "caption='red'"),
         ("--guide-checkpoint 7 --guidance-scale 2", "checkpoint='7' is not in"),
         ("--preview-every 0", "preview_every=0 must be at least 1"),

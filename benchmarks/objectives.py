@@ -1,6 +1,7 @@
 """Objectives compared on 8x8 digits: the distance of samples to held-out digits after a short training.
 
-Prints a row for each objective as it is done; docs/reference/objectives.md has the table. Run: python benchmarks/objectives.py
+Prints a row for each objective as it is done; docs/reference/objectives.md has the table.
+Run: python benchmarks/objectives.py
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Where Winograd's filtering pays: single 3x3 convolutions, its time as a share of torch's own in its better layout.
 
 "kept" is inference with transformed weights kept, "anew" transforms them in each call, "train" is that with all
-gradients. Beside each, what `winograd_share` expects; at 0.95 or less the filtering is used.
+gradients. Beside each, what `winograd_time_ratio` expects; at 0.95 or less the filtering is used.
 Run: python benchmarks/winograd.py
 """
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from measure import fastest
 from torch import Tensor
 
-from unet_denoiser.models.layers.conv import convolve_3x3, convolve_3x3_backward, winograd_share
+from unet_denoiser.models.layers.conv import convolve_3x3, convolve_3x3_backward, winograd_time_ratio
 
 # batch, channels in and out, size
 SHAPES = (
@@ -60,7 +60,7 @@ def main() -> None:
         times = fastest(calls, rounds=3, at_least=0.05)
         forward = min(times["contiguous"], times["channels last"])
         training = min(times["torch's training"], times["torch's, channels last"])
-        kept, anew = (winograd_share(in_ch, out_ch, x.shape, is_kept) for is_kept in (True, False))
+        kept, anew = (winograd_time_ratio(in_ch, out_ch, x.shape, is_kept) for is_kept in (True, False))
         shares = (times["kept"] / forward, kept, times["anew"] / forward, anew, times["train"] / training)
         columns = (batch, in_ch, out_ch, size, f"{forward * 1e3:.2f}", *(f"{share:.2f}" for share in shares))
         print(f"| {' | '.join(map(str, columns))} |", flush=True)

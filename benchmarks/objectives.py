@@ -1,6 +1,6 @@
 """Objectives compared on 8x8 digits: how near the samples are to held-out digits after a short training.
 
-Prints a row for each objective as it is done; docs/objectives.md has the table and what is made of it.
+Prints a row for each objective as it is done; docs/reference/objectives.md has the table and what is made of it.
 """
 
 import argparse

@@ -15,8 +15,8 @@ from guided_diffusion.unet import UNetModel
 
 from unet_denoiser import UNet
 
-sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("tests", "tests/parity")]
-from test_checkpoints import DDPM
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from support.checkpoints import DDPM
 
 DDPM_BLOCKS = {
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),

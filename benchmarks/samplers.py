@@ -1,4 +1,4 @@
-"""Every sampler against closed forms: the table of docs/sampling.md.
+"""Every sampler against closed forms: the table of docs/reference/samplers.md.
 
     python benchmarks/samplers.py
 
@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from helpers_sampling import Mixture
-
+from support.oracles import Mixture
 from unet_denoiser import Diffusion, Sampler, SamplingConfig, denoise
 from unet_denoiser.sampling.samplers import SAMPLERS
 
@@ -27,7 +26,7 @@ def order(name: str) -> str:
     for count in (40, 80):
         config = SamplingConfig(name, count, sigma_schedule="exponential")
         sampler = Sampler(config, process)
-        (a0, s0), (a1, s1) = sampler.noise_level(0), sampler.noise_level(len(sampler) - 1)
+        (a0, s0), (a1, s1) = sampler.alpha_sigma(0), sampler.alpha_sigma(len(sampler) - 1)
         exact = a1 * m + (z - a0 * m) * ((a1 * s) ** 2 + s1**2).sqrt() / ((a0 * s) ** 2 + s0**2).sqrt()
         errors.append((list(denoise(Mixture(process), process, z, config))[-2].x - exact).abs().max())
     return f"{(errors[0] / errors[1]).log2():.1f}"

@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4, help="turns of every value (default: 4)")
     parser.add_argument("--quick", action="store_true", help="fewer values")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure to this file")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="SVG to draw (docs/scaling.svg unless --quick)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="SVG (docs/results/scaling.svg unless --quick)")
     options = parser.parse_args()
     about, command = machine(), f"python {shlex.join(sys.argv)}"
     print(describe(about, command), flush=True)
@@ -151,7 +151,7 @@ def main() -> None:
     for name in options.only:
         axes[name] = measure(name, AXES[name], options.quick, options.rounds)
         print(f"\n{render(axes[name])}", flush=True)
-    plot = options.plot or (None if options.quick else Path(__file__).parents[1] / "docs" / "scaling.svg")
+    plot = options.plot or (None if options.quick else Path(__file__).parents[1] / "docs" / "results" / "scaling.svg")
     if plot:
         plot.write_text(draw([panel(rows) for rows in axes.values()]))
     if options.json:

@@ -66,10 +66,10 @@ def test_unknown_names_the_known():
         preset("sd-9")
 
 
-def test_the_family_page_is_in_step():
-    """docs/family.md is what docs/family.py writes, and names every published network once."""
-    docs = Path(__file__).parents[2] / "docs"
-    page = runpy.run_path(str(docs / "family.py"))["page"]()
-    assert (docs / "family.md").read_text() == page
+def test_the_page_of_presets_is_in_step():
+    """docs/reference/presets.md is what docs/reference/presets.py writes, and names every published network once."""
+    docs = Path(__file__).parents[2] / "docs" / "reference"
+    page = runpy.run_path(str(docs / "presets.py"))["page"]()
+    assert (docs / "presets.md").read_text() == page
     assert all(page.count(f"| {name} |") == 1 for name in PARAMETERS)
     assert all(f"{count:,}" in page for count in PARAMETERS.values())

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from unet_denoiser import Diffusion, TrainingConfig
+from unet_denoiser import Diffusion, TrainingConfig, training_losses
 from unet_denoiser.diffusion.loss import Losses
 from unet_denoiser.diffusion.loss_weighting import LossWeighting, loss_weights
 from unet_denoiser.training.tracking import LossPerNoiseLevel
@@ -15,14 +15,14 @@ from unet_denoiser.training.tracking import LossPerNoiseLevel
 
 def test_losses_are_per_sample_with_their_timesteps():
     process, x0, t = Diffusion(prediction_type="epsilon"), torch.rand(6, 1, 4, 4), torch.tensor([0, 3, 500, 999, 3, 7])
-    losses = process.losses(lambda x, t: torch.zeros_like(x), x0, t=t, noise=torch.full_like(x0, 2.0))
+    losses = training_losses(process, lambda x, t: torch.zeros_like(x), x0, t=t, noise=torch.full_like(x0, 2.0))
     assert_close(losses.error, torch.full((6,), 4.0))
     assert losses.t is t
-    assert_close(process.loss(lambda x, t: torch.zeros_like(x), x0, t=t, noise=torch.full_like(x0, 2.0)), losses.loss)
+    assert_close(losses.loss, losses.error)  # without a weighting
 
 
 @pytest.mark.parametrize(("timesteps", "levels"), [(1000, 8), (10, 3), (4, 8)])
-def test_mean_per_level(timesteps, levels):
+def test_mean_per_noise_level(timesteps, levels):
     collected, values = LossPerNoiseLevel(timesteps, levels), [[] for _ in range(levels)]
     rng = np.random.default_rng(0)
     for _ in range(5):
@@ -37,7 +37,7 @@ def test_mean_per_level(timesteps, levels):
     assert collected.means(collected.totals * 2) == means  # two processes that saw the same
 
 
-def test_levels_start_anew_and_go_on_from_a_state():
+def test_loss_per_noise_level_resets_and_resumes():
     batch = Losses(torch.zeros(3), torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 1, 9]))
     first = LossPerNoiseLevel(10, 2)
     first.add(batch)
@@ -55,7 +55,7 @@ def test_levels_start_anew_and_go_on_from_a_state():
 SNR = torch.tensor([1e4, 40.0, 5.0, 1.0, 0.25, 1e-4])
 
 
-def weights_of(prediction, weighting, snr=SNR, **gammas):
+def compute_weights(prediction, weighting, snr=SNR, **gammas):
     return loss_weights(prediction, snr, TrainingConfig(loss_weighting=weighting, **gammas))
 
 
@@ -73,19 +73,19 @@ def weights_of(prediction, weighting, snr=SNR, **gammas):
         ("truncated_snr", "v_prediction", lambda s: torch.maximum(s, torch.tensor(1.0)) / (s + 1)),
     ],
 )
-def test_weights_are_the_papers(weighting, prediction, expected):
-    assert_close(weights_of(prediction, weighting), expected(SNR))
+def test_weights_equal_the_papers(weighting, prediction, expected):
+    assert_close(compute_weights(prediction, weighting), expected(SNR))
 
 
-def test_gammas():
-    assert_close(weights_of("sample", "min_snr", min_snr_gamma=2.0), SNR.clamp(max=2.0))
-    assert_close(weights_of("epsilon", "p2", p2_gamma=0.5), (1 + SNR) ** -0.5)
-    assert_close(weights_of("epsilon", "p2", p2_gamma=0.0), torch.ones(6))
+def test_gamma_options():
+    assert_close(compute_weights("sample", "min_snr", min_snr_gamma=2.0), SNR.clamp(max=2.0))
+    assert_close(compute_weights("epsilon", "p2", p2_gamma=0.5), (1 + SNR) ** -0.5)
+    assert_close(compute_weights("epsilon", "p2", p2_gamma=0.0), torch.ones(6))
 
 
 @pytest.mark.parametrize("weighting", ["min_snr", "p2", "truncated_snr"])
 @pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2"])
-def test_a_weighting_means_the_same_whatever_is_predicted(weighting, schedule):
+def test_a_weighting_is_the_same_for_every_prediction_type(weighting, schedule):
     """Three networks that stand for the same x0 are pulled towards the true one alike, at every noise level."""
     config, t = TrainingConfig(loss_weighting=weighting), torch.tensor([0, 20, 300, 600, 900])
     g = torch.Generator().manual_seed(0)
@@ -95,7 +95,7 @@ def test_a_weighting_means_the_same_whatever_is_predicted(weighting, schedule):
         if (prediction, weighting) == ("epsilon", "truncated_snr"):
             continue
         process = Diffusion(beta_schedule=schedule, prediction_type=prediction)
-        alpha, sigma = process._at(t, x0)
+        alpha, sigma = process.alpha_sigma(t, x0)
         own = (x0 + 0.1 * torch.randn(x0.shape, generator=g.manual_seed(1))).requires_grad_()
 
         def model(xt, t, own=own, alpha=alpha, sigma=sigma, prediction=prediction):
@@ -103,7 +103,7 @@ def test_a_weighting_means_the_same_whatever_is_predicted(weighting, schedule):
             return {"epsilon": epsilon, "sample": own, "v_prediction": alpha * epsilon - sigma * own}[prediction]
 
         weighting_ = LossWeighting(prediction, process.snr, config)
-        process.loss(model, x0, t=t, noise=noise, weighting=weighting_).mean().backward()
+        training_losses(process, model, x0, t=t, noise=noise, weighting=weighting_).loss.mean().backward()
         gradients[prediction] = own.grad
     first, *others = gradients.values()
     assert first.abs().flatten(1).amax(1).min() > 0
@@ -111,12 +111,12 @@ def test_a_weighting_means_the_same_whatever_is_predicted(weighting, schedule):
         assert_close(other, first, rtol=5e-3, atol=0)
 
 
-def test_refuses_a_weight_without_bound():
+def test_refuses_an_unbounded_weight():
     with pytest.raises(ValueError, match=r"'truncated_snr' with prediction_type='epsilon'.*use 'v_prediction'"):
-        weights_of("epsilon", "truncated_snr")
+        compute_weights("epsilon", "truncated_snr")
 
 
-def test_learned_uncertainty_finds_the_size_of_every_levels_loss():
+def test_learned_uncertainty_fits_the_loss_of_every_noise_level():
     """For errors of known mean, u becomes its logarithm, and all levels then count the same."""
     process = Diffusion(prediction_type="v_prediction", rescale_betas_zero_snr=True)
     weighting = LossWeighting("v_prediction", process.snr, TrainingConfig(loss_weighting="learned"))
@@ -135,7 +135,7 @@ def test_learned_uncertainty_finds_the_size_of_every_levels_loss():
     assert_close(error.grad * expected, 1 / ratio)
 
 
-def test_learned_uncertainty_goes_on_from_a_state_and_averages_over_processes():
+def test_learned_uncertainty_resumes_and_averages_over_processes():
     def make():
         return LossWeighting("epsilon", Diffusion().snr, TrainingConfig(loss_weighting="learned"))
 

@@ -11,7 +11,7 @@ SIGMA = (1 - ALPHA**2).sqrt()
 
 
 @pytest.mark.parametrize("name", PREDICTIONS)
-def test_a_row_agrees_with_itself(name):
+def test_functions_of_a_prediction_type_agree(name):
     prediction = PREDICTIONS[name]
     x0, eps = torch.randn(2, 5, dtype=torch.float64)
     xt = ALPHA * x0 + SIGMA * eps

@@ -33,7 +33,7 @@ def test_rows_of_ddpm_cifar10():
 
 
 def test_the_picture_in_the_documents_is_in_step():
-    picture = Path(__file__).parents[2] / "docs" / "unet.svg"
+    picture = Path(__file__).parents[2] / "docs" / "images" / "unet.svg"
     assert picture.read_text() == draw_diagram(preset("specification"))
 
 

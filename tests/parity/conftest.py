@@ -1,4 +1,4 @@
-"""What all parity tests share."""
+"""Fixtures of all parity tests."""
 
 import pytest
 

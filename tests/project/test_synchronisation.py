@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from unet_denoiser import Diffusion, UNet, sample
+from unet_denoiser import Diffusion, UNet, sample, training_losses
 
 NETWORK = {
     "model_channels": 32, "channel_mult": (1, 2), "attention_resolutions": (8,), "num_heads": 2, "context_dim": 8,
@@ -67,9 +67,9 @@ def test_a_training_step_waits_for_nothing(network, prediction_type, variance_ty
     if variance_type == "learned_range":
         with torch.device("meta"):
             model = UNet(**NETWORK | {"out_channels": 6})
-    process.loss(model, x, **conditions)  # the schedule moves to the device once
+    training_losses(process, model, x, **conditions)  # the schedule moves to the device once
     with Copies() as copies:
-        process.loss(model, x, **conditions).mean().backward()
+        training_losses(process, model, x, **conditions).loss.mean().backward()
     assert copies.count == 0
     assert model.input_conv.weight.grad is not None
 

@@ -33,7 +33,7 @@ def given(model, batch=3):
 
 @pytest.mark.parametrize("options", KINDS)
 @pytest.mark.parametrize("size", [(8, 6), (7, 5)])
-def test_the_parts_make_the_whole_wherever_it_is_cut(options, size):
+def test_shallow_and_deep_parts_make_the_network_at_every_depth(options, size):
     model = small(**options, channel_mult=(1, 2, 2))
     args = inputs(model.config, size=size)
     x, t, conditions = args.pop("x"), args.pop("t"), args
@@ -48,7 +48,7 @@ def test_the_parts_make_the_whole_wherever_it_is_cut(options, size):
 
 
 @pytest.mark.parametrize("options", KINDS)
-def test_a_fast_network_is_the_network(options):
+def test_cached_unet_equals_the_network(options):
     model = small(**options, time_cond_dim=2)
     x, t, conditions = given(model)
     with torch.no_grad():
@@ -58,7 +58,7 @@ def test_a_fast_network_is_the_network(options):
                 torch.testing.assert_close(fast(x, t, **conditions, **extra), expected, rtol=0, atol=2e-6)
 
 
-def test_checks_the_conditions():
+def test_refuses_unknown_conditions():
     with pytest.raises(ValueError, match="class_labels was given"):
         CachedUNet(small())(torch.randn(1, 3, 8, 8), torch.zeros(1), class_labels=torch.tensor([1]))
 
@@ -115,7 +115,7 @@ def test_which_calls_compute_the_deep_features(sampler, steps, reuse, expected):
 
 
 @pytest.mark.parametrize("options", [{}, {"sampler": "ddpm"}, {"guidance_scale": 2.0}])
-def test_reuse_of_one_is_none(options):
+def test_reuse_of_one_equals_none(options):
     model = small(num_classes=5)
     both = [
         sample(
@@ -169,8 +169,8 @@ def test_reuse_converges_to_the_full_computation_with_the_steps():
     assert 0 < error[100] < error[25] / 4
 
 
-def test_other_rows_have_their_features_computed():
-    """As where guidance begins or ends in the middle: conditional rows alone, then both halves, then alone again."""
+def test_other_batches_have_their_features_computed():
+    """As where a guidance interval begins or ends: the conditional half alone, both halves, then alone again."""
     model = small(num_classes=5)
     fast = CachedUNet(model, torch.arange(99), reuse=50)
     fast.warm_up = 0
@@ -221,15 +221,15 @@ SEEDS = {
 }
 
 
-def test_compiled_entry_points_give_the_same(monkeypatch):
-    monkeypatch.setattr(module, "_compiled", lambda part: torch.compile(part, backend="eager", fullgraph=True))
+def test_compiled_entry_points_give_the_same_samples(monkeypatch):
+    monkeypatch.setattr(module, "_compile", lambda part: torch.compile(part, backend="eager", fullgraph=True))
     model = small(num_classes=5, channel_mult=(1,))
     options = {"seeds": [0, 1], "num_inference_steps": 7, "class_labels": torch.arange(2), "reuse": 3}
     plain = sample(model, Diffusion(), **options)
     torch.testing.assert_close(sample(model, Diffusion(), compile=True, **options), plain, rtol=0, atol=1e-5)
 
 
-def test_goes_on_without_a_compiler(monkeypatch):
+def test_warns_and_continues_without_a_compiler(monkeypatch):
     from torch._dynamo.exc import BackendCompilerFailed
 
     tried = []
@@ -239,16 +239,16 @@ def test_goes_on_without_a_compiler(monkeypatch):
         raise BackendCompilerFailed("inductor", RuntimeError("no C++ compiler"), None)
 
     monkeypatch.setattr(torch, "compile", lambda function: fail)
-    module._compiled.cache_clear()
+    module._compile.cache_clear()
     model, options = small(), {"seeds": [0, 1, 2], "num_inference_steps": 6, "reuse": 3}
     with pytest.warns(UserWarning, match="compile=True: torch.compile fails here, going on without it: .*no C.. comp"):
         compiled = sample(model, Diffusion(), compile=True, batch_size=1, **options)
-    module._compiled.cache_clear()
+    module._compile.cache_clear()
     assert len(tried) == 2  # once for each entry point, not in every call
     assert torch.equal(compiled, sample(model, Diffusion(), batch_size=1, **options))
 
 
-def test_networks_that_others_have_changed_are_called_as_they_are():
+def test_hooked_networks_are_called_as_they_are():
     model, seen = small(), []
     model.register_forward_hook(lambda *args: seen.append(0))
     sample(model, Diffusion(), seeds=[0], num_inference_steps=3)
@@ -258,7 +258,7 @@ def test_networks_that_others_have_changed_are_called_as_they_are():
             make_cached_unet(model, **options)
 
 
-def test_another_forward_is_what_is_called():
+def test_a_subclass_with_another_forward_is_called_as_it_is():
     class Constant(UNet):
         def forward(self, x, t, **conditions):
             return torch.zeros_like(x)
@@ -277,6 +277,6 @@ def test_self_conditioning_variance_and_concat_go_with_reuse():
     torch.testing.assert_close(alone, whole, rtol=0, atol=1e-5)
 
 
-def test_refuses():
-    with warnings.catch_warnings(), pytest.raises(ValueError, match="reuse=0 must be at least 1"):
+def test_refuses_reuse_below_one():
+    with warnings.catch_warnings(), pytest.raises(ValueError, match="reuse=0 must be at least 1, for example 3"):
         sample(small(), Diffusion(), seeds=[0], reuse=0)

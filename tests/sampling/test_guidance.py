@@ -15,13 +15,13 @@ def guidance(network, scale, guided=None, channels=None, **conditions):
 
 
 class Counting:
-    """A network that counts its calls and rows."""
+    """A network that records the batch size of each call."""
 
     def __init__(self, model):
-        self.model, self.rows = model, []
+        self.model, self.batches = model, []
 
     def __call__(self, x, t, **inputs):
-        self.rows.append(len(x))
+        self.batches.append(len(x))
         return self.model(x, t, **inputs)
 
 
@@ -34,7 +34,7 @@ def setting():
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 3.0])
-def test_formula(setting, scale):
+def test_classifier_free_guidance_equals_its_formula(setting, scale):
     network, x, t, conditions = setting
     with torch.no_grad():
         guided = guidance(network, scale, **conditions)(x, t)
@@ -47,7 +47,7 @@ def test_formula(setting, scale):
 def test_computes_only_what_it_needs_in_one_call(setting, scale, rows):
     network, x, t, conditions = setting
     guidance(network, scale, **conditions)(x, t)
-    assert network.rows == [rows]
+    assert network.batches == [rows]
 
 
 def test_channels_that_are_no_prediction_are_not_guided():
@@ -63,13 +63,13 @@ def test_channels_that_are_no_prediction_are_not_guided():
     assert (everything - conditional)[:, 3:].abs().max() > 0.1
 
 
-def test_one_is_exactly_off(setting):
+def test_scale_one_is_exactly_the_conditional_output(setting):
     network, x, t, conditions = setting
     with torch.no_grad():
         assert torch.equal(guidance(network, 1.0, **conditions)(x, t), network.model(x, t, **conditions))
 
 
-def test_without_conditions(setting):
+def test_guidance_without_conditions(setting):
     network, x, t, _ = setting
     with torch.no_grad():
         assert torch.equal(guidance(network, 1.0, class_labels=None)(x, t), network.model(x, t))
@@ -82,7 +82,7 @@ def test_without_conditions(setting):
 # ---- negative conditions, and guides -------------------------------------------------------------------------------
 
 
-def test_negative_conditions_stand_in_for_the_null(setting):
+def test_negative_conditions_replace_the_null(setting):
     """With a mask and a length of their own; what is not named is dropped."""
     network, x, t, conditions = setting
     negative = {"class_labels": torch.tensor([4, 0, 1]), "context": torch.randn(3, 5, 6)}
@@ -97,10 +97,10 @@ def test_negative_conditions_stand_in_for_the_null(setting):
     assert_close(found, other + 2.5 * (wanted - other), rtol=1e-4, atol=1e-4)
     assert_close(kept, expected + 2.5 * (wanted - expected), rtol=1e-4, atol=1e-4)
     assert_close(alone, other, rtol=1e-4, atol=1e-4)
-    assert network.rows == [6, 6, 3]
+    assert network.batches == [6, 6, 3]
 
 
-def test_a_negative_condition_alone_leads_away_from_it(setting):
+def test_a_negative_condition_alone(setting):
     network, x, t, _ = setting
     negative = {"class_labels": torch.tensor([4, 0, 1])}
     with torch.no_grad():
@@ -110,13 +110,13 @@ def test_a_negative_condition_alone_leads_away_from_it(setting):
 
 
 @pytest.mark.parametrize(("scale", "calls"), [(1.0, ([3], [])), (2.0, ([3], [3])), (0.0, ([], [3]))])
-def test_autoguidance_leads_away_from_a_weaker_network(setting, scale, calls):
+def test_autoguidance_with_a_weaker_network(setting, scale, calls):
     network, x, t, conditions = setting
     guide = Counting(small(seed=5, **CONDITIONS))
     with torch.no_grad():
         found = Guidance(network, SamplingConfig(guidance_scale=scale), conditions, guide=guide)(x, t)
         wanted, other = network.model(x, t, **conditions), guide.model(x, t, **conditions)
-    assert (network.rows, guide.rows) == calls
+    assert (network.batches, guide.batches) == calls
     assert_close(found, other + scale * (wanted - other), rtol=1e-4, atol=1e-4)
 
 
@@ -124,7 +124,7 @@ def test_autoguidance_leads_away_from_a_weaker_network(setting, scale, calls):
 
 
 @pytest.mark.parametrize(("sigma", "rows"), [(0.2, 3), (0.25, 3), (0.3, 6), (2.0, 6), (2.1, 3)])
-def test_interval(setting, sigma, rows):
+def test_guidance_interval(setting, sigma, rows):
     """Outside, the conditional half alone, bit by bit; sigma in units of alpha, above the low end, at most the high."""
     network, x, t, conditions = setting
     config = SamplingConfig(guidance_scale=3.0, guidance_interval=(0.25, 2.0))
@@ -132,12 +132,12 @@ def test_interval(setting, sigma, rows):
     with torch.no_grad():
         found = Guidance(network, config, conditions)(x, t, level)
         expected = guidance(network.model, 3.0 if rows == 6 else 1.0, **conditions)(x, t)
-    assert network.rows == [rows]
+    assert network.batches == [rows]
     assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("phi", [0.7, 1.0])
-def test_rescale_is_diffusers(setting, phi):
+def test_rescale_equals_diffusers(setting, phi):
     network, x, t, conditions = setting
     config = SamplingConfig(guidance_scale=6.0, guidance_rescale=phi)
     with torch.no_grad():
@@ -149,7 +149,7 @@ def test_rescale_is_diffusers(setting, phi):
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 2.0])
-def test_calls_and_tensors_of_a_generation(scale):
+def test_all_calls_of_a_generation_get_the_same_tensors(scale):
     """Each call has the same tensors, so that what depends on them alone can be kept; halves run where both count."""
     model, seen = small(num_classes=5), []
     forward = model.forward
@@ -161,7 +161,7 @@ def test_calls_and_tensors_of_a_generation(scale):
     model.forward = spy
     options = {"guidance_scale": scale, "guidance_interval": (0.5, 5.0), "num_inference_steps": 10, "sampler": "ddim"}
     sample(model, Diffusion(), seeds=range(2), class_labels=torch.tensor([1, 2]), **options)
-    levels = [Sampler(SamplingConfig("ddim", 10), Diffusion()).noise_level(i) for i in range(10)]
+    levels = [Sampler(SamplingConfig("ddim", 10), Diffusion()).alpha_sigma(i) for i in range(10)]
     inside = [0.5 < sigma / alpha <= 5 for alpha, sigma in levels]
     assert 0 < sum(inside) < 10
     assert [rows for rows, _, _ in seen] == [4 if i and scale == 2 else 2 for i in inside]
@@ -175,7 +175,7 @@ def test_calls_and_tensors_of_a_generation(scale):
 COMPONENTS = ((-0.5, 0.2), (0.4, 0.3))
 
 
-def test_classifier_guidance_of_a_mixture_ends_in_its_class():
+def test_classifier_guidance_samples_the_class_of_a_mixture():
     """p(x) p(class | x) is the component: at scale 1 its mean and standard deviation, for every prediction type."""
     torch.manual_seed(0)
     z = torch.randn(4000, 1)
@@ -211,7 +211,7 @@ def test_classifier_scale_is_the_factor_of_the_score():
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-def test_guidance_of_gaussians_is_their_scores(prediction):
+def test_guided_score_of_gaussians(prediction):
     """Conditional N(m, s^2) against unconditional: the guided score is the sum, whatever the network predicts."""
     process = Diffusion(prediction_type=prediction, beta_schedule="linear")
     one, other = Mixture(process, (0.5,), (0.3,)), Mixture(process, (-0.2,), (0.6,))
@@ -229,7 +229,7 @@ def test_guidance_of_gaussians_is_their_scores(prediction):
 
 
 def test_an_unconditional_network_with_a_classifier_of_labels():
-    """The labels reach the classifier, one row per seed, and not the network, which knows none."""
+    """The labels reach the classifier, one per seed, and not the network, which has no classes."""
     model, seen = small(), []
 
     def classifier(x, t, class_labels):
@@ -248,7 +248,7 @@ def test_an_unconditional_network_with_a_classifier_of_labels():
 
 
 def test_everything_together_in_sample():
-    """Negative class, interval, rescale, threshold and a classifier; one negative row serves all, in any batches."""
+    """Negative class, interval, rescale, threshold and a classifier; one negative label serves all, in any batches."""
     model = small(num_classes=5)
     options = {
         "class_labels": torch.tensor([1, 2, 3]), "negative": {"class_labels": torch.tensor([4])}, "guidance_scale": 3.0,
@@ -273,8 +273,8 @@ def test_everything_together_in_sample():
     [
         ({"negative": {"classes": torch.zeros(3)}}, "negative has 'classes'; conditions are class_labels"),
         ({"negative": {"context_mask": torch.ones(3, 2)}}, "negative has a context_mask without a context"),
-        ({"guide": small, "negative": {"class_labels": torch.zeros(3)}}, "guide and negative both say"),
-        ({"guide": small, "guided": ["class_labels"]}, "guide and guided both say"),
+        ({"guide": small, "negative": {"class_labels": torch.zeros(3)}}, "guide and negative both set"),
+        ({"guide": small, "guided": ["class_labels"]}, "guide and guided both set"),
     ],
 )
 def test_refuses(options, message):

@@ -8,10 +8,10 @@ from torch.testing import assert_close
 from support.networks import small
 from support.oracles import Mixture
 from unet_denoiser import Diffusion, Sampler, SamplingConfig, Start, denoise, sample
-from unet_denoiser.sampling.loop import dynamically_thresholded
+from unet_denoiser.sampling.loop import apply_dynamic_threshold
 from unet_denoiser.sampling.samplers import SAMPLERS
 
-FEW = ("ddpm", "dpm++", "heun", "pndm")  # of each manner of calling the network, and of drawing noise
+FEW = ("ddpm", "dpm++", "heun", "pndm")  # one of each kind of network calls, and of drawing noise
 MEAN, STD = 0.3, 0.5
 
 
@@ -26,7 +26,7 @@ def run(predict, process, noise, **options):
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_every_variance_of_ddpm_is_diffusers(variance, prediction):
+def test_every_variance_type_of_ddpm_equals_diffusers(variance, prediction):
     """Also with fewer steps than trained, where the range of a learned variance is that of the longer steps."""
     options = {"prediction_type": prediction, "variance_type": variance, "beta_schedule": "linear"}
     process = Diffusion(**options)
@@ -47,7 +47,7 @@ def test_every_variance_of_ddpm_is_diffusers(variance, prediction):
 
 
 @pytest.mark.parametrize("sampler", [name for name, kind in SAMPLERS.items() if not kind.stochastic])
-def test_the_other_samplers_do_without_the_variance(sampler):
+def test_other_samplers_ignore_the_learned_variance(sampler):
     process, plain = Diffusion(variance_type="learned_range"), Diffusion()
     z = torch.randn(3, 2, 4, 4)
     x = run(lambda x, t: torch.cat([0.5 * x, x], 1), process, z, sampler=sampler, num_inference_steps=5)
@@ -102,24 +102,24 @@ def test_clipping_bounds_every_sampler(sampler):
 
 
 @pytest.mark.parametrize("percentile", [0.5, 0.75, 1.0])
-def test_dynamic_threshold_is_imagens(percentile):
+def test_dynamic_threshold_equals_diffusers(percentile):
     """diffusers' own function, which interpolates between two values, at percentiles that are one."""
     x0 = torch.randn(4, 3, 7, 9) * torch.tensor([0.1, 1.0, 2.0, 5.0]).view(4, 1, 1, 1)
     peer = diffusers.DDPMScheduler(thresholding=True, dynamic_thresholding_ratio=percentile, sample_max_value=1e9)
-    ours = dynamically_thresholded(x0, percentile, (-1, 1))
+    ours = apply_dynamic_threshold(x0, percentile, (-1, 1))
     assert_close(ours, peer._threshold_sample(x0), rtol=0, atol=1e-6)
     assert torch.equal(ours[0], x0[0])
     assert ours.abs().max() <= 1 + 1e-6
     process, x = Diffusion(prediction_type="sample", clip_sample_range=2.0), torch.randn(3, 1, 8, 8)
     *_, last = denoise(lambda x, t: 5 * x, process, x, dynamic_threshold=percentile, num_inference_steps=1)
-    assert_close(last.x, 2 * dynamically_thresholded(5 * x / 2, percentile, (-1, 1)), rtol=1e-5, atol=1e-5)
+    assert_close(last.x, 2 * apply_dynamic_threshold(5 * x / 2, percentile, (-1, 1)), rtol=1e-5, atol=1e-5)
 
 
 # ---- starting later, and editing ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "heun", "kdpm2"])
-def test_starting_later_from_the_same_place(sampler):
+def test_starting_at_a_later_step_continues_the_trajectory(sampler):
     """Going on from a step's x_t is the same as never having stopped, for samplers without memory of earlier steps."""
     process = Diffusion(clip_sample_range=None)
     options, first = {"sampler": sampler, "num_inference_steps": 6}, 3
@@ -139,7 +139,7 @@ def test_start_noises_data_to_the_level_of_its_step(sampler):
     options = {"seeds": [1], "sampler": sampler, "num_inference_steps": 100}
     x = sample(model, process, start=Start(data, 60), **options)
     level = Sampler(SamplingConfig(sampler, 100), process, 60)
-    alpha, sigma = level.noise_level(0)
+    alpha, sigma = level.alpha_sigma(0)
     noise = torch.randn(1, 1, 4000, generator=torch.Generator().manual_seed(1))
     assert_close(seen[0], alpha * data + sigma * noise, rtol=0, atol=1e-5)
     assert x.mean().item() == pytest.approx(MEAN, abs=0.04)
@@ -150,13 +150,13 @@ def test_start_noises_data_to_the_level_of_its_step(sampler):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_an_edit_of_x0_ends_in_every_samplers_result(sampler):
-    """The known half is that of the result, and batches get their own rows."""
+    """The known half comes back in the result, and each batch gets the indices of its samples."""
     process, known = Diffusion(), torch.linspace(-1, 1, 3).view(3, 1, 1, 1).expand(3, 1, 8, 8)
     model, seen = small(in_channels=1, out_channels=1), []
 
-    def edit(x0, t, rows):
+    def edit(x0, t, indices):
         seen.append(t)
-        return torch.cat([known[rows, :, :4], x0[:, :, 4:]], dim=2)
+        return torch.cat([known[indices, :, :4], x0[:, :, 4:]], dim=2)
 
     x = sample(model, process, seeds=range(3), sampler=sampler, num_inference_steps=4, edit=edit, batch_size=2)
     assert_close(x[:, :, :4], known[:, :, :4], rtol=0, atol=1e-5)
@@ -243,8 +243,8 @@ def test_conditions_reach_the_network():
         ({"guidance_rescale": 1.5}, "guidance_rescale=1.5 must be 0"),
         ({"guidance_rescale": 0.5, "guidance_scale": 0.0}, "guidance_scale=0 computes no conditional output"),
         ({"guidance_interval": (3, 1)}, r"guidance_interval=\(3, 1\) must be two numbers"),
-        ({"negative": {"class_labels": torch.tensor([0] * 3)}}, "negative class_labels has 3 rows for 2 seeds"),
-        ({"class_labels": torch.tensor([0])}, "class_labels has 1 rows for 2 seeds"),
+        ({"negative": {"class_labels": torch.tensor([0] * 3)}}, "negative class_labels has 3 samples for 2 seeds"),
+        ({"class_labels": torch.tensor([0])}, "class_labels has 1 samples for 2 seeds"),
         ({"classes": torch.tensor([0])}, "classes is neither a condition .*class_labels.* nor an option .*sampler"),
         ({"start": Start(torch.zeros(1, 3, 8, 8), 1)}, r"start has shape \(1, 3, 8, 8\); there are 2 seeds of size"),
         ({"start": Start(torch.zeros(2, 3, 8, 8), 2)}, "first_step=2 must be 0 to 1"),

@@ -1,6 +1,6 @@
 """Every sampler against closed forms (a Gaussian's probability flow, a mixture's moments) and diffusers' own loop."""
 
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import diffusers
 import numpy as np
@@ -10,11 +10,13 @@ from torch.testing import assert_close
 
 from support.networks import small
 from support.oracles import Mixture
-from unet_denoiser import Diffusion, Sampler, SamplingConfig, denoise, sample
-from unet_denoiser.sampling.samplers import SAMPLERS
+from unet_denoiser import Diffusion, Guidance, Sampler, SamplingConfig, denoise, inpaint, invert, sample
+from unet_denoiser.sampling import samplers
+from unet_denoiser.sampling.loop import denoise_steps
+from unet_denoiser.sampling.samplers import MEMORYLESS, SAMPLERS
 
 STOCHASTIC = [name for name, kind in SAMPLERS.items() if kind.stochastic]
-BOUNDED = [name for name, kind in SAMPLERS.items() if kind.bounded]
+FINITE_START = [name for name, kind in SAMPLERS.items() if kind.needs_finite_start]
 # error before the last step when the steps double from 40 to 80, at least divided by; two to the order is the ideal
 CONVERGENCE = {
     "ddim": 1.9, "euler": 1.9,
@@ -32,13 +34,13 @@ def gaussian_error(name, count, **options):
     process, m, s = Diffusion(beta_schedule="scaled_linear", clip_sample_range=None), 0.3, 0.5
     z = torch.linspace(-2, 2, 41)[:, None]
     sampler = Sampler(SamplingConfig(name, count, **options), process)
-    (a0, s0), (a1, s1) = sampler.noise_level(0), sampler.noise_level(len(sampler) - 1)
+    (a0, s0), (a1, s1) = sampler.alpha_sigma(0), sampler.alpha_sigma(len(sampler) - 1)
     exact = a1 * m + (z - a0 * m) * ((a1 * s) ** 2 + s1**2).sqrt() / ((a0 * s) ** 2 + s0**2).sqrt()
     return (steps(Mixture(process), process, z, name, count, **options)[-2].x - exact).abs().max().item()
 
 
 @pytest.mark.parametrize("name", CONVERGENCE)
-def test_convergence_at_the_samplers_order(name):
+def test_convergence_at_the_order_of_the_sampler(name):
     schedule = "exponential" if name == "dpm++3m" else "karras"  # with "karras" its error changes sign near 20 steps
     errors = [gaussian_error(name, n, sigma_schedule=schedule) for n in (40, 80)]
     assert errors[0] / errors[1] > CONVERGENCE[name]
@@ -51,7 +53,7 @@ def test_every_deterministic_sampler_has_an_order():
 
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("schedule", ["squaredcos_cap_v2", "scaled_linear"])
-def test_the_end_is_the_datas_distribution(name, schedule):
+def test_samples_have_the_distribution_of_the_data(name, schedule):
     """Weights, means and standard deviations of a mixture's two components, which do not overlap."""
     torch.manual_seed(0)
     process = Diffusion(beta_schedule=schedule, clip_sample_range=None)
@@ -65,7 +67,7 @@ def test_the_end_is_the_datas_distribution(name, schedule):
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample"])
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_every_prediction_type_is_the_same(name, prediction):
+def test_every_prediction_type_gives_the_same_samples(name, prediction):
     z, options = torch.linspace(-2, 2, 9)[:, None], {"beta_schedule": "scaled_linear", "clip_sample_range": None}
     results = []
     for kind in (prediction, "v_prediction"):
@@ -77,8 +79,8 @@ def test_every_prediction_type_is_the_same(name, prediction):
     assert_close(*results, rtol=0, atol=1e-3)
 
 
-def peer_of(name, steps):
-    """diffusers' scheduler as its users make it, from the schedule's name."""
+def make_peer(name, steps):
+    """Make diffusers' scheduler as its users do, from the schedule's name."""
     kind = SAMPLERS[name]
     options = {"beta_schedule": "scaled_linear", "beta_start": 1e-4, "beta_end": 0.02, "prediction_type": "epsilon"}
     options |= {"tau_func": lambda t: 1.0} if name == "sa" else dict(kind.options)
@@ -88,7 +90,7 @@ def peer_of(name, steps):
 
 
 @pytest.mark.parametrize("name", [s for s in SAMPLERS if s not in ("ipndm", "dpm++2s", "dpm++3s")])
-def test_unclipped_equals_diffusers_own_loop(name):
+def test_unclipped_samples_equal_the_loop_of_diffusers(name):
     """Where the steps divide the trained ones. Of the three left out one has a schedule, two a spacing of their own.
 
     The last step is diffusers' too, but of those that extrapolate in it or stop before sigma = 0.
@@ -98,9 +100,9 @@ def test_unclipped_equals_diffusers_own_loop(name):
     model.output[2].weight.data.mul_(0.1)
     draws = [[torch.Generator().manual_seed(i) for i in range(2)] for _ in range(2)]
     ours = [s.x for s in steps(model, process, z, name, 8, clip_sample=False, generators=draws[0])]
-    peer = peer_of(name, 8)
-    expected, found = z / float(Sampler(SamplingConfig(name, 8), process).noise_level(0).alpha), []
-    expected = expected if SAMPLERS[name].scaled else z
+    peer = make_peer(name, 8)
+    sampler, found = Sampler(SamplingConfig(name, 8), process), []
+    expected = z / float(sampler.alpha_sigma(0)[0]) if SAMPLERS[name].variance_exploding else z
     options = {"generator": draws[1]} if SAMPLERS[name].stochastic else {}
     for t in peer.timesteps:
         with torch.no_grad():
@@ -110,25 +112,25 @@ def test_unclipped_equals_diffusers_own_loop(name):
     assert len(ours) == len(found)
     if name not in ("ddpm", "pndm", "deis", "sa", "lms"):
         assert_close(ours[-1], found[-1], rtol=1e-3, atol=2e-3 * found[-1].abs().max().item())
-    level = Sampler(SamplingConfig(name, 8), process).noise_level(len(ours) - 1)
-    before = found[-2] * level.alpha if SAMPLERS[name].scaled else found[-2]
+    alpha, _ = sampler.alpha_sigma(len(ours) - 1)
+    before = found[-2] * alpha if SAMPLERS[name].variance_exploding else found[-2]
     assert_close(ours[-2], before, rtol=1e-3, atol=2e-3 * before.abs().max().item())
 
 
-def test_steps_that_do_not_divide_the_trained_ones():
+def test_more_steps_are_better_where_they_do_not_divide_the_trained_ones():
     """diffusers' ddim counts back by 1000 // steps from timesteps that are further apart, and gets worse with more."""
     errors = [gaussian_error("ddim", n) for n in (80, 120, 160, 240)]
     assert all(coarse > fine for coarse, fine in pairwise(errors))
 
 
-# ---- which noise levels ----------------------------------------------------------------------------------------------
+# ---- noise levels ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("spacing", "expected"),
     [("trailing", [999, 749, 499, 249]), ("leading", [750, 500, 250, 0]), ("linspace", [999, 666, 333, 0])],
 )
-def test_spacing(spacing, expected):
+def test_timestep_spacing(spacing, expected):
     sampler = Sampler(SamplingConfig("ddim", 4, timestep_spacing=spacing), Diffusion())
     assert sampler.timesteps.tolist() == expected
     assert not sampler.timesteps.is_floating_point()
@@ -144,7 +146,7 @@ def test_the_network_sees_the_timestep_of_its_sigma(name, schedule):
     )
     peer.set_timesteps(12)
     sampler = Sampler(SamplingConfig(name, 12, sigma_schedule=schedule), process)
-    levels = [sampler.noise_level(i) for i in range(len(sampler))]
+    levels = [sampler.alpha_sigma(i) for i in range(len(sampler))]
     ratios = torch.stack([sigma / alpha for alpha, sigma in levels])
     trained = ((1 - peer.alphas_cumprod) / peer.alphas_cumprod).sqrt().log().numpy()
     expected = np.interp(ratios.log().numpy(), trained, np.arange(1000))
@@ -153,11 +155,11 @@ def test_the_network_sees_the_timestep_of_its_sigma(name, schedule):
     assert_close(steps, peer.sigmas[:-1], rtol=2e-3, atol=0)
 
 
-@pytest.mark.parametrize("name", BOUNDED)
-def test_a_start_where_the_first_step_is_finite(name):
+@pytest.mark.parametrize("name", FINITE_START)
+def test_starts_where_the_first_step_is_finite(name):
     """The cosine schedule's last sigma / alpha is 2e4; the first step would multiply a change of x0 by half of it."""
     sampler = Sampler(SamplingConfig(name, 25), Diffusion())
-    alpha, sigma = sampler.noise_level(0)
+    alpha, sigma = sampler.alpha_sigma(0)
     assert 40 < sigma / alpha <= 80
     process = Diffusion(clip_sample_range=None)
     predict = Mixture(process, means=(-0.6, 0.6), stds=(0.1, 0.2), weights=(0.3, 0.7))
@@ -165,9 +167,8 @@ def test_a_start_where_the_first_step_is_finite(name):
     assert x.abs().max() < 1.6
 
 
-@pytest.mark.parametrize("name", [s for s in SAMPLERS if s not in BOUNDED])
-def test_zero_terminal_snr(name):
-    """From pure noise to the right distribution."""
+@pytest.mark.parametrize("name", [s for s in SAMPLERS if s not in FINITE_START])
+def test_zero_terminal_snr_gives_the_distribution_of_the_data(name):
     process = Diffusion(rescale_betas_zero_snr=True, clip_sample_range=None)
     torch.manual_seed(1)
     x = steps(Mixture(process), process, torch.randn(4000, 1), name, 100)[-1].x
@@ -189,7 +190,7 @@ def test_any_number_of_steps_ends_in_the_last_x0(name, count):
 # ---- noise -----------------------------------------------------------------------------------------------------------
 
 
-def test_eta_is_from_the_probability_flow_to_ddpm():
+def test_eta_interpolates_between_ddim_and_ddpm():
     process = Diffusion(clip_sample_range=None, beta_schedule="scaled_linear")
     z = torch.linspace(-2, 2, 3)[:, None]
 
@@ -244,7 +245,7 @@ def test_refuses_options(options, message):
         SamplingConfig(**options)
 
 
-@pytest.mark.parametrize("name", BOUNDED)
+@pytest.mark.parametrize("name", FINITE_START)
 def test_zero_terminal_snr_is_refused_where_the_sampler_cannot(name):
     with pytest.raises(ValueError, match=rf"sampler='{name}' has no finite start.*use 'dpm\+\+'"):
         Sampler(SamplingConfig(name, 8), Diffusion(rescale_betas_zero_snr=True))
@@ -267,3 +268,59 @@ def test_lms_without_scipy_says_so(monkeypatch):
     monkeypatch.setattr("unet_denoiser.sampling.samplers.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"sampler='lms' needs SciPy.*'dpm\+\+' does without"):
         Sampler(SamplingConfig("lms"), Diffusion())
+
+
+# ---- one scheduler for a generation ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_batches_of_one_sampler_do_not_affect_each_other(name):
+    """Also after a batch that was left in the middle."""
+    sampler, guidance = Sampler(SamplingConfig(name, 6), Diffusion()), Guidance(lambda x, t: 0.5 * x)
+
+    def run(count):
+        generators = [torch.Generator().manual_seed(i) for i in range(3)]
+        z = torch.stack([torch.randn(2, 4, 4, generator=g) for g in generators])
+        return [step.x for step in islice(denoise_steps(guidance, sampler, z, generators=generators), count)]
+
+    first, _, again = run(None), run(3), run(None)
+    assert len(first) == len(sampler)
+    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("name", MEMORYLESS)
+def test_a_memoryless_sampler_repeats_any_step(name):
+    sampler, x, x0 = Sampler(SamplingConfig(name, 6), Diffusion()), torch.randn(1, 2, 4, 4), torch.rand(1, 2, 4, 4)
+
+    def step(i):
+        return sampler.step(i, x, x0, generators=[torch.Generator().manual_seed(0)])
+
+    in_turn = [step(i) for i in range(6)]
+    for i in (4, 4, 1, 0, 0, 5, 2):
+        assert torch.equal(step(i), in_turn[i])
+    alone = Sampler(SamplingConfig(name, 6), Diffusion(), first_step=4)
+    assert torch.equal(alone.step(0, x, x0, generators=[torch.Generator().manual_seed(0)]), in_turn[4])
+
+
+@pytest.fixture
+def count_schedulers(monkeypatch):
+    """The schedulers that are made while the test runs."""
+    made, make = [], samplers._make_scheduler
+    monkeypatch.setattr(samplers, "_make_scheduler", lambda *args: made.append(make(*args)) or made[-1])
+    return made
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_one_scheduler_for_all_steps_repeats_and_batches(count_schedulers, batch_size):
+    model, process, x = small(), Diffusion(), torch.rand(4, 3, 8, 8)
+    mask = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+    options = {"batch_size": batch_size, "num_inference_steps": 3}
+    calls = [
+        lambda: sample(model, process, seeds=range(4), **options),
+        lambda: inpaint(model, process, x, mask, seeds=range(4), resample=3, sampler="euler", **options),
+        lambda: invert(model, process, x, **options),
+        lambda: list(denoise(lambda x, t: x, process, x, num_inference_steps=3)),
+    ]
+    for count, call in enumerate(calls, start=1):
+        call()
+        assert len(count_schedulers) == count

@@ -1,4 +1,4 @@
-"""How the noise levels are weighted in a loss, and what the loss is at each of them."""
+"""Loss weightings: the weight of each noise level in the loss, fixed or learned."""
 
 from __future__ import annotations
 
@@ -10,50 +10,49 @@ from torch import Tensor, nn
 
 from unet_denoiser.config.base import PredictionType
 from unet_denoiser.config.training import TrainingConfig
+from unet_denoiser.diffusion.predictions import PREDICTIONS
 
 
 def loss_weights(prediction_type: PredictionType, snr: Tensor, config: TrainingConfig) -> Tensor:
-    """The weight of the squared error of what the network predicts, at each signal-to-noise ratio.
+    """Return the weight of the prediction's squared error at each signal-to-noise ratio.
 
-    Each weighting is one function of the ratio for the error of x0, so it means the same whatever is predicted: the
-    error of the noise is snr times that of x0, and the error of v is snr + 1 times that of x0. "constant" and
-    "learned" weigh what the network predicts, all levels alike.
+    "min_snr", "p2" and "truncated_snr" are defined as a weight of the error of x0, so they mean the same for every
+    prediction type. "constant" and "learned" weight the prediction's own error by 1.
 
     Args:
-        snr: alpha^2 / sigma^2.
-        config: `loss_weighting` with its gamma.
+        snr: (T,) alpha^2 / sigma^2.
+        config: `loss_weighting` and its gamma.
 
     Raises:
-        ValueError: a weighting without bound for what is predicted.
+        ValueError: a weighting that is unbounded for this prediction type.
     """
     weighting = config.loss_weighting
-    of_x0: dict[str, Callable[[Tensor], Tensor]] = {
-        "min_snr": lambda snr: snr.clamp(max=config.min_snr_gamma),
-        "p2": lambda snr: snr / (1 + snr) ** config.p2_gamma,
-        "truncated_snr": lambda snr: snr.clamp(min=1.0),
+    x0_weights: dict[str, Callable[[Tensor], Tensor]] = {
+        "min_snr": lambda snr: snr.clamp(max=config.min_snr_gamma),  # Hang et al. 2023, section 3.4
+        "p2": lambda snr: snr / (1 + snr) ** config.p2_gamma,  # Choi et al. 2022, equation 8
+        "truncated_snr": lambda snr: snr.clamp(min=1.0),  # Salimans and Ho 2022, section 4
     }
-    if weighting not in of_x0:
+    if weighting not in x0_weights:
         return torch.ones_like(snr)
     if weighting == "truncated_snr" and prediction_type == "epsilon":
         raise ValueError(
             "loss_weighting='truncated_snr' with prediction_type='epsilon': the error of x0 has no bound where "
             "the noise is predicted; use 'v_prediction' or 'sample', or another weighting"
         )
-    errors = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}
-    return of_x0[weighting](snr) / errors[prediction_type]
+    return x0_weights[weighting](snr) / PREDICTIONS[prediction_type].error_scale(snr)
 
 
 class LossWeighting:
-    """Turns the errors of a batch into what is minimised; has parameters of its own for "learned".
+    """Turns the errors of a batch into the loss; "learned" has parameters that it trains itself.
 
     Args:
         prediction_type: of the process.
         snr: (T,) of the process's timesteps.
-        config: `loss_weighting` with its gamma.
-        device: where the errors will be.
+        config: `loss_weighting` and its gamma.
+        device: the device of the errors.
 
     Raises:
-        ValueError: a weighting without bound for what is predicted.
+        ValueError: a weighting that is unbounded for this prediction type.
     """
 
     def __init__(
@@ -62,22 +61,22 @@ class LossWeighting:
         self.weights = loss_weights(prediction_type, snr, config).to(device)
         self.uncertainty = Uncertainty(snr).to(device) if config.loss_weighting == "learned" else None
         if self.uncertainty is not None:
-            # of its own, so that how the network's is sharded does not matter to it
+            # apart from the network's optimizer, so that it does not matter how that one is sharded
             self.optimizer = torch.optim.Adam(self.uncertainty.parameters(), lr=1e-3)
 
     def __call__(self, error: Tensor, t: Tensor) -> Tensor:
-        """(B,) what is minimised, for errors (B,) at timesteps (B,)."""
+        """Return the losses (B,) for errors (B,) at timesteps (B,)."""
         weighted = self.weights[t] * error
         if self.uncertainty is None:
             return weighted
         u = self.uncertainty(t)
-        return weighted * (-u).exp() + u
+        return weighted * (-u).exp() + u  # Karras et al. 2024, equation 15
 
     def step(self, mean: Callable[[Tensor], Tensor] = lambda gradient: gradient) -> None:
-        """Learn from the gradients of the last backward pass; call where the network's optimizer steps.
+        """Update the parameters from the last backward pass; call it with the network's optimizer step.
 
         Args:
-            mean: the mean of a tensor over all processes.
+            mean: averages a tensor over all processes.
         """
         if self.uncertainty is not None:
             for p in self.uncertainty.parameters():
@@ -85,26 +84,24 @@ class LossWeighting:
             self.optimizer.step()
 
     def zero_grad(self) -> None:
-        """Forget the gradients; call where the network's optimizer forgets its own."""
+        """Reset the gradients; call it with the network's optimizer."""
         if self.uncertainty is not None:
             self.optimizer.zero_grad()
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is learned, by name, for a checkpoint; none where nothing is."""
+        """Return the learned parameters and Adam's moments by name, for a checkpoint; empty if nothing is learned."""
         if self.uncertainty is None:
             return {}
         weight = self.uncertainty.weight
-        return {"weight": weight.detach()} | self._moments()
+        return {"weight": weight.detach()} | self._moments(weight)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from what `tensors` gave."""
+        """Restore the state that `tensors` returned."""
         for name, tensor in self.tensors().items():
             tensor.copy_(tensors[name])
 
-    def _moments(self) -> dict[str, Tensor]:
-        """Adam's, there from the start, so that their names do not depend on how far training is."""
-        assert self.uncertainty is not None
-        weight = self.uncertainty.weight
+    def _moments(self, weight: Tensor) -> dict[str, Tensor]:
+        """Return Adam's state, made before its first step, so that a checkpoint always has the same names."""
         state = self.optimizer.state[weight]
         if not state:
             zeros = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
@@ -113,15 +110,15 @@ class LossWeighting:
 
 
 class Uncertainty(nn.Module):
-    """u(t), the logarithm of a timestep's usual loss: a linear function of Fourier features of the noise level.
+    """u(t), the logarithm of a timestep's typical loss: linear in Fourier features of the noise level.
 
     It is learned with the network by minimising loss / exp(u) + u (Karras et al. 2024, arXiv 2312.02696, equations
-    14, 15 and 21); 0 at the start. The noise level is log(sigma / alpha) / 4, kept where schedules lie so that pure
-    noise has one too.
+    14, 15 and 21), and is 0 at the start. Its input is log(sigma / alpha) / 4 (c_noise of Karras et al. 2022, table
+    1), clamped so that pure noise has a finite one.
 
     Args:
         snr: (T,) of the process's timesteps.
-        num_features: how many cosines.
+        num_features: number of cosines.
     """
 
     features: Tensor
@@ -131,11 +128,11 @@ class Uncertainty(nn.Module):
         generator = torch.Generator().manual_seed(0)
         frequencies = torch.randn(num_features, generator=generator)
         phases = torch.rand(num_features, generator=generator)
-        level = -snr.clamp(1e-8, 1e8).log() / 8
-        angles = 2 * math.pi * (level[:, None] * frequencies + phases)
+        level = -snr.clamp(1e-8, 1e8).log() / 8  # log(sigma / alpha) / 4
+        angles = 2 * math.pi * (level[:, None] * frequencies + phases)  # (T, num_features)
         self.register_buffer("features", math.sqrt(2) * angles.cos(), persistent=False)
         self.weight = nn.Parameter(torch.zeros(num_features))
 
     def forward(self, t: Tensor) -> Tensor:
-        """(B,) for timesteps (B,)."""
+        """Return u (B,) for timesteps (B,)."""
         return self.features[t] @ self.weight

@@ -1,4 +1,4 @@
-"""What a network can predict: each prediction type, and how it relates to x0, the noise and the score.
+"""The prediction types of a network, and how each relates to x0, the noise and the score.
 
 With x_t = alpha x0 + sigma eps, every quantity below follows from one row of `PREDICTIONS`.
 """
@@ -18,10 +18,10 @@ class Prediction(NamedTuple):
     """One prediction type. alpha and sigma broadcast with x0.
 
     Args:
-        target: (x0, eps, alpha, sigma) -> what the network should output.
+        target: (x0, eps, alpha, sigma) -> the output that the network should give.
         x0: (output, x_t, alpha, sigma) -> the x0 that an output stands for.
-        error_scale: snr -> squared error of the output for each unit of squared error of x0.
-        score_scale: (alpha, sigma) -> change of the output for each unit of change of the score.
+        error_scale: snr -> squared error of the output per unit of squared error of x0.
+        score_scale: (alpha, sigma) -> change of the output per unit of change of the score, -eps / sigma.
     """
 
     target: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -31,7 +31,7 @@ class Prediction(NamedTuple):
 
 
 PREDICTIONS: dict[PredictionType, Prediction] = {
-    "epsilon": Prediction(  # Ho et al. 2020, equation 14
+    "epsilon": Prediction(  # Ho et al. 2020, equations 9 and 14
         target=lambda x0, eps, alpha, sigma: eps,
         x0=lambda output, xt, alpha, sigma: (xt - sigma * output) / alpha,
         error_scale=lambda snr: snr,
@@ -41,7 +41,7 @@ PREDICTIONS: dict[PredictionType, Prediction] = {
         target=lambda x0, eps, alpha, sigma: x0,
         x0=lambda output, xt, alpha, sigma: output,
         error_scale=torch.ones_like,
-        score_scale=lambda alpha, sigma: sigma**2 / alpha,
+        score_scale=lambda alpha, sigma: sigma**2 / alpha,  # Tweedie's formula
     ),
     "v_prediction": Prediction(  # Salimans and Ho 2022, appendix D
         target=lambda x0, eps, alpha, sigma: alpha * eps - sigma * x0,

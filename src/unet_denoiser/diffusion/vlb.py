@@ -1,4 +1,4 @@
-"""The variational bound that a learned variance is trained by (Nichol and Dhariwal 2021, arXiv 2102.09672)."""
+"""The variational bound that trains a learned variance (Nichol and Dhariwal 2021, arXiv 2102.09672)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import math
 import torch
 from torch import Tensor
 
+from unet_denoiser.utils.broadcasting import append_dims
+
 
 class VariationalBound:
-    """The terms of the bound (equations 4 to 6), for a network that chooses its variance between two limits.
+    """The terms of the bound (equations 4 to 6) for a network that interpolates its variance between two limits.
 
     Args:
         betas: (T,) of the forward process.
@@ -17,13 +19,14 @@ class VariationalBound:
 
     def __init__(self, betas: Tensor) -> None:
         betas = betas.double()
-        kept = (1 - betas).cumprod(0)
-        before = torch.cat([torch.ones(1, dtype=torch.float64), kept[:-1]])
-        posterior = betas * (1 - before) / (1 - kept)
-        posterior[0] = posterior[min(1, len(betas) - 1)]  # it is 0 there, and has no logarithm
-        of_x0 = betas * before.sqrt() / (1 - kept)
-        of_xt = (1 - betas).sqrt() * (1 - before) / (1 - kept)
-        self._tables = torch.stack([posterior.log(), betas.log(), of_x0, of_xt]).float()
+        alpha_bar = (1 - betas).cumprod(0)
+        alpha_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+        # the posterior q(x_t-1 | x_t, x0): its variance, and its mean as a sum of x0 and x_t (DDPM, equation 7)
+        posterior_variance = betas * (1 - alpha_bar_prev) / (1 - alpha_bar)
+        posterior_variance[0] = posterior_variance[min(1, len(betas) - 1)]  # 0 at t = 0 has no logarithm
+        x0_factor = betas * alpha_bar_prev.sqrt() / (1 - alpha_bar)
+        xt_factor = (1 - betas).sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar)
+        self._tables = torch.stack([posterior_variance.log(), betas.log(), x0_factor, xt_factor]).float()
 
     def __call__(
         self,
@@ -32,40 +35,42 @@ class VariationalBound:
         t: Tensor,
         predicted_x0: Tensor,
         variance: Tensor,
+        *,
         data_range: tuple[float, float] | None,
     ) -> Tensor:
-        """The term of the timestep, in bits per dimension: (B,) float32.
+        """Compute the bound's term of each timestep, in bits per dimension: (B,) float32.
 
-        KL(q(x_t-1 | x_t, x0) || p(x_t-1 | x_t)) of two Gaussians, and -log p(x0 | x_1) at t = 0.
+        It is KL(q(x_t-1 | x_t, x0) || p(x_t-1 | x_t)) of two Gaussians, and -log p(x0 | x_1) at t = 0.
 
         Args:
-            x0, xt: (B, ...) data, and what `add_noise` made of them at t, (B,).
-            predicted_x0: (B, ...); the mean is that of the posterior with it in the place of x0.
-            variance: (B, ...) the network's v: -1 stands for the lower limit of the variance, 1 for the upper
-                (equation 15, with (v + 1) / 2 as in the authors' code).
-            data_range: bounds of the data, taken for 256 equal steps; None for a density of unbounded data.
+            x0: (B, ...) data.
+            xt: (B, ...) `add_noise` of x0 at t (B,).
+            predicted_x0: (B, ...); the mean of p is that of the posterior with it in place of x0.
+            variance: (B, ...) the network's output v, mapped so that -1 is the lower limit and 1 the upper (equation
+                15, with (v + 1) / 2 as in the authors' code).
+            data_range: bounds of the data, divided into 256 equal steps; None for a density of unbounded data.
         """
         self._tables = self._tables.to(t.device)  # once: torch waits for each copy to a GPU
-        min_log, max_log, of_x0, of_xt = self._tables[:, t].view(4, -1, *[1] * (x0.ndim - 1))
+        min_log, max_log, x0_factor, xt_factor = append_dims(self._tables[:, t], x0.ndim + 1)  # (B, 1, ...) each
         fraction = (variance + 1) / 2
-        log_variance = fraction * max_log + (1 - fraction) * min_log
-        mean, true_mean = of_x0 * predicted_x0 + of_xt * xt, of_x0 * x0 + of_xt * xt
+        log_variance = fraction * max_log + (1 - fraction) * min_log  # equation 15
+        mean, true_mean = x0_factor * predicted_x0 + xt_factor * xt, x0_factor * x0 + xt_factor * xt
         squared = (true_mean - mean).square() * (-log_variance).exp()
         kl = 0.5 * (log_variance - min_log + (min_log - log_variance).exp() - 1 + squared)
         nll = _negative_log_likelihood(x0, mean, log_variance, data_range)
-        first = (t == 0).view(-1, *[1] * (x0.ndim - 1))
-        return torch.where(first, nll, kl).flatten(1).mean(1) / math.log(2)
+        is_first = append_dims(t == 0, x0.ndim)
+        return torch.where(is_first, nll, kl).flatten(1).mean(1) / math.log(2)
 
 
 def _negative_log_likelihood(
     x: Tensor, mean: Tensor, log_variance: Tensor, data_range: tuple[float, float] | None
 ) -> Tensor:
-    """-log p(x) of a Gaussian, for each value; for bounded data of the step that x is in (DDPM, equation 13)."""
+    """Compute -log p(x) of a Gaussian per value; for bounded data, of the step that holds x (DDPM, equation 13)."""
     scale = (-0.5 * log_variance).exp()
     if data_range is None:
         return 0.5 * (((x - mean) * scale).square() + log_variance + math.log(2 * math.pi))
     low, high = data_range
-    half = (high - low) / 510
+    half = (high - low) / 510  # half the width of one of 256 steps
     up, down = (x - mean + half) * scale, (x - mean - half) * scale
     below, above = torch.special.ndtr(up), torch.special.ndtr(-down)  # the outermost steps reach to infinity
     inside = below - torch.special.ndtr(down)

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from unet_denoiser.config.base import signature_of
 from unet_denoiser.config.presets import preset
 from unet_denoiser.config.unet import UNetConfig
-from unet_denoiser.convert.checkpoint import import_checkpoint
-from unet_denoiser.convert.checkpoint_files import weight_files
+from unet_denoiser.convert.checkpoint import ForeignCheckpoint
+from unet_denoiser.convert.checkpoint_files import find_weights
 from unet_denoiser.models.conditions import Conditions
 from unet_denoiser.models.input_checks import check_inputs
 from unet_denoiser.models.layers.attention import ContextAttention, SelfAttention, SpatialTransformer
@@ -26,7 +26,7 @@ from unet_denoiser.models.layers.embeddings import ClassEmbedding, TimeMLP, Vect
 from unet_denoiser.models.layers.norm import group_norm
 from unet_denoiser.models.layers.resampling import AveragePool, Downsample, NearestUpsample, TransposedUpsample
 from unet_denoiser.models.layers.resblock import Block, ResBlock
-from unet_denoiser.models.pretrained import Pretrained, fetch
+from unet_denoiser.models.pretrained import Pretrained, fetch, load_strictly
 from unet_denoiser.utils.files import read_json
 
 
@@ -91,23 +91,26 @@ class UNet(Pretrained, nn.Module):
         return cls.from_config(replace(preset(name), **options))
 
     @classmethod
-    def _read(
-        cls, source: str | Path, config_path: Path | None, hub: dict[str, Any], options: dict[str, Any]
-    ) -> tuple[Self, dict[str, Tensor]]:
-        """Our own format, or any that `unet_denoiser.convert` reads; `options` then say what a file does not tell."""
+    def from_checkpoint(cls, checkpoint: ForeignCheckpoint) -> Self:
+        """Build the network of an opened checkpoint of other code, in evaluation mode; they share the weights.
+
+        Raises:
+            ValueError: tensors that do not fit the architecture exactly, by name.
+        """
+        model = cls._build_on_meta(checkpoint.config)
+        shapes = {name: p.shape for name, p in model.state_dict().items()}
+        load_strictly(model, checkpoint.parameters(shapes), checkpoint.path)
+        return model.eval()
+
+    @classmethod
+    def _load(cls, source: str | Path, config_path: Path | None, hub: dict[str, Any], options: dict[str, Any]) -> Self:
+        """Load our own format, or one that `ForeignCheckpoint` opens; `options` state what such a file leaves open."""
         if config_path is not None and "_class_name" not in read_json(config_path):
-            return super()._read(source, config_path, hub, options)
+            return super()._load(source, config_path, hub, options)
         path = Path(source)
         if config_path is not None:
-            path = weight_files(lambda name: fetch(source, name, hub), options.get("variant"))[0].parent
-        empty: list[Self] = []
-
-        def shapes_of(config: UNetConfig) -> dict[str, torch.Size]:
-            empty.append(cls._empty(config))
-            return {name: p.shape for name, p in empty[0].state_dict().items()}
-
-        _, state = import_checkpoint(path, shapes_of, **options)
-        return empty[0], state
+            path = find_weights(lambda name: fetch(source, name, hub), options.get("variant"))[0].parent
+        return cls.from_checkpoint(ForeignCheckpoint.open(path, **options))
 
     def forward(
         self,

@@ -1,28 +1,29 @@
-"""Looking at a sampling while it runs: a strip, a GIF, and a picture that is there from the first steps on."""
+"""`on_step` callbacks of `sample`: a trajectory as a strip or GIF, and a live preview."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from unet_denoiser.sampling.loop import Step
 from unet_denoiser.utils.images import make_grid, save_gif, save_image
 
-SHOWN, ROWS, COLUMNS, FRAMES = 16, 4, 10, 64  # images of a GIF; rows and moments of a strip; most moments kept
+MAX_IMAGES, MAX_FRAMES = 16, 64  # kept of a trajectory
+STRIP_IMAGES, STRIP_FRAMES = 4, 10
 
 
 class TrajectoryRecorder:
-    """Keeps moments of the first images' way from noise to data; an `on_step` for `sample` and its like.
+    """Records the way of the first batch from noise to data; an `on_step` callback for `sample`.
 
-    Memory does not grow with steps or samples: 64 moments of 16 images at most, and when there are more, every other
-    one goes.
+    Memory does not grow with steps or samples: it keeps at most 64 frames of 16 images, and drops every other frame
+    when there are more.
 
     Args:
-        decode: makes pictures (B, C, H, W) in `data_range` of samples; for latents, their autoencoder.
-        data_range: (low, high) of the pictures.
+        decode: turns samples into images (B, C, H, W) in `data_range`; for latents, their autoencoder's decode.
+        data_range: (low, high) of the images.
     """
 
     def __init__(
@@ -33,40 +34,41 @@ class TrajectoryRecorder:
         self.latest: tuple[Tensor, Tensor] | None = None
         self._every, self._count = 1, 0
 
-    def __call__(self, step: Any) -> None:
-        if step.rows.start:  # not among the first
+    def __call__(self, step: Step) -> None:
+        if step.indices.start:  # not in the first batch
             return
-        self.latest = (step.x[:SHOWN].float().cpu(), step.x0[:SHOWN].float().cpu())
+        self.latest = (step.x[:MAX_IMAGES].float().cpu(), step.x0[:MAX_IMAGES].float().cpu())
         if self._count % self._every == 0:
-            if len(self.kept) == FRAMES:
+            if len(self.kept) == MAX_FRAMES:
                 self.kept, self._every = self.kept[::2], 2 * self._every
             self.kept.append(self.latest)
         self._count += 1
 
     @property
-    def moments(self) -> list[tuple[Tensor, Tensor]]:
-        """(x_t, predicted x0) of the moments kept and of the last one."""
+    def frames(self) -> list[tuple[Tensor, Tensor]]:
+        """(x_t, predicted x0) of the steps kept and of the last step."""
         return self.kept if self.latest is None or self.latest is self.kept[-1] else [*self.kept, self.latest]
 
     def save_strip(self, path: str | Path) -> Path:
-        """Up to ten moments from left to right; of each of the first four images x_t above the x0 predicted in it."""
-        moments = self.moments
-        chosen = torch.linspace(0, len(moments) - 1, min(COLUMNS, len(moments))).round().int().tolist()
-        shown = torch.stack([torch.stack(moments[i])[:, :ROWS] for i in chosen])  # (moment, x_t or x0, sample, ...)
-        rows = shown.permute(2, 1, 0, *range(3, shown.ndim)).flatten(0, 2)
-        return save_image(make_grid(self.decode(rows), len(chosen), self.data_range), path)
+        """Save up to ten frames from left to right: of each of the first four images, x_t above its predicted x0."""
+        frames = self.frames
+        indices = torch.linspace(0, len(frames) - 1, min(STRIP_FRAMES, len(frames))).round().int().tolist()
+        # (frame, x_t or x0, image, C, H, W)
+        strip = torch.stack([torch.stack(frames[i])[:, :STRIP_IMAGES] for i in indices])
+        tiles = strip.permute(2, 1, 0, *range(3, strip.ndim)).flatten(0, 2)
+        return save_image(make_grid(self.decode(tiles), len(indices), self.data_range), path)
 
     def save_gif(self, path: str | Path) -> Path:
-        """The x0 predicted in each moment, 16 images at most."""
-        return save_gif([make_grid(self.decode(x0), None, self.data_range) for _, x0 in self.moments], path)
+        """Save the predicted x0 of each frame, at most 16 images."""
+        return save_gif([make_grid(self.decode(x0), None, self.data_range) for _, x0 in self.frames], path)
 
 
 class LivePreview:
-    """Shows all samples every few steps: finished ones, those under way as predicted now, others grey; an `on_step`.
+    """Shows all samples every few steps, unfinished ones as predicted so far and others grey; an `on_step` callback.
 
     Args:
         count: number of samples in all.
-        every: steps between two pictures.
+        every: steps from one preview to the next.
         save: called with all samples (count, C, *spatial).
     """
 
@@ -75,10 +77,10 @@ class LivePreview:
         self.samples: Tensor | None = None
         self._steps = 0
 
-    def __call__(self, step: Any) -> None:
+    def __call__(self, step: Step) -> None:
         if self.samples is None:
             self.samples = torch.zeros(self.count, *step.x0.shape[1:])
-        self.samples[step.rows] = step.x0.float().cpu()
+        self.samples[step.indices] = step.x0.float().cpu()
         self._steps += 1
         if self._steps % self.every == 0:
             self.save(self.samples)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -13,35 +13,85 @@ import torch
 from torch import Tensor, nn
 
 from unet_denoiser.config.sampling import SamplingConfig
-from unet_denoiser.config.unet import CONDITIONS
 from unet_denoiser.diffusion.process import Diffusion, accepts_concat, self_conditioned_input
+from unet_denoiser.models.conditions import Conditions
 from unet_denoiser.models.unet import UNet
-from unet_denoiser.sampling.arguments import (
-    Start,
-    check_channels,
-    check_request,
-    check_rows,
-    expanded,
-    given_concat,
-    known_inputs,
-    read_options,
-)
+from unet_denoiser.sampling.arguments import SamplingRequest, Start
 from unet_denoiser.sampling.cached_unet import make_cached_unet
 from unet_denoiser.sampling.guidance import Guidance
 from unet_denoiser.sampling.samplers import Sampler
+from unet_denoiser.utils.broadcasting import append_dims
+
+Edit = Callable[[Tensor, float], Tensor]
 
 
 class Step(NamedTuple):
-    """One step of the reverse process: its timestep, x after it and the x0 predicted in it, both (B, C, *spatial).
+    """One step of the reverse process.
 
     Args:
-        rows: which of all samples they are.
+        t: its timestep.
+        x: (B, C, *spatial) x_t after the step, in the variance-preserving scale whatever the sampler.
+        x0: (B, C, *spatial) the x0 predicted in it.
+        indices: the samples of the generation that the batch holds.
+        residual: (B, C, *spatial) of an inversion only: the error left in the step's equation.
     """
 
     t: float
     x: Tensor
     x0: Tensor
-    rows: slice = slice(None)
+    indices: slice = slice(None)
+    residual: Tensor | None = None
+
+
+# ---- one batch -------------------------------------------------------------------------------------------------------
+
+
+def denoise_step(
+    guidance: Guidance,
+    sampler: Sampler,
+    x: Tensor,
+    i: int,
+    *,
+    x0_estimate: Tensor | None = None,
+    edit: Edit | None = None,
+    generators: list[torch.Generator] | None = None,
+) -> Step:
+    """Do one step of the reverse process: network output, x0, clipping, edit, sampler.
+
+    Args:
+        x: (B, C, *spatial) x_t of network call i.
+        x0_estimate: (B, C, *spatial), with self-conditioning: the x0 of the step before.
+        edit, generators: as for `denoise`.
+    """
+    config, process, (alpha, sigma) = sampler.config, sampler.process, sampler.alpha_sigma(i)
+    with torch.no_grad():
+        output = guidance(self_conditioned_input(x, x0_estimate), sampler.timestep_of(i, x), (alpha, sigma))
+    prediction, variance = process.split(output, x)  # (B, C, *spatial) each
+    x0 = process.predict_x0(prediction, x, alpha, sigma, clip=config.clip_sample and config.dynamic_threshold is None)
+    if config.dynamic_threshold is not None:
+        assert process.data_range is not None  # checked by Sampler
+        x0 = apply_dynamic_threshold(x0, config.dynamic_threshold, process.data_range)
+    t = sampler.timesteps[i].item()
+    x0 = x0 if edit is None else edit(x0, t)
+    return Step(t, sampler.step(i, x, x0, variance, generators), x0)
+
+
+def denoise_steps(
+    guidance: Guidance,
+    sampler: Sampler,
+    x: Tensor,
+    *,
+    edit: Edit | None = None,
+    generators: list[torch.Generator] | None = None,
+) -> Iterator[Step]:
+    """Do all steps of a sampler, from x (B, C, *spatial) at its first noise level."""
+    estimate = torch.zeros_like(x) if sampler.process.self_conditioning else None
+    for i in range(len(sampler)):
+        step = denoise_step(guidance, sampler, x, i, x0_estimate=estimate, edit=edit, generators=generators)
+        if estimate is not None:
+            estimate = sampler.process.clip(step.x0)  # as in training, whatever clip_sample
+        x = step.x
+        yield step
 
 
 def denoise(
@@ -51,65 +101,42 @@ def denoise(
     config: SamplingConfig | None = None,
     *,
     first_step: int = 0,
-    edit: Callable[[Tensor, float], Tensor] | None = None,
+    edit: Edit | None = None,
     generators: list[torch.Generator] | None = None,
     **options: Any,
 ) -> Iterator[Step]:
     """Run the reverse process from pure noise, one step at a time.
 
     Args:
-        predict: (input, t (B,)) -> the network's output; `Guidance` is one. The input is x_t (B, C, ...), with
-            self-conditioning followed by the x0 of the step before (zero in the first).
-        x: (B, C, ...) draw from N(0, 1), in float32; with `first_step`, x_t at that step's noise level.
-        config, options: how; the options are `SamplingConfig`'s, and go before it.
-        first_step: the step to begin with, from 0 to `num_inference_steps` - 1.
-        edit: (x0, t) -> x0, what becomes of every predicted x0 before the sampler sees it.
-        generators: one per sample, for the samplers that draw noise on the way (ddpm).
+        predict: (input, t (B,)) -> the network's output, such as a `Guidance`. The input is x_t (B, C, ...); with
+            self-conditioning, followed by the x0 of the step before (zero in the first).
+        x: (B, C, ...) drawn from N(0, 1), in float32; with `first_step`, x_t at that step's noise level.
+        config: how to sample.
+        first_step: the step to begin with, 0 to `num_inference_steps` - 1.
+        edit: (x0, t) -> x0, changes each predicted x0 before the sampler sees it.
+        generators: one per sample, for samplers that draw noise.
+        options: fields of `SamplingConfig`, which override `config`.
 
     Yields:
-        A `Step` for every call of the network; the last one's x is the result. Its x is x_t in the process's scale,
-        whatever the sampler.
+        A `Step` for every network call; the x of the last one is the result.
     """
-    config = replace(config or SamplingConfig(), **options)
-    _check_threshold(config, process)
+    sampler = Sampler(replace(config or SamplingConfig(), **options), process, first_step)
     guidance = predict if isinstance(predict, Guidance) else Guidance(predict)
-    sampler = Sampler(config, process, first_step)
-    estimate = torch.zeros_like(x) if process.self_conditioning else None
-    timesteps = sampler.timesteps.to(x.device)  # all at once: torch waits for each copy to a GPU
-    for i in range(len(sampler)):
-        level = sampler.noise_level(i)
-        with torch.no_grad():
-            output = guidance(self_conditioned_input(x, estimate), timesteps[i].expand(len(x)), level)
-        prediction, variance = process.split(output, x)
-        x0 = process.predict_x0(prediction, x, *level, clip=config.clip_sample and config.dynamic_threshold is None)
-        if config.dynamic_threshold is not None:
-            x0 = dynamically_thresholded(x0, config.dynamic_threshold, process.data_range or (-1, 1))
-        t = sampler.timesteps[i].item()
-        if edit is not None:
-            x0 = edit(x0, t)
-        if estimate is not None:
-            estimate = process.clip(x0)  # as in training, whatever clip_sample
-        x = sampler.step(i, x, x0, variance, generators)
-        yield Step(t, x, x0)
+    yield from denoise_steps(guidance, sampler, x, edit=edit, generators=generators)
 
 
-def dynamically_thresholded(x0: Tensor, percentile: float, data_range: tuple[float, float]) -> Tensor:
-    """Each x0 clipped to a percentile of its absolute values, where that exceeds the data's range, and scaled to it.
+def apply_dynamic_threshold(x0: Tensor, percentile: float, data_range: tuple[float, float]) -> Tensor:
+    """Clip each x0 to a percentile of its absolute values, if that exceeds the data's range, and scale it to the range.
 
-    Saharia et al. 2022, section 2.3.
+    Saharia et al. 2022 (Imagen), section 2.3.
     """
-    values, bound = x0.flatten(1).abs(), data_range[1]
+    values, bound = x0.flatten(1).abs(), data_range[1]  # (B, numel)
     largest = values.kthvalue(max(1, math.ceil(percentile * values.shape[1])), dim=1).values.clamp_min(bound)
-    largest = largest.view(-1, *[1] * (x0.ndim - 1))
+    largest = append_dims(largest, x0.ndim)
     return x0.clamp(-largest, largest) * (bound / largest)
 
 
-def _check_threshold(config: SamplingConfig, process: Diffusion) -> None:
-    if config.dynamic_threshold is not None and process.data_range is None:
-        raise ValueError(
-            f"dynamic_threshold={config.dynamic_threshold} needs data of a known range, and this process has none "
-            "(clip_sample_range=None, as latents); leave it out"
-        )
+# ---- all samples of a generation -------------------------------------------------------------------------------------
 
 
 def sample(
@@ -125,20 +152,19 @@ def sample(
     Args:
         model: runs in evaluation mode and is left in the mode it was in.
         seeds: any integers that torch.Generator takes; noise is drawn on the CPU in float32.
-        image_size: size of the samples, one int or one per axis (default: that of `concat`, else that of `start`, else
-            the configuration's).
-        batch_size: samples per call of the network.
         on_step: called after every step of every batch, for progress bars and previews.
-        config: how samples are made.
+        config: how to sample; fields of `SamplingConfig` given as keywords override it.
+        class_labels, vector, context, context_mask, time_cond, concat: the conditions, see `Conditions`, with one
+            sample per seed, or None.
+        image_size: size of the samples, one int or one per axis (default: the size of `concat`, else of `start`, else
+            the network's).
+        batch_size: samples per network call.
         start: where to start, if not from pure noise.
-        edit: (x0, t, rows) -> x0, what becomes of the predicted x0 of the seeds[rows] before the sampler sees them.
-        loop: called as `denoise` is, in its place.
-        negative, guide, classifier, classifier_scale, guided: see `Guidance`. `negative` has one row per seed, or one
-            for all; `guide` is a network of the same process and conditions, such as an earlier checkpoint; with a
-            classifier, conditions that the network does not know are the classifier's alone.
-        others: fields of `SamplingConfig`, which go before `config`; and conditions, `class_labels`,
-            `vector`, `context`, `context_mask`, each with one row per seed, or None, and `concat` (B, C2, *spatial)
-            for a network that was trained with it.
+        edit: (x0, t, indices) -> x0, changes the predicted x0 of seeds[indices] before the sampler sees it.
+        guided, negative, guide, classifier, classifier_scale: see `Guidance`. `negative` has one sample per seed, or
+            one for all. `guide` is a network of the same process and conditions, such as an earlier checkpoint. With a
+            classifier, conditions that the network was not built for go to the classifier alone.
+        loop: runs the steps of a batch in place of `denoise_steps`, with the same arguments.
 
     Returns:
         (len(seeds), C, *spatial) float32 on the model's device.
@@ -150,119 +176,87 @@ def sample(
     for step in sample_steps(model, process, seeds=seeds, **request):
         if on_step is not None:
             on_step(step)
-        results[step.rows.start] = step.x
+        results[step.indices.start] = step.x
     return torch.cat(list(results.values()))
 
 
-def sample_steps(
-    model: UNet,
-    process: Diffusion,
-    *,
-    seeds: Sequence[int],
-    image_size: int | Sequence[int] | None = None,
-    batch_size: int = 64,
-    config: SamplingConfig | None = None,
-    start: Start | None = None,
-    edit: Callable[[Tensor, float, slice], Tensor] | None = None,
-    loop: Callable[..., Iterator[Step]] = denoise,
-    negative: Mapping[str, Tensor | None] | None = None,
-    guide: UNet | None = None,
-    classifier: Callable[..., Tensor] | None = None,
-    classifier_scale: float = 1.0,
-    guided: Sequence[str] | None = None,
-    **options_and_conditions: Any,
-) -> Iterator[Step]:
-    """The steps of `sample` as they are done, batch after batch; arguments as there, and `rows` says which samples.
+def sample_steps(model: UNet, process: Diffusion, *, seeds: Sequence[int], **request: Any) -> Iterator[Step]:
+    """Yield the steps of `sample`, batch after batch; `indices` tells which samples they are.
 
     Raises:
-        ValueError: as `sample`, when it is called, or for what only guidance can tell, at the first step.
+        ValueError: as `sample`; at the call, but for errors of guidance, which come with the first step.
     """
-    config, given = read_options(config, options_and_conditions)
-    opposite = expanded(negative, len(seeds))
-    sizes = check_request(model, seeds, image_size, batch_size, given, start)
-    check_rows("negative", opposite, len(seeds))
-    _check_threshold(config, process)
-    channels = check_channels(model, process, given_concat(given))
-    if guide is not None and check_channels(guide, process, given_concat(given)) != channels:
-        raise ValueError(f"guide makes {guide.config.out_channels} channels; the network {model.config.out_channels}")
-    if classifier is not None and (guide is None or guided is not None):
-        guided = [name for name in guided or given if name in known_inputs(model) and name in (*CONDITIONS, "concat")]
-    if start is not None and start.x.shape[1] != channels:
-        raise ValueError(f"start has {start.x.shape[1]} channels; the samples have {channels}")
-    sampler = Sampler(config, process, 0 if start is None else start.first_step)
-    device = model.input_conv.weight.device
-    if config.reuse is not None and loop is not denoise:
-        raise ValueError(f"reuse={config.reuse} does not go with resampling and inversion, which repeat their steps")
-
-    def put(values: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
-        return {
-            name: value[rows].to(device, model.dtype if value.is_floating_point() else None)
-            for name, value in values.items()
-        }
-
-    def network(model: UNet) -> Callable[..., Tensor]:
-        fast = make_cached_unet(model, sampler.timesteps, reuse=config.reuse, compile=config.compile)
-        return accepts_concat(fast if classifier is None else _only_known(fast, model))
-
-    def steps() -> Iterator[Step]:
-        with _evaluating(model), _evaluating(guide):
-            for first in range(0, len(seeds), batch_size):
-                rows = slice(first, min(first + batch_size, len(seeds)))
-                generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds[rows]]
-                x = torch.stack([torch.randn(channels, *sizes, generator=g) for g in generators]).to(device)
-                if start is not None:
-                    x = _started(start, x, sampler, rows)
-                guidance = Guidance(
-                    network(model),
-                    config,
-                    put(given, rows),
-                    guided=guided,
-                    negative=put(opposite, rows),
-                    guide=None if guide is None else network(guide),
-                    classifier=classifier,
-                    classifier_scale=classifier_scale,
-                    prediction_type=process.prediction_type,
-                    channels=channels,
-                )
-                for step in loop(
-                    guidance,
-                    process,
-                    x,
-                    config,
-                    first_step=0 if start is None else start.first_step,
-                    edit=None if edit is None else partial(_edited, edit, rows),
-                    generators=generators,
-                ):
-                    yield step._replace(rows=rows)
-
-    return steps()
+    parsed = SamplingRequest.parse(seeds, request)
+    shape = parsed.check(model, process)
+    sampler = Sampler(parsed.config, process, 0 if parsed.start is None else parsed.start.first_step)
+    return _run_batches(model, sampler, parsed, shape)
 
 
-def _only_known(network: Callable[..., Tensor], model: UNet) -> Callable[..., Tensor]:
-    """The network without the conditions that its model was not built for: a classifier's alone."""
-    known = known_inputs(model) | {"drop"}
-    return lambda x, t, **inputs: network(x, t, **{name: inputs[name] for name in inputs if name in known})
+def _run_batches(model: UNet, sampler: Sampler, request: SamplingRequest, shape: tuple[int, ...]) -> Iterator[Step]:
+    """Run all batches with one sampler; `shape` is that of a sample."""
+    run, device = request.loop or denoise_steps, model.input_conv.weight.device
+    with _evaluation_mode(model, request.guide):
+        for first in range(0, len(request.seeds), request.batch_size):
+            indices = slice(first, min(first + request.batch_size, len(request.seeds)))
+            generators = [torch.Generator().manual_seed(int(seed)) for seed in request.seeds[indices]]
+            x = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)  # (B, C, *spatial)
+            if request.start is not None:
+                x = _start_from(request.start, x, sampler, indices)
+            guidance = _make_guidance(model, sampler, request, indices)
+            edit = None if request.edit is None else partial(_edit, request.edit, indices)
+            for step in run(guidance, sampler, x, edit=edit, generators=generators):
+                yield step._replace(indices=indices)
 
 
-def _started(start: Start, noise: Tensor, sampler: Sampler, rows: slice) -> Tensor:
-    """x_t of the first step."""
-    x = start.x[rows].to(noise)
-    alpha, sigma = sampler.noise_level(0)
+def _start_from(start: Start, noise: Tensor, sampler: Sampler, indices: slice) -> Tensor:
+    """Return x_t of the first step (DDPM, equation 4)."""
+    x, (alpha, sigma) = start.x[indices].to(noise), sampler.alpha_sigma(0)
     return alpha * x + sigma * noise if start.add_noise else x
 
 
-def _edited(edit: Callable[[Tensor, float, slice], Tensor], rows: slice, x0: Tensor, t: float) -> Tensor:
-    return edit(x0, t, rows)
+def _edit(edit: Callable[[Tensor, float, slice], Tensor], indices: slice, x0: Tensor, t: float) -> Tensor:
+    return edit(x0, t, indices)
+
+
+def _make_guidance(model: UNet, sampler: Sampler, request: SamplingRequest, indices: slice) -> Guidance:
+    """Make the guidance of one batch, with networks that share work among the batch's calls."""
+    config, process = request.config, sampler.process
+    conditions, negative = (
+        values.rows(indices).to(model.input_conv.weight.device, model.dtype)
+        for values in (request.conditions, request.negative)
+    )
+    classifier, guided = request.classifier, request.guided
+    if classifier is not None:  # conditions that the network was not built for are the classifier's alone
+        known = (*model.config.conditions, "concat", *["time_cond"] * (model.config.time_cond_dim is not None))
+        classifier = partial(classifier, **conditions.without(known).given())
+        conditions, negative = (Conditions.select(values.given(), known) for values in (conditions, negative))
+        guided = guided if guided is None else [name for name in guided if name in known]
+
+    def network(unet: UNet) -> Callable[..., Tensor]:
+        return accepts_concat(make_cached_unet(unet, sampler.timesteps, reuse=config.reuse, compile=config.compile))
+
+    return Guidance(
+        network(model),
+        config,
+        conditions,
+        guided=guided,
+        negative=negative,
+        guide=None if request.guide is None else network(request.guide),
+        classifier=classifier,
+        classifier_scale=request.classifier_scale,
+        prediction_type=process.prediction_type,
+        channels=process.data_channels(model.config),
+    )
 
 
 @contextmanager
-def _evaluating(model: nn.Module | None) -> Iterator[None]:
-    if model is None:
-        yield
-        return
-    training = model.training
-    model.eval()
+def _evaluation_mode(*models: nn.Module | None) -> Iterator[None]:
+    """Put networks into evaluation mode, and back into their own mode at the end."""
+    was_training = {model: model.training for model in models if model is not None}
     try:
+        for model in was_training:
+            model.eval()
         yield
     finally:
-        model.train(training)
+        for model, training in was_training.items():
+            model.train(training)

@@ -1,4 +1,4 @@
-"""Pictures changed with a trained network, against the closed forms of Gaussian data."""
+"""Images edited with a trained network, against the closed forms of Gaussian data."""
 
 import pytest
 import torch
@@ -7,8 +7,8 @@ from torch.testing import assert_close
 from support.gaussian import Gaussian, as_network
 from support.networks import small
 from unet_denoiser import Diffusion, image_to_image, inpaint, outpaint, sample, upscale
-from unet_denoiser.data.wrappers.concat import enlarged, masked
-from unet_denoiser.sampling.editing.image_editing import canvas
+from unet_denoiser.data.wrappers.concat import enlarge, mask_images
+from unet_denoiser.sampling.editing.image_editing import pad_canvas
 
 SEEDS = range(4)
 FEW = {"num_inference_steps": 5}
@@ -28,7 +28,7 @@ def left_half(size=(8, 8)):
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++", "unipc", "euler", "heun"])
-def test_full_strength_is_sampling_and_little_returns_the_picture(sampler):
+def test_full_strength_is_sampling_and_little_returns_the_image(sampler):
     process = Diffusion()
     model, x = small(), pictures()
     options = {"seeds": SEEDS, "sampler": sampler, **FEW}
@@ -40,7 +40,7 @@ def test_full_strength_is_sampling_and_little_returns_the_picture(sampler):
     assert (little - x).abs().max() < 0.15
 
 
-def test_strength_sets_what_is_left_of_the_picture():
+def test_strength_sets_the_share_of_noise():
     """From alpha x + sigma z at the first step, the flow of a Gaussian of unit variance turns by the angle of alpha."""
     process = Diffusion(clip_sample_range=None)
     model = as_network(small(), Gaussian(process, torch.zeros(192), torch.eye(192), (3, 8, 8)))
@@ -120,24 +120,24 @@ def test_resampling_draws_from_the_seed_alone():
     assert len(calls) == 15
 
 
-def test_a_network_for_inpainting_sees_mask_and_picture():
+def test_a_network_for_inpainting_sees_mask_and_image():
     model, x, mask = small(in_channels=7), pictures(), left_half()
     out = inpaint(model, Diffusion(), x, mask, seeds=SEEDS, **FEW)
-    concat = masked(x, mask.expand(4, -1, -1, -1))
+    concat = mask_images(x, mask.expand(4, -1, -1, -1))
 
-    def edit(x0, t, rows):
-        return torch.where(mask, x0, x[rows])
+    def edit(x0, t, indices):
+        return torch.where(mask, x0, x[indices])
 
     expected = sample(model, Diffusion(), seeds=SEEDS, concat=concat, edit=edit, **FEW)
     assert_close(out, torch.where(mask, expected, x), rtol=0, atol=0)
 
 
-def test_outpainting_keeps_the_middle():
+def test_outpainting_keeps_the_image():
     model, x = small(), pictures(1)
     out = outpaint(model, Diffusion(), x, (1, 2, 3, 4), seeds=SEEDS, **FEW)
     assert out.shape == (4, 3, 12, 14)
     assert torch.equal(out[..., 1:9, 4:12], x.expand(4, -1, -1, -1))
-    enlarged_canvas, mask = canvas(x, (1, 2, 3, 4))
+    enlarged_canvas, mask = pad_canvas(x, (1, 2, 3, 4))
     assert mask.sum() == 12 * 14 - 64
     assert not mask[..., 1:9, 4:12].any()
     assert torch.equal(enlarged_canvas[0, :, 0, 4], x[0, :, 0, 0])
@@ -162,10 +162,10 @@ def test_upscaling_keeps_the_averages_and_follows_the_data():
     assert abs(out[:, 0, 0, 0].std() - 0.5**0.5) < 0.1
 
 
-def test_a_network_for_super_resolution_sees_the_enlarged_picture():
+def test_a_network_for_super_resolution_sees_the_enlarged_image():
     model, x = small(in_channels=6), pictures(1, (4, 6))
     out = upscale(model, Diffusion(), x, 2, seeds=SEEDS, **FEW)
-    concat = enlarged(x, (8, 12)).expand(4, -1, -1, -1)
+    concat = enlarge(x, (8, 12)).expand(4, -1, -1, -1)
     assert torch.equal(out, sample(model, Diffusion(), seeds=SEEDS, concat=concat, **FEW))
 
 
@@ -176,7 +176,7 @@ def test_a_network_for_super_resolution_sees_the_enlarged_picture():
     ("call", "message"),
     [
         (lambda m, p: image_to_image(m, p, pictures(), seeds=SEEDS, strength=0), "strength=0 must be above 0"),
-        (lambda m, p: image_to_image(m, p, pictures(3), seeds=SEEDS), "images has 3 rows for 4 seeds"),
+        (lambda m, p: image_to_image(m, p, pictures(3), seeds=SEEDS), "images has 3 samples for 4 seeds"),
         (lambda m, p: inpaint(m, p, pictures(), left_half((4, 4)), seeds=SEEDS), "mask has shape"),
         (
             lambda m, p: inpaint(m, p, pictures(), left_half(), seeds=SEEDS, resample=2, sampler="dpm++"),
@@ -195,7 +195,7 @@ def test_refuses(call, message):
         call(as_network(small(), untouched), Diffusion())
 
 
-def test_resampling_is_refused_where_steps_remember():
+def test_resampling_is_refused_with_self_conditioning():
     process = Diffusion(self_conditioning=True)
     with pytest.raises(ValueError, match="self_conditioning=True"):
         inpaint(small(**process.channels(3)), process, pictures(), left_half(), seeds=SEEDS, resample=2)

@@ -1,4 +1,4 @@
-"""Samples between samples: the ends are the samples themselves, and the way is on the sphere."""
+"""Interpolation: the ends are the samples themselves, and noises lie on the sphere."""
 
 import math
 
@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from support.networks import small
 from unet_denoiser import Diffusion, interpolate, sample
-from unet_denoiser.sampling.editing.interpolation import between, slerp
+from unet_denoiser.sampling.editing.interpolation import interpolate_condition, slerp
 
 FEW = {"num_inference_steps": 4}
 
@@ -39,7 +39,7 @@ def test_the_ends_are_the_two_samples(sampler):
     assert x.shape == (5, 3, 8, 8)
 
 
-def test_one_seed_and_one_condition_stay():
+def test_a_single_seed_or_condition_is_repeated():
     model = small(num_classes=5, vector_dim=3)
     vector = torch.tensor([[0.0, 0.0, 1.0], [2.0, 0.0, 1.0]])
     options = {"class_labels": torch.tensor([2]), "vector": vector, "image_size": (6, 8), **FEW}
@@ -49,23 +49,23 @@ def test_one_seed_and_one_condition_stay():
     assert (x[0] - x[2]).abs().max() > 0.01
 
 
-def test_a_way_that_leads_away_from_a_class():
+def test_interpolation_with_a_negative_class():
     model, options = small(num_classes=5), {"guidance_scale": 2.0, "negative": {"class_labels": torch.tensor([0])}}
     x = interpolate(model, Diffusion(), seeds=(3, 8), class_labels=torch.tensor([1, 4]), count=3, **options, **FEW)
     last = sample(model, Diffusion(), seeds=[8], class_labels=torch.tensor([4]), **options, **FEW)
     assert_close(x[-1:], last, rtol=1e-4, atol=1e-4)
 
 
-def test_conditions_between():
+def test_interpolated_conditions():
     weights = torch.tensor([0.0, 0.25, 1.0])
-    classes = between("class_labels", torch.tensor([3, 1]), weights, 4)
+    classes = interpolate_condition("class_labels", torch.tensor([3, 1]), weights, 4)
     assert classes.tolist() == [[0, 0, 0, 1], [0, 0.25, 0, 0.75], [0, 1, 0, 0]]
-    mask = between("context_mask", torch.tensor([[True, False, False], [False, True, False]]), weights)
+    mask = interpolate_condition("context_mask", torch.tensor([[True, False, False], [False, True, False]]), weights)
     assert mask.tolist() == [[True, False, False], [True, True, False], [False, True, False]]
     tokens = torch.randn(2, 3, 6)
-    assert_close(between("context", tokens, weights)[1], 0.75 * tokens[0] + 0.25 * tokens[1])
-    with pytest.raises(ValueError, match="vector has 3 rows; give two, from and to"):
-        between("vector", torch.zeros(3, 2), weights)
+    assert_close(interpolate_condition("context", tokens, weights)[1], 0.75 * tokens[0] + 0.25 * tokens[1])
+    with pytest.raises(ValueError, match="vector has 3 samples; give two, from and to"):
+        interpolate_condition("vector", torch.zeros(3, 2), weights)
 
 
 @pytest.mark.parametrize("options", [{"seeds": (1, 2), "count": 1}, {"seeds": (1, 2, 3)}])

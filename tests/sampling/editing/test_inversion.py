@@ -1,4 +1,4 @@
-"""Inversion against the affine map of a Gaussian, and by making the pictures again."""
+"""Inversion against the affine map of a Gaussian, and by making the images again."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def pictures(count=3):
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-def test_the_noise_of_a_gaussian(prediction):
+def test_inverted_noise_of_a_gaussian(prediction):
     """The flow takes noise z to MEAN + STD z, but for ddim's steps; inverting undoes these too."""
     process = Diffusion(prediction_type=prediction, clip_sample_range=None)
     model, x, options = gaussian(process), pictures(), {"num_inference_steps": 50}
@@ -31,7 +31,7 @@ def test_the_noise_of_a_gaussian(prediction):
     assert inversion.gap.max() <= 1e-4
 
 
-def test_fixed_point_iterations_make_it_exact():
+def test_fixed_point_iterations_make_inversion_exact():
     """Where plain inversion is off by a hundredth; the remainder of the last step is not what brings it."""
     process = Diffusion()
     model = small(num_classes=5)
@@ -49,7 +49,7 @@ def test_fixed_point_iterations_make_it_exact():
     assert (others - x).abs().max() > 0.01
 
 
-def test_batches_do_not_matter():
+def test_inversion_does_not_depend_on_the_batch():
     process, model, x = Diffusion(), small(), pictures(4)
     model.output[2].weight.data.mul_(0.2)
     together = invert(model, process, x, num_inference_steps=5)
@@ -60,7 +60,7 @@ def test_batches_do_not_matter():
         assert_close(one, whole[1:2], rtol=1e-3, atol=1e-3)
 
 
-def test_pure_noise_at_the_end_of_the_schedule():
+def test_inversion_to_pure_noise():
     process = Diffusion(rescale_betas_zero_snr=True)
     model, x, options = small(), pictures(2), {"num_inference_steps": 8}
     model.output[2].weight.data.mul_(0.2)
@@ -75,7 +75,7 @@ def test_pure_noise_at_the_end_of_the_schedule():
         ({"eta": 0.5}, "eta=0.5 cannot be inverted"),
         ({"iterations": -1}, "iterations=-1 must be at least 0"),
         ({"tolerance": 0}, "tolerance=0 above 0"),
-        ({"class_labels": torch.zeros(2)}, "class_labels has 2 rows for 3 seeds"),
+        ({"class_labels": torch.zeros(2)}, "class_labels has 2 samples for 3 seeds"),
     ],
 )
 def test_refuses(options, message):

@@ -1,1 +1,1 @@
-"""Sampling from an existing image."""
+"""Sampling from an existing image, or between two samples."""

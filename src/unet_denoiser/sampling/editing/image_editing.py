@@ -1,7 +1,7 @@
-"""What people do to pictures with a trained network: vary them, paint into and around them, enlarge them.
+"""Editing of images with a trained network: image to image, inpainting, outpainting, super-resolution.
 
-All of it is `sample` with another start, an edit of every predicted x0, or another loop over the steps. So every
-sampler, condition and kind of guidance works, batches do not matter, and seed i decides about result i.
+Each is `sample` with another start, an edit of every predicted x0, or another loop over the steps. So every sampler,
+condition and kind of guidance works, batches do not matter, and result i depends on seed i.
 """
 
 from __future__ import annotations
@@ -15,32 +15,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unet_denoiser.config.sampling import SamplingConfig
-from unet_denoiser.data.wrappers.concat import enlarged, masked
-from unet_denoiser.diffusion.process import Diffusion, concat_channels, data_channels
+from unet_denoiser.data.wrappers.concat import enlarge, mask_images
+from unet_denoiser.diffusion.process import Diffusion
 from unet_denoiser.models.unet import UNet
-from unet_denoiser.sampling.arguments import Start, config_of
-from unet_denoiser.sampling.loop import Step, denoise, sample
-from unet_denoiser.sampling.samplers import NoiseLevel, Sampler
-
-MEMORYLESS = ("ddim", "ddpm", "euler", "euler_a")  # samplers whose next step depends on x_t alone
+from unet_denoiser.sampling.arguments import Start, pop_config
+from unet_denoiser.sampling.guidance import Guidance
+from unet_denoiser.sampling.loop import Edit, Step, denoise_step, sample
+from unet_denoiser.sampling.samplers import MEMORYLESS, Sampler
 
 
 def image_to_image(
-    model: UNet,
-    process: Diffusion,
-    images: Tensor,
-    *,
-    seeds: Sequence[int],
-    strength: float = 0.6,
-    config: SamplingConfig | None = None,
-    **options: Any,
+    model: UNet, process: Diffusion, images: Tensor, *, seeds: Sequence[int], strength: float = 0.6, **request: Any
 ) -> Tensor:
-    """Variations of pictures: noise is added up to a step, and taken away again (Meng et al. 2021, SDEdit).
+    """Make variations of images: add noise up to a step, and denoise from there (Meng et al. 2021, SDEdit).
 
     Args:
         images: (N, C, *spatial) in the data's range, one per seed or one for all.
-        strength: share of the steps that are done: near 0 returns nearly the picture, 1 forgets it and is `sample`.
-        seeds, config, options: as for `sample`.
+        strength: share of the steps to do: near 0 returns nearly the image, 1 ignores it and is `sample`.
+        seeds, request: as for `sample`.
 
     Returns:
         (len(seeds), C, *spatial).
@@ -50,13 +42,13 @@ def image_to_image(
     """
     if not 0 < strength <= 1:
         raise ValueError(f"strength={strength} must be above 0 and at most 1")
-    config, images = config_of(config, options), _per_seed("images", images, seeds)
+    config, images = pop_config(request), _expand_to_seeds("images", images, seeds)
     first = config.num_inference_steps - max(1, round(strength * config.num_inference_steps))
     start = Start(images, first) if first else None
-    return sample(model, process, seeds=seeds, image_size=images.shape[2:], config=config, start=start, **options)
+    return sample(model, process, seeds=seeds, image_size=images.shape[2:], config=config, start=start, **request)
 
 
-# ---- painting --------------------------------------------------------------------------------------------------------
+# ---- inpainting and super-resolution ---------------------------------------------------------------------------------
 
 
 def inpaint(
@@ -67,20 +59,20 @@ def inpaint(
     *,
     seeds: Sequence[int],
     resample: int = 1,
-    **options: Any,
+    **request: Any,
 ) -> Tensor:
-    """Paint what is masked, with any network; the rest comes back exactly.
+    """Paint the masked pixels, with any network; the other pixels come back exactly.
 
-    In every step the known pixels take their place in the predicted x0. A network that was trained for inpainting sees
-    mask and picture too.
+    Every step puts the known pixels into the predicted x0. A network that was trained for inpainting sees mask and
+    image too.
 
     Args:
         images: (N, C, *spatial) in the data's range, one per seed or one for all.
         mask: (N, 1, *spatial) bool, True where to paint, likewise.
-        resample: how often each step is done; in between, x_t is noised again, so that what is painted and what is
-            known come to fit each other (Lugmayr et al. 2022, RePaint). Only with samplers that carry nothing from
-            step to step: ddim (the default then), ddpm, euler and euler_a.
-        seeds, options: as for `sample`.
+        resample: how often each step is done. In between x_t is noised again, so that painted and known pixels come
+            to fit each other (Lugmayr et al. 2022, RePaint). Only with the samplers ddim (then the default), ddpm,
+            euler and euler_a, whose steps depend on x_t alone.
+        seeds, request: as for `sample`.
 
     Returns:
         (len(seeds), C, *spatial).
@@ -88,38 +80,38 @@ def inpaint(
     Raises:
         ValueError: as `sample`, and for a mask of another size, or a sampler that cannot resample.
     """
-    images, mask = _per_seed("images", images, seeds), _per_seed("mask", mask, seeds).bool()
+    images, mask = _expand_to_seeds("images", images, seeds), _expand_to_seeds("mask", mask, seeds).bool()
     if mask.shape[1] != 1 or mask.shape[2:] != images.shape[2:]:
         raise ValueError(f"mask has shape {tuple(mask.shape)}; images of {tuple(images.shape)} need one channel of it")
     device = model.input_conv.weight.device
     images, mask = images.to(device), mask.to(device)
-    if concat_channels(model.config, process) == images.shape[1] + 1:
-        options.setdefault("concat", masked(images, mask))
+    if process.concat_channels(model.config) == images.shape[1] + 1:
+        request.setdefault("concat", mask_images(images, mask))
 
-    def edit(x0: Tensor, t: float, rows: slice) -> Tensor:
-        return torch.where(mask[rows], x0, images[rows])
+    def edit(x0: Tensor, t: float, indices: slice) -> Tensor:
+        return torch.where(mask[indices], x0, images[indices])
 
-    painted = _painted(model, process, images, edit, seeds, resample, options)
+    painted = _sample_edited(model, process, images, edit, seeds=seeds, resample=resample, request=request)
     return torch.where(mask, painted, images)
 
 
 def outpaint(
-    model: UNet, process: Diffusion, images: Tensor, margins: Sequence[int], *, seeds: Sequence[int], **options: Any
+    model: UNet, process: Diffusion, images: Tensor, margins: Sequence[int], *, seeds: Sequence[int], **request: Any
 ) -> Tensor:
-    """Enlarge the canvas of pictures (N, C, H, W) and paint the new margins: `inpaint` of `canvas(images, margins)`.
+    """Enlarge the canvas of images (N, C, H, W) and paint the margins: `inpaint` of `pad_canvas(images, margins)`.
 
     Args:
         margins: pixels to add at the top, right, bottom and left.
-        seeds, options: as for `inpaint`.
+        seeds, request: as for `inpaint`.
 
     Returns:
         (len(seeds), C, top + H + bottom, left + W + right).
     """
-    return inpaint(model, process, *canvas(images, margins), seeds=seeds, **options)
+    return inpaint(model, process, *pad_canvas(images, margins), seeds=seeds, **request)
 
 
-def canvas(images: Tensor, margins: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Pictures (N, C, H, W) within margins (top, right, bottom, left) of repeated edges, and the mask of what is new.
+def pad_canvas(images: Tensor, margins: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Pad images (N, C, H, W) by margins (top, right, bottom, left) of repeated edges; also return the margins' mask.
 
     Raises:
         ValueError: margins that are not four numbers of at least 0.
@@ -127,9 +119,9 @@ def canvas(images: Tensor, margins: Sequence[int]) -> tuple[Tensor, Tensor]:
     if len(margins) != 4 or min(margins) < 0:
         raise ValueError(f"margins={tuple(margins)} must be pixels at the top, right, bottom and left")
     top, right, bottom, left = margins
-    sides = (left, right, top, bottom)
-    mask = F.pad(torch.zeros(len(images), 1, *images.shape[2:]), sides, value=1.0).bool()
-    return F.pad(images, sides, mode="replicate"), mask.to(images.device)
+    padding = (left, right, top, bottom)
+    mask = F.pad(torch.zeros(len(images), 1, *images.shape[2:]), padding, value=1.0).bool()
+    return F.pad(images, padding, mode="replicate"), mask.to(images.device)
 
 
 def upscale(
@@ -140,61 +132,74 @@ def upscale(
     *,
     seeds: Sequence[int],
     resample: int = 1,
-    **options: Any,
+    **request: Any,
 ) -> Tensor:
-    """Super-resolution with any network: samples whose averages over factor x factor pixels are the small pictures.
+    """Sample images whose averages over factor x factor pixels are the given ones (super-resolution, any network).
 
-    In every step the averages of the predicted x0 are replaced, its details stay (Wang et al. 2022, DDNM: range-space
-    replacement, with average pooling). A network that was trained with `concat="downscaled:N"` is shown the picture
-    enlarged instead, as in training.
+    Every step replaces the averages of the predicted x0 and keeps its details (Wang et al. 2022, DDNM, algorithm 1,
+    with average pooling as A). A network that was trained with `concat="downscaled:N"` sees the enlarged image
+    instead, as in training.
 
     Args:
         images: (N, C, h, w) in the data's range, one per seed or one for all.
         factor: how many times as large.
-        seeds, resample, options: as for `inpaint`.
+        seeds, resample, request: as for `inpaint`.
 
     Returns:
         (len(seeds), C, factor * h, factor * w).
     """
     if factor < 2:
         raise ValueError(f"factor={factor} must be at least 2")
-    images = _per_seed("images", images, seeds).to(model.input_conv.weight.device)
+    images = _expand_to_seeds("images", images, seeds).to(model.input_conv.weight.device)
     size = tuple(n * factor for n in images.shape[2:])
-    if concat_channels(model.config, process) == images.shape[1]:
-        return sample(model, process, seeds=seeds, concat=enlarged(images, size), **options)
+    if process.concat_channels(model.config) == images.shape[1]:
+        return sample(model, process, seeds=seeds, concat=enlarge(images, size), **request)
 
-    def edit(x0: Tensor, t: float, rows: slice) -> Tensor:
-        return x0 + _repeated(images[rows] - F.avg_pool2d(x0, factor), factor)
+    def edit(x0: Tensor, t: float, indices: slice) -> Tensor:
+        # x0 + A^+ (y - A x0), with A the average pooling and A^+ the repetition of pixels
+        return x0 + _repeat_pixels(images[indices] - F.avg_pool2d(x0, factor), factor)
 
-    return _painted(model, process, _repeated(images, factor), edit, seeds, resample, options)
+    large = _repeat_pixels(images, factor)
+    return _sample_edited(model, process, large, edit, seeds=seeds, resample=resample, request=request)
 
 
-def _repeated(x: Tensor, factor: int) -> Tensor:
+def _repeat_pixels(x: Tensor, factor: int) -> Tensor:
     return x.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
 
 
-def _painted(
+def _expand_to_seeds(name: str, x: Tensor, seeds: Sequence[int]) -> Tensor:
+    if len(x) not in (1, len(seeds)):
+        raise ValueError(f"{name} has {len(x)} samples for {len(seeds)} seeds; give one per seed, or one for all")
+    return x.expand(len(seeds), *x.shape[1:])
+
+
+def _sample_edited(
     model: UNet,
     process: Diffusion,
-    like: Tensor,
+    images: Tensor,
     edit: Callable[[Tensor, float, slice], Tensor],
+    *,
     seeds: Sequence[int],
     resample: int,
-    options: dict[str, Any],
+    request: dict[str, Any],
 ) -> Tensor:
+    """Sample with an edit of every predicted x0 and each step done `resample` times, in the size of `images`."""
     if resample < 1:
         raise ValueError(f"resample={resample} must be at least 1")
-    if like.shape[1] != (channels := data_channels(model.config, process)):
-        raise ValueError(f"images have {like.shape[1]} channels; the samples have {channels}")
+    if images.shape[1] != (channels := process.data_channels(model.config)):
+        raise ValueError(f"images have {images.shape[1]} channels; the samples have {channels}")
     if resample > 1:
-        options["config"] = config_of(options.get("config"), options, sampler="ddim")
-        check_resampling(options["config"], process, resample)
-        options["loop"] = partial(_resampled, resample)
-    return sample(model, process, seeds=seeds, image_size=like.shape[2:], edit=edit, **options)
+        request["config"] = pop_config(request, sampler="ddim")
+        check_resampling(request["config"], process, resample)
+        request["loop"] = partial(resample_steps, repeats=resample)
+    return sample(model, process, seeds=seeds, image_size=images.shape[2:], edit=edit, **request)
+
+
+# ---- RePaint ---------------------------------------------------------------------------------------------------------
 
 
 def check_resampling(config: SamplingConfig, process: Diffusion, resample: int) -> None:
-    """ValueError where a step cannot be repeated since it depends on more than x_t."""
+    """Raise ValueError where a step cannot be repeated, since it depends on more than x_t."""
     if config.sampler not in MEMORYLESS:
         raise ValueError(
             f"resample={resample} with sampler={config.sampler!r}, whose steps depend on those before; use "
@@ -204,36 +209,26 @@ def check_resampling(config: SamplingConfig, process: Diffusion, resample: int) 
         raise ValueError(f"resample={resample} with self_conditioning=True: steps depend on those before; give 1")
 
 
-def _resampled(
-    repeats: int,
-    predict: Callable[[Tensor, Tensor], Tensor],
-    process: Diffusion,
+def resample_steps(
+    guidance: Guidance,
+    sampler: Sampler,
     x: Tensor,
-    config: SamplingConfig,
     *,
-    first_step: int = 0,
-    generators: Sequence[torch.Generator],
-    **options: Any,
+    repeats: int,
+    edit: Edit | None = None,
+    generators: list[torch.Generator],
 ) -> Iterator[Step]:
-    """`denoise`, with every step done `repeats` times (RePaint, algorithm 1, jumps of one step)."""
-    sampler = Sampler(config, process)
-    for i in range(first_step, len(sampler)):
+    """Do every step of a sampler `repeats` times (RePaint, algorithm 1, with jumps of one step)."""
+    for i in range(len(sampler)):
         for left in reversed(range(repeats)):
-            step = next(denoise(predict, process, x, config, first_step=i, generators=list(generators), **options))
+            step = denoise_step(guidance, sampler, x, i, edit=edit, generators=generators)
             yield step
-            x = step.x
-            if left:
-                x = _noised(x, sampler.noise_level(i + 1), sampler.noise_level(i), generators)
+            x = _add_noise(step.x, sampler, i, generators) if left else step.x
 
 
-def _noised(x: Tensor, now: NoiseLevel, to: NoiseLevel, generators: Sequence[torch.Generator]) -> Tensor:
-    """From q(x_t | x_s) of the forward process, s before t."""
-    scale = to.alpha / now.alpha
+def _add_noise(x: Tensor, sampler: Sampler, i: int, generators: list[torch.Generator]) -> Tensor:
+    """Draw x_t of network call i from that of call i + 1, x (B, C, *spatial): q(x_t | x_s) of the forward process."""
+    (alpha, sigma), (alpha_after, sigma_after) = sampler.alpha_sigma(i), sampler.alpha_sigma(i + 1)
+    scale = alpha / alpha_after
     noise = torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(x)
-    return scale * x + (to.sigma**2 - (scale * now.sigma) ** 2).clamp(min=0).sqrt() * noise
-
-
-def _per_seed(name: str, x: Tensor, seeds: Sequence[int]) -> Tensor:
-    if len(x) not in (1, len(seeds)):
-        raise ValueError(f"{name} has {len(x)} rows for {len(seeds)} seeds; give one row per seed, or one for all")
-    return x.expand(len(seeds), *x.shape[1:])
+    return scale * x + (sigma**2 - (scale * sigma_after) ** 2).clamp(min=0).sqrt() * noise

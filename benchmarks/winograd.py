@@ -1,7 +1,7 @@
 """Where Winograd's filtering pays: the time of single 3x3 convolutions as a share of torch's in its better layout.
 
 "kept" is inference with cached transformed weights, "anew" transforms them in each call, "train" does so and computes
-all gradients. "expected" is the estimate of `winograd_share`; at 0.95 or less the filtering is used.
+all gradients. "expected" is the estimate of `winograd_time_ratio`; at 0.95 or less the filtering is used.
 Run: python benchmarks/winograd.py
 """
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from measure import measure_seconds
 from torch import Tensor
 
-from unet_denoiser.models.layers.conv import convolve_3x3, convolve_3x3_backward, winograd_share
+from unet_denoiser.models.layers.conv import convolve_3x3, convolve_3x3_backward, winograd_time_ratio
 
 # batch size, input channels, output channels, image size
 SHAPES = (
@@ -62,7 +62,7 @@ def main() -> None:
         times = measure_seconds(calls, rounds=3, min_seconds=0.05)
         forward = min(times["contiguous"], times["channels last"])
         training = min(times["torch's training"], times["torch's, channels last"])
-        kept, anew = (winograd_share(in_ch, out_ch, x.shape, is_kept) for is_kept in (True, False))
+        kept, anew = (winograd_time_ratio(in_ch, out_ch, x.shape, is_kept) for is_kept in (True, False))
         shares = (times["kept"] / forward, kept, times["anew"] / forward, anew, times["train"] / training)
         columns = (batch, in_ch, out_ch, size, f"{forward * 1e3:.2f}", *(f"{share:.2f}" for share in shares))
         print(f"| {' | '.join(map(str, columns))} |", flush=True)

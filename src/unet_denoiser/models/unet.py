@@ -66,8 +66,8 @@ class UNet(Pretrained, nn.Module):
             if level < last:
                 self.encoder.append(build.downsample(ch))
 
-        attention = build.attention(last, always=True)
-        self.bottleneck = nn.ModuleList([build.resblock(ch, ch), *attention, build.resblock(ch, ch)])
+        self.bottleneck = nn.ModuleList([build.resblock(ch, ch), *build.attention(last, always=True)])
+        self.bottleneck.append(build.resblock(ch, ch))
 
         self.decoder = nn.ModuleList()
         for level, width in reversed(list(enumerate(c.widths))):

@@ -20,7 +20,7 @@ from unet_denoiser.models.input_checks import check_inputs
 from unet_denoiser.models.layers.attention import project_context
 from unet_denoiser.models.layers.common import full_precision
 from unet_denoiser.models.layers.context import Context
-from unet_denoiser.models.layers.recompute import watched
+from unet_denoiser.models.layers.recompute import has_hooks
 from unet_denoiser.models.unet import UNet
 
 SHALLOW_BLOCKS = 1  # decoder blocks that run in every call: with more the error shrinks less than the time grows
@@ -42,7 +42,7 @@ def make_cached_unet(
     """
     has_own_forward = isinstance(model, UNet) and getattr(model.forward, "__func__", None) is UNet.forward
     if has_own_forward and not (
-        isinstance(model.input_conv.weight, DTensor) or watched(model) or model._compiled_call_impl is not None
+        isinstance(model.input_conv.weight, DTensor) or has_hooks(model) or model._compiled_call_impl is not None
     ):
         return CachedUNet(model, timesteps, reuse=reuse, compile=compile)
     for name, value in (("reuse", reuse), ("compile", compile)):

@@ -9,7 +9,7 @@ from support import specification
 from support.networks import ODD_AND_EVEN_SIZES, half_size, randomise, relative_error
 from unet_denoiser import ResBlock
 from unet_denoiser.models.layers.resampling import Downsample, TransposedUpsample
-from unet_denoiser.models.layers.resblock import Block, dropout_mask
+from unet_denoiser.models.layers.resblock import Block, draw_dropout_mask
 
 MODULATIONS = [("add", "default"), ("scale_shift", "scale_shift")]
 
@@ -31,7 +31,7 @@ def test_resblock_drops_out_before_the_second_convolution(train):
     torch.manual_seed(1)
     out = block(x, t_emb)
     torch.manual_seed(1)
-    mask = dropout_mask(x, 0.5)
+    mask = draw_dropout_mask(x, 0.5)
     if train:
         peer.dropout.register_forward_hook(lambda module, args, _: torch.where(mask, args[0], 0.0) / 0.5)
     assert_close(out, peer(x, t_emb))
@@ -43,7 +43,7 @@ def test_resblock_drops_out_before_the_second_convolution(train):
 def test_dropout_mask(p, layout):
     """Every value is kept with the same probability, apart from all others: those of the same draw, above all."""
     like = torch.empty(8, 16, 31, 33).to(memory_format=layout)
-    mask = dropout_mask(like, p)
+    mask = draw_dropout_mask(like, p)
     assert mask.is_contiguous(memory_format=layout)
     assert mask.shape == like.shape
     memory = mask if layout == torch.contiguous_format else mask.permute(0, 2, 3, 1)

@@ -26,11 +26,12 @@ STREAM_HEADER_ROWS = 64  # at the start of a stream, which decide its channels a
 
 
 class Columns(NamedTuple):
-    """The names of a table's columns that are used."""
+    """The names of a table's columns that are used, and the classes of a ClassLabel column."""
 
     image: str
     label: str | None
     caption: str | None
+    class_names: list[str] | None
 
 
 class HubDataset(EncodedImages):
@@ -65,11 +66,10 @@ class HubDataset(EncodedImages):
     def _read_conditions(self, config: DataConfig) -> None:
         table, columns = self.table, self.columns
         if columns.label:
-            own_names = getattr(table.features[columns.label], "names", None)  # of a ClassLabel
-            values, names = list(table[columns.label]), own_names or config.class_names
-            labels, found_names = encode_labels(values, names, config.source)
+            names = columns.class_names or config.class_names
+            labels, found_names = encode_labels(list(table[columns.label]), names, config.source)
             self.class_names = list(config.class_names or found_names)
-            self.labels = renumber_labels(labels, own_names, self.class_names)
+            self.labels = renumber_labels(labels, columns.class_names, self.class_names)
         if columns.caption:
             self.captions = [_first_caption(caption) for caption in table[columns.caption]]
         if config.vector_columns:
@@ -108,10 +108,8 @@ class HubStream(StreamDataset):
         self.channels = config.channels or (1 if all(header.is_grey for header in headers) else 3)
         self.image_size = choose_size(config, headers)
         self.background = make_fill(config.background, self.channels)
-        self._own_names: list[str] | None = None
         if columns.label:
-            self._own_names = getattr((table.features or {})[columns.label], "names", None)  # of a ClassLabel
-            names = config.class_names or self._own_names
+            names = config.class_names or columns.class_names
             if names is None:
                 raise ValueError(
                     f"label_column={columns.label!r} of the stream {config.source} does not tell its classes; "
@@ -149,8 +147,8 @@ class HubStream(StreamDataset):
         image = augment(image, self.image_size, config, rng=index.rng(), background=self.background)
         item: dict[str, Any] = {"image": image}
         if columns.label and self.class_names is not None:
-            label, _ = encode_labels([raw[columns.label]], self._own_names or self.class_names, config.source)
-            item["class_labels"] = renumber_labels(label, self._own_names, self.class_names)[0]
+            label, _ = encode_labels([raw[columns.label]], columns.class_names or self.class_names, config.source)
+            item["class_labels"] = renumber_labels(label, columns.class_names, self.class_names)[0]
         if columns.caption:
             item["caption"] = _first_caption(raw[columns.caption])
         if config.vector_columns:
@@ -198,7 +196,7 @@ def find_columns(table: Any, config: DataConfig) -> tuple[Columns, Any]:
         pick_column(names, "vector_columns", name, (), where)
     # decoded by `open_image`, so that all sources give the same pixels
     table = table.cast_column(image, datasets.Image(decode=False))
-    return Columns(image, label, caption), table
+    return Columns(image, label, caption, getattr(features.get(label), "names", None)), table
 
 
 def _first_caption(caption: Any) -> str:

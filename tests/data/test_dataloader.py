@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from support.data import assert_same, load_batches, write_image
 from unet_denoiser import ArrayDataset, DataConfig, load_data
-from unet_denoiser.data.dataloader import DataTimer, EndlessBatches, make_loader
+from unet_denoiser.data.dataloader import DataTimer, EndlessBatches, make_loader, process_slice
 from unet_denoiser.data.transforms import UnreadableItemError
 
 
@@ -38,10 +38,10 @@ def test_order_can_start_at_any_batch(start):
 
 def test_processes_share_every_batch():
     whole = list(EndlessBatches(7, 4, 3, 0, 5))
-    parts = [list(EndlessBatches(7, 4, 3, 0, 5, num_processes=2, process_index=process)) for process in range(2)]
+    parts = [list(EndlessBatches(7, 4, 3, 0, 5, process_slice(4, 2, process))) for process in range(2)]
     assert [a + b for a, b in zip(*parts, strict=True)] == whole
     with pytest.raises(ValueError, match="batch_size=4 must be a multiple of the 3 processes"):
-        EndlessBatches(7, 4, 3, 0, 5, num_processes=3)
+        process_slice(4, 3, 0)
 
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=4), st.integers(1, 6), st.integers(0, 9), st.integers(0, 30))

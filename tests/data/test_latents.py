@@ -72,7 +72,7 @@ def test_measured_statistics_stay_with_the_run(image_folder, vae):
     torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(3), rtol=0, atol=1e-2)
     torch.testing.assert_close(latents.square().mean((0, 2, 3)), torch.ones(3), rtol=0, atol=2e-2)
     found = DataConfig.from_dict(json.loads(json.dumps(with_found_values(config, data).__dict__)))
-    assert found.latent_mean == data.store.mean
+    assert found.latent_mean == data.mean
     decoded = load_autoencoder(found).decode(latents)
     straight = Autoencoder(vae)
     plain = load_data(str(image_folder))

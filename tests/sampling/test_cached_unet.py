@@ -1,4 +1,4 @@
-"""Faster sampling: the parts of a network called apart, what is computed once, forecast features, compiling."""
+"""The cached U-Net: shallow and deep parts, embeddings computed once, forecast features, compiling."""
 
 import warnings
 
@@ -22,7 +22,7 @@ KINDS = [
 
 
 def given(model, batch=3):
-    """Conditions, some of them dropped, and masked tokens."""
+    """Return x, t and conditions, some of them dropped, with masked tokens."""
     args = inputs(model.config, batch)
     x, t = args.pop("x"), args.pop("t")
     if "context" in args:
@@ -86,7 +86,7 @@ def test_keys_and_values_and_embeddings_are_computed_once(monkeypatch, attention
 
 
 def bottleneck_calls(model, **options):
-    """Numbers of the network's calls that computed the deep features."""
+    """Return the indices of the network calls that computed the deep features, and the number of calls."""
     calls, deep = [0], []
     hooks = [
         model.output.register_forward_hook(lambda *args: calls.append(0)),
@@ -127,7 +127,7 @@ def test_reuse_of_one_equals_none(options):
 
 
 def test_features_on_a_line_are_forecast_exactly(monkeypatch):
-    """A network whose deep features change alike in every call, and nothing else, cannot tell reuse from none."""
+    """Where deep features change by the same amount in every call, reuse makes no difference."""
     model = small()
     base, slope = torch.randn(2, 1, 8, 8, 8)
     calls = []

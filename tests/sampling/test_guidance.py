@@ -6,8 +6,9 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from torch.testing import assert_close
 
 from support.networks import CONDITIONS, inputs, small
-from support.oracles import Mixture, noise_level
+from support.oracles import Mixture, alpha_sigma
 from unet_denoiser import Diffusion, Guidance, Sampler, SamplingConfig, denoise, sample
+from unet_denoiser.models.conditions import Conditions
 
 
 def guidance(network, scale, guided=None, channels=None, **conditions):
@@ -51,7 +52,7 @@ def test_computes_only_what_it_needs_in_one_call(setting, scale, rows):
 
 
 def test_channels_that_are_no_prediction_are_not_guided():
-    """Those of a learned variance stay the conditional network's."""
+    """The channels of a learned variance stay those of the conditional network."""
     network = small(num_classes=5, out_channels=6)
     x, t, labels = torch.randn(2, 3, 8, 8), torch.tensor([5, 700]), torch.tensor([1, 4])
     with torch.no_grad():
@@ -79,11 +80,20 @@ def test_guidance_without_conditions(setting):
         guidance(network, 2.0, class_labels=None)
 
 
+def test_conditions_may_be_a_record(setting):
+    network, x, t, conditions = setting
+    negative, config = {"class_labels": torch.tensor([4, 0, 1])}, SamplingConfig(guidance_scale=2.5)
+    with torch.no_grad():
+        by_name = Guidance(network, config, conditions, negative=negative)(x, t)
+        record = Guidance(network, config, Conditions(**conditions), negative=Conditions(**negative))(x, t)
+    assert torch.equal(record, by_name)
+
+
 # ---- negative conditions, and guides -------------------------------------------------------------------------------
 
 
 def test_negative_conditions_replace_the_null(setting):
-    """With a mask and a length of their own; what is not named is dropped."""
+    """With another mask and length; the conditions that `negative` does not have are dropped."""
     network, x, t, conditions = setting
     negative = {"class_labels": torch.tensor([4, 0, 1]), "context": torch.randn(3, 5, 6)}
     config = SamplingConfig(guidance_scale=2.5)
@@ -125,7 +135,7 @@ def test_autoguidance_with_a_weaker_network(setting, scale, calls):
 
 @pytest.mark.parametrize(("sigma", "rows"), [(0.2, 3), (0.25, 3), (0.3, 6), (2.0, 6), (2.1, 3)])
 def test_guidance_interval(setting, sigma, rows):
-    """Outside, the conditional half alone, bit by bit; sigma in units of alpha, above the low end, at most the high."""
+    """Outside, the conditional half alone, bit by bit; low < sigma / alpha <= high is inside."""
     network, x, t, conditions = setting
     config = SamplingConfig(guidance_scale=3.0, guidance_interval=(0.25, 2.0))
     level = (torch.tensor(0.5), torch.tensor(sigma / 2))
@@ -150,7 +160,7 @@ def test_rescale_equals_diffusers(setting, phi):
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 2.0])
 def test_all_calls_of_a_generation_get_the_same_tensors(scale):
-    """Each call has the same tensors, so that what depends on them alone can be kept; halves run where both count."""
+    """The same tensors, so that a network can cache their embeddings; both halves run inside the interval alone."""
     model, seen = small(num_classes=5), []
     forward = model.forward
 
@@ -199,7 +209,7 @@ def test_classifier_guidance_samples_the_class_of_a_mixture():
 
 
 def test_classifier_scale_is_the_factor_of_the_score():
-    """And a learned variance's channels stay as they are."""
+    """The channels of a learned variance stay as they are."""
     process = Diffusion(prediction_type="epsilon")
     level = (torch.tensor(0.6), torch.tensor(0.8))
     x, t = torch.randn(3, 2, 4, 4), torch.tensor([1, 2, 3])
@@ -221,7 +231,7 @@ def test_guided_score_of_gaussians(prediction):
         return torch.where(drop["class_labels"][:, None], other(x, t), one(x, t))
 
     found = Guidance(network, SamplingConfig(guidance_scale=2.0), {"class_labels": torch.zeros(6).long()})(x, t)
-    alpha, sigma = noise_level(process, t)
+    alpha, sigma = alpha_sigma(process, t)
     scores = [(alpha * m - x) / ((alpha * s) ** 2 + sigma**2) for m, s in ((0.5, 0.3), (-0.2, 0.6))]
     guided = 2 * scores[0] - scores[1]
     x0 = (x + sigma**2 * guided) / alpha  # Tweedie's formula
@@ -273,8 +283,8 @@ def test_everything_together_in_sample():
     [
         ({"negative": {"classes": torch.zeros(3)}}, "negative has 'classes'; conditions are class_labels"),
         ({"negative": {"context_mask": torch.ones(3, 2)}}, "negative has a context_mask without a context"),
-        ({"guide": small, "negative": {"class_labels": torch.zeros(3)}}, "guide and negative both set"),
-        ({"guide": small, "guided": ["class_labels"]}, "guide and guided both set"),
+        ({"guide": small, "negative": {"class_labels": torch.zeros(3)}}, "guide and negative both say"),
+        ({"guide": small, "guided": ["class_labels"]}, "guide and guided both say"),
     ],
 )
 def test_refuses(options, message):

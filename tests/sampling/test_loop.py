@@ -27,7 +27,7 @@ def run(predict, process, noise, **options):
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_every_variance_type_of_ddpm_equals_diffusers(variance, prediction):
-    """Also with fewer steps than trained, where the range of a learned variance is that of the longer steps."""
+    """Also with fewer steps than trained, where the limits of a learned variance are those of the longer steps."""
     options = {"prediction_type": prediction, "variance_type": variance, "beta_schedule": "linear"}
     process = Diffusion(**options)
     model, z = small(in_channels=1, **{"out_channels": process.channels(1)["out_channels"]}), torch.randn(2, 1, 8, 8)
@@ -103,7 +103,7 @@ def test_clipping_bounds_every_sampler(sampler):
 
 @pytest.mark.parametrize("percentile", [0.5, 0.75, 1.0])
 def test_dynamic_threshold_equals_diffusers(percentile):
-    """diffusers' own function, which interpolates between two values, at percentiles that are one."""
+    """diffusers interpolates between two values, so the percentiles here are those of one value."""
     x0 = torch.randn(4, 3, 7, 9) * torch.tensor([0.1, 1.0, 2.0, 5.0]).view(4, 1, 1, 1)
     peer = diffusers.DDPMScheduler(thresholding=True, dynamic_thresholding_ratio=percentile, sample_max_value=1e9)
     ours = apply_dynamic_threshold(x0, percentile, (-1, 1))
@@ -120,7 +120,7 @@ def test_dynamic_threshold_equals_diffusers(percentile):
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "heun", "kdpm2"])
 def test_starting_at_a_later_step_continues_the_trajectory(sampler):
-    """Going on from a step's x_t is the same as never having stopped, for samplers without memory of earlier steps."""
+    """For samplers without memory of earlier steps, continuing from x_t equals an uninterrupted run."""
     process = Diffusion(clip_sample_range=None)
     options, first = {"sampler": sampler, "num_inference_steps": 6}, 3
     steps = list(denoise(gaussian_oracle(process), process, torch.randn(5, 1), **options))
@@ -130,7 +130,7 @@ def test_starting_at_a_later_step_continues_the_trajectory(sampler):
 
 @pytest.mark.parametrize("sampler", FEW)
 def test_start_noises_data_to_the_level_of_its_step(sampler):
-    """From data of the right distribution, noised to any level, samples have it again."""
+    """Data that are noised to a level and sampled from there have the same distribution."""
     process = Diffusion(clip_sample_range=None, beta_schedule="linear")
     model, seen = small(in_channels=1, out_channels=1, dims=1, image_size=4000, attention_resolutions=()), []
     oracle = gaussian_oracle(process)

@@ -91,7 +91,7 @@ def make_peer(name, steps):
 
 @pytest.mark.parametrize("name", [s for s in SAMPLERS if s not in ("ipndm", "dpm++2s", "dpm++3s")])
 def test_unclipped_samples_equal_the_loop_of_diffusers(name):
-    """Where the steps divide the trained ones. Of the three left out one has a schedule, two a spacing of their own.
+    """Where the steps divide the trained ones. The three left out have another schedule (one) or spacing (two).
 
     The last step is diffusers' too, but of those that extrapolate in it or stop before sigma = 0.
     """
@@ -204,7 +204,7 @@ def test_eta_interpolates_between_ddim_and_ddpm():
 
 @pytest.mark.parametrize("name", [*STOCHASTIC, "ddim"])
 def test_a_sample_depends_on_its_seed_alone(name):
-    """Equal in batches of 1, 3 and 64, by a network of which every sample's rounding is its own."""
+    """Equal in batches of 1, 3 and 64, for a network that rounds every sample alike in any batch."""
     model = small(in_channels=1, out_channels=1)
     model.forward = lambda x, t, **inputs: torch.tanh(x * 1.3 + t.view(-1, 1, 1, 1) / 1000)
     options = {"num_inference_steps": 5, "sampler": name} | ({"eta": 0.7} if name == "ddim" else {})

@@ -33,7 +33,6 @@ def encode_labels(
     Args:
         values: N class names, or N integers from 0.
         names: of the classes in label order (default: the names sorted, or the integers).
-        where: what holds the labels, for messages.
 
     Raises:
         ValueError: values of another type, integers with large gaps, or a class that is not in `names`.
@@ -57,21 +56,22 @@ def encode_labels(
     if array.dtype.kind not in "UO" or not all(isinstance(value, str) for value in values):
         raise ValueError(f"labels of {where} are of type {array.dtype}; give names, or integers from 0")
     class_names = list(names) if names is not None else sorted(set(values))
-    index = {name: i for i, name in enumerate(class_names)}
-    if unknown := sorted(set(values) - set(index)):
-        known = ", ".join(class_names)
-        raise ValueError(f"{where} has the class {unknown[0]!r}, which is not one of class_names: {known}")
-    return torch.tensor([index[value] for value in values]), class_names
+    return _find_classes(values, class_names, where), class_names
 
 
 def renumber_labels(labels: Tensor, names: list[str] | None, class_names: list[str]) -> Tensor:
     """Renumber labels (N,) from the dataset's own names to `class_names`; ValueError if one is missing."""
     if names is None or names == class_names:
         return labels
-    if unknown := sorted(set(names) - set(class_names)):
+    return _find_classes(names, class_names, "the dataset")[labels]
+
+
+def _find_classes(names: Sequence[str] | np.ndarray, class_names: list[str], where: str) -> Tensor:
+    numbers = {name: i for i, name in enumerate(class_names)}
+    if unknown := sorted(set(names) - set(numbers)):
         known = ", ".join(class_names)
-        raise ValueError(f"the data have the class {unknown[0]!r}, which is not one of class_names: {known}")
-    return torch.from_numpy(np.array([class_names.index(name) for name in names]))[labels]
+        raise ValueError(f"{where} has the class {unknown[0]!r}, which is not one of class_names: {known}")
+    return torch.tensor([numbers[name] for name in names])
 
 
 def encode_vectors(columns: Mapping[str, Sequence[Any] | np.ndarray], where: str) -> Tensor:

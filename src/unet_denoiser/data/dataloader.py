@@ -10,13 +10,14 @@ import signal
 import time
 import warnings
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, count, islice
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
 
 from unet_denoiser.data.dataset import ImageDataset, StreamDataset, StreamIndex
@@ -42,40 +43,31 @@ def make_loader(
     """Load batches `start` to `stop` of the endless stream of a dataset; of each batch, this process's slice.
 
     A batch is a dict of tensors: "image" (B, C, *spatial) in [-1, 1] and the conditions by name (B, ...), with B =
-    batch_size / num_processes. It does not depend on the number of workers or processes, nor on `start`. Workers live
-    as long as the loader's iterator, so over all epochs.
+    batch_size / num_processes. It does not depend on the number of workers or processes, nor on `start`.
 
     Args:
         batch_size: of all processes together.
         seed: of order and augmentation.
-        num_workers: processes that load data (default: 0 for data in memory, else up to 4). A stream has one worker
-            at most, which decodes in this many threads.
-        pin_memory: for a GPU.
+        num_workers: processes that load data (default: 0 for data in memory, else one per core, up to 4). They live
+            over all epochs. A stream has one at most, which decodes in this many threads.
         multiprocessing_context: how workers start: "fork", "spawn" or "forkserver" (default: Python's own).
 
     Raises:
         ValueError: the batch size is not a multiple of the number of processes.
     """
-    workers = default_workers(data) if num_workers is None else num_workers
+    if num_workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        num_workers = 0 if isinstance(data, ImageDataset) and data.in_memory else min(4, cores)
     options: dict[str, Any] = {"collate_fn": collate, "pin_memory": pin_memory}
-    if workers:
+    if num_workers:
         options |= {"prefetch_factor": PREFETCHED_BATCHES, "multiprocessing_context": multiprocessing_context}
         options |= {"worker_init_fn": outlive_signals}
+    part = process_slice(batch_size, num_processes, process_index)
     if isinstance(data, StreamDataset):
-        part = process_slice(batch_size, num_processes, process_index)
-        batches = StreamBatches(data, batch_size, seed, start, stop, part=part, threads=max(1, workers))
-        return DataLoader(batches, batch_size=None, num_workers=min(1, workers), **options)
-    buckets, processes = data.buckets or len(data), {"num_processes": num_processes, "process_index": process_index}
-    sampler = EndlessBatches(buckets, batch_size, seed, start, stop, **processes)
-    return DataLoader(FaultTolerantDataset(data), batch_sampler=sampler, num_workers=workers, **options)
-
-
-def default_workers(data: ImageDataset | StreamDataset) -> int:
-    """Return 0 for data in memory, else one worker per core, up to 4."""
-    if isinstance(data, ImageDataset) and data.in_memory:
-        return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(4, cores)
+        batches = StreamBatches(data, batch_size, seed, start, stop, part, threads=max(1, num_workers))
+        return DataLoader(batches, batch_size=None, num_workers=min(1, num_workers), **options)
+    sampler = EndlessBatches(data.buckets or len(data), batch_size, seed, start, stop, part)
+    return DataLoader(FaultTolerantDataset(data), batch_sampler=sampler, num_workers=num_workers, **options)
 
 
 def collate(items: list[dict[str, Any]]) -> Any:
@@ -95,11 +87,12 @@ class EndlessBatches(Sampler[list[StreamIndex]]):
     """Batches `start` to `stop` of an endless stream: a new random order each epoch, without gaps between epochs.
 
     The order depends on `seed` and the epoch's number alone, so the stream can begin at any batch. Any batch size fits
-    any dataset. Each of several processes takes its slice of every batch.
+    any dataset.
 
     Args:
         buckets: the number of items, or one array of indices per bucket; a batch is of one bucket. Items that do not
             fill a batch at the end of a bucket's epoch come first in its next one, so each comes once per epoch.
+        part: of each batch, the slice of this process (default: all).
     """
 
     def __init__(
@@ -109,14 +102,12 @@ class EndlessBatches(Sampler[list[StreamIndex]]):
         seed: int,
         start: int,
         stop: int,
-        *,
-        num_processes: int = 1,
-        process_index: int = 0,
+        part: slice | None = None,
     ) -> None:
         self.buckets = [np.arange(buckets)] if isinstance(buckets, int) else list(buckets)
         self.sizes = np.array([len(bucket) for bucket in self.buckets])
         self.batch_size, self.seed, self.start, self.stop = batch_size, seed, start, stop
-        self.part = process_slice(batch_size, num_processes, process_index)
+        self.indices = range(batch_size)[part or slice(None)]
         self._orders: dict[int, tuple[int, np.ndarray]] = {}  # the current epoch of each bucket, and its order
 
     def __len__(self) -> int:
@@ -131,7 +122,9 @@ class EndlessBatches(Sampler[list[StreamIndex]]):
                 if batch >= self.stop:
                     return
                 if batch >= self.start:
-                    yield self._indices(batch, bucket, turn)
+                    # the item is that of the bucket's own stream; the position counts all batches
+                    own, position = turn * self.batch_size, batch * self.batch_size
+                    yield [StreamIndex(self._item(bucket, own + i), position + i, self.seed) for i in self.indices]
 
     def _count_before(self, epoch: int) -> np.ndarray:
         """Return the number of batches of each bucket in the epochs before this one."""
@@ -145,13 +138,6 @@ class EndlessBatches(Sampler[list[StreamIndex]]):
             yield bucket, int(turns[bucket])
             turns[bucket] += 1
 
-    def _indices(self, batch: int, bucket: int, turn: int) -> list[StreamIndex]:
-        # the item is that of the bucket's own stream; the position counts all batches
-        return [
-            StreamIndex(self._item(bucket, turn * self.batch_size + i), batch * self.batch_size + i, self.seed)
-            for i in range(self.batch_size)[self.part]
-        ]
-
     def _item(self, bucket: int, position: int) -> int:
         """Return the item at a position of the bucket's own endless stream, whose epochs are permutations."""
         epoch, offset = divmod(position, int(self.sizes[bucket]))
@@ -160,6 +146,20 @@ class EndlessBatches(Sampler[list[StreamIndex]]):
             order = np.random.default_rng([self.seed, epoch, bucket]).permutation(self.buckets[bucket])
             self._orders[bucket] = epoch, order
         return int(order[offset])
+
+
+def _read_first(read: Callable[[Any], dict[str, Any]], candidates: Iterable[Any], warned: Tensor) -> dict[str, Any]:
+    """Return the first candidate's item that can be read; warn about others once, and set `warned` for that."""
+    errors = []
+    for candidate in candidates:
+        try:
+            return read(candidate)
+        except UnreadableItemError as error:
+            errors.append(error)
+            if not warned:
+                warnings.warn(f"{error}; it is replaced by another (this is said once)", stacklevel=1)
+                warned.fill_(True)
+    raise ValueError(f"{len(errors)} items in a row cannot be read, the last: {errors[-1]}")
 
 
 class FaultTolerantDataset(Dataset[dict[str, Any]]):
@@ -171,22 +171,15 @@ class FaultTolerantDataset(Dataset[dict[str, Any]]):
         self._buckets = data.buckets or [np.arange(len(data))]
 
     def __getitem__(self, index: StreamIndex) -> dict[str, Any]:
-        try:
-            return self.data[index]
-        except UnreadableItemError as error:
-            last = error
-            if not self._warned:
-                warnings.warn(f"{error}; it is replaced by another (this is said once)", stacklevel=1)
-                self._warned.fill_(True)
+        return _read_first(self.data.__getitem__, self._candidates(index), self._warned)
+
+    def _candidates(self, index: StreamIndex) -> Iterator[StreamIndex]:
+        yield index
         # of the same bucket, so that the batch keeps one size; at the same position, so that augmentation stays
         bucket = next(bucket for bucket in self._buckets if int(index) in bucket)
-        start, tries = int(np.searchsorted(bucket, int(index))), min(len(bucket), MAX_UNREADABLE_ITEMS)
-        for i in range(1, tries):
-            try:
-                return self.data[StreamIndex(int(bucket[(start + i) % len(bucket)]), index.position, index.seed)]
-            except UnreadableItemError as error:
-                last = error
-        raise ValueError(f"{tries} items in a row cannot be read, the last: {last}")
+        start = int(np.searchsorted(bucket, int(index)))
+        for i in range(start + 1, start + min(len(bucket), MAX_UNREADABLE_ITEMS)):
+            yield StreamIndex(int(bucket[i % len(bucket)]), index.position, index.seed)
 
 
 class StreamBatches(IterableDataset[list[dict[str, Any]]]):
@@ -197,11 +190,11 @@ class StreamBatches(IterableDataset[list[dict[str, Any]]]):
     """
 
     def __init__(
-        self, data: StreamDataset, batch_size: int, seed: int, start: int, stop: int, *, part: slice, threads: int = 1
+        self, data: StreamDataset, batch_size: int, seed: int, start: int, stop: int, part: slice, *, threads: int = 1
     ) -> None:
         self.data, self.batch_size, self.seed, self.threads = data, batch_size, seed, threads
-        self.start, self.stop, self.part = start, stop, part
-        self._warned = False
+        self.start, self.stop, self.indices = start, stop, range(batch_size)[part]
+        self._warned = torch.zeros(1, dtype=torch.bool)
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -212,8 +205,7 @@ class StreamBatches(IterableDataset[list[dict[str, Any]]]):
         with ThreadPoolExecutor(self.threads) as pool:
             for step in range(self.start, self.stop):
                 items, first = list(islice(raw, self.batch_size)), step * self.batch_size
-                indices = range(self.batch_size)[self.part]
-                jobs = [pool.submit(self._decode, items, i, first) for i in indices]
+                jobs = [pool.submit(self._decode, items, i, first + i) for i in self.indices]
                 yield [job.result() for job in jobs]
 
     def _read_epoch(self, epoch: int) -> Iterator[Any]:
@@ -224,16 +216,13 @@ class StreamBatches(IterableDataset[list[dict[str, Any]]]):
         if empty:  # the stream would go on for ever without an item
             raise ValueError(f"the dataset has no items in epoch {epoch}")
 
-    def _decode(self, items: list[Any], index: int, first: int) -> dict[str, Any]:
-        """Decode item `index` of the batch, or the next readable one; `first` is the position of the batch's first."""
-        for i in [*range(index, len(items)), *range(index)]:
-            try:
-                return self.data.decode(items[i], StreamIndex(i, first + index, self.seed))
-            except UnreadableItemError as error:
-                if not self._warned:
-                    warnings.warn(f"{error}; it is replaced by another (this is said once)", stacklevel=1)
-                    self._warned = True
-        raise ValueError(f"none of the {len(items)} items from {first} on can be read")
+    def _decode(self, items: list[Any], index: int, position: int) -> dict[str, Any]:
+        """Decode item `index` of the batch, or the next readable one."""
+
+        def decode(i: int) -> dict[str, Any]:
+            return self.data.decode(items[i], StreamIndex(i, position, self.seed))
+
+        return _read_first(decode, [*range(index, len(items)), *range(index)], self._warned)
 
 
 def outlive_signals(worker: int) -> None:
@@ -248,9 +237,9 @@ def outlive_signals(worker: int) -> None:
 
 
 class DataTimer:
-    """Iterator over a loader that measures the share of time spent waiting for batches.
+    """Iterator over a loader that measures the share of time spent waiting for batches, and warns above `max_share`.
 
-    It warns once if that share is above `max_share` after `warm_up` batches, in which the workers start.
+    The warning comes once and leaves out the first `warm_up` batches, in which the workers start.
     """
 
     max_share = 0.2
@@ -263,11 +252,7 @@ class DataTimer:
 
     def __iter__(self) -> Iterator[Any]:
         iterator, asked = iter(self.batches), time.perf_counter()
-        while True:
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
+        for batch in iterator:
             given = time.perf_counter()
             yield batch
             returned = time.perf_counter()
@@ -276,8 +261,7 @@ class DataTimer:
 
     def wait_share(self) -> float:
         """Return the share of the time since the last call that was spent waiting for data, in [0, 1]."""
-        total = self._waited + self._worked
-        share = self._waited / total if total else 0.0
+        share = self._waited / (self._waited + self._worked or 1.0)
         self._waited = self._worked = 0.0
         return share
 

@@ -43,17 +43,13 @@ class ImageDataset(Dataset[dict[str, Any]]):
     `__getitem__` or `pixels`.
 
     Attributes:
-        channels: C.
-        image_size: one int per spatial axis.
-        class_names: in label order, or None without labels.
+        channels, image_size: C, and one int per spatial axis.
+        labels, class_names: (N,) int64, and the names in label order; or None.
         captions: one per item, or None; item i then has "caption".
-        vector_dim: length of "vector", or None.
-        context_dim: width of the tokens in "context", or None.
-        concat_channels: channels of "concat", or 0.
+        vectors, vector_dim: (N, vector_dim), and the length of "vector"; or None.
+        context_dim, concat_channels: width of the tokens in "context", or None; channels of "concat", or 0.
         buckets: indices of the items of each size; a batch is of one bucket. None: all items have `image_size`.
         in_memory: items cost next to nothing, so worker processes would only add cost.
-        labels: (N,) int64, or None.
-        vectors: (N, vector_dim), or None.
         background: (C,) in [-1, 1], to pad with.
     """
 
@@ -105,17 +101,12 @@ class DatasetWrapper(ImageDataset):
 
     def __init__(self, data: ImageDataset) -> None:
         self.data = data
-        for name in (
-            *("channels", "image_size", "class_names", "captions", "buckets", "in_memory", "config"),
-            *("vector_dim", "context_dim", "concat_channels"),
-        ):
+        sizes = ("channels", "image_size", "vector_dim", "context_dim", "concat_channels")
+        for name in (*sizes, "class_names", "captions", "buckets", "in_memory", "config"):
             setattr(self, name, getattr(data, name))
 
     def __len__(self) -> int:
         return len(self.data)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.data[index]
 
     def conditions(self, index: int) -> dict[str, Any]:
         return self.data.conditions(index)

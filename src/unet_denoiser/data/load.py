@@ -30,8 +30,7 @@ def load_data(config: DataConfig | str | Path, **options: Any) -> ImageDataset |
         options: fields of `DataConfig`, to change or to give with a source.
 
     Returns:
-        A dataset of {"image": float32 (C, *spatial) in [-1, 1], conditions by name}. With `vae`, "image" holds
-        latents (C, h, w) of about unit size.
+        {"image": float32 (C, *spatial) in [-1, 1], conditions by name}; with `vae`, latents (C, h, w) of unit scale.
 
     Raises:
         FileNotFoundError, ValueError, TypeError, ImportError: data or options that cannot be used, in one line.
@@ -50,7 +49,9 @@ def load_data(config: DataConfig | str | Path, **options: Any) -> ImageDataset |
         data = ConcatConditionDataset(data, config, _load_paired(config, source, data))
     if vae is not None:
         measure = config.standardize_latents and config.latent_mean is None
-        key = _latents_key(config, source)
+        paths = [Path(path) for path in (config.source, config.concat or "") if path and Path(path).exists()]
+        # of all that the images depend on: options and files of the source, and `concat` and its files
+        key = digest([repr(sorted(asdict(source).items())), str(config.concat), fingerprint(paths)])
         data = LatentDataset(data, vae, key, flip=config.horizontal_flip, standardize=measure)
     return data if encoder is None else CaptionedDataset(data, encoder)
 
@@ -119,12 +120,6 @@ def _load_paired(config: DataConfig, source: DataConfig, data: ImageDataset) -> 
     return paired
 
 
-def _latents_key(config: DataConfig, source: DataConfig) -> str:
-    """Hash all that the images depend on: options and files of the source, and `concat` and its files."""
-    paths = [Path(path) for path in (config.source, config.concat or "") if path and Path(path).exists()]
-    return digest([repr(sorted(asdict(source).items())), str(config.concat), fingerprint(paths)])
-
-
 def load_text_encoder(config: DataConfig) -> TextEncoder:
     """Load the text encoder that `config.text_encoder` names."""
     from unet_denoiser.models.text_encoder import TextEncoder
@@ -145,10 +140,9 @@ def load_autoencoder(config: DataConfig) -> Autoencoder:
 
 
 def with_found_values(config: DataConfig, data: ImageDataset | StreamDataset) -> DataConfig:
-    """Return the configuration with the values that `data` has for fields left open, so that they cannot change later.
+    """Fill in image size, channels, class names and the latents' statistics from `data`, so that they cannot change.
 
-    These are image size, channels, class names and the latents' statistics. Paths become absolute, so that a run can
-    be used from any directory.
+    Paths become absolute, so that a run can be used from any directory.
     """
     folder = config.concat_kind and config.concat_kind.folder
     paths = {"text_encoder": config.text_encoder, "vae": config.vae, "concat": folder}  # or names on the hub
@@ -156,7 +150,7 @@ def with_found_values(config: DataConfig, data: ImageDataset | StreamDataset) ->
     config = replace(config, **absolute)
     while isinstance(data, DatasetWrapper):  # down to the source, which has the images' size and channels
         if isinstance(data, LatentDataset) and config.standardize_latents and config.latent_mean is None:
-            config = replace(config, latent_mean=data.store.mean, latent_std=data.store.std)
+            config = replace(config, latent_mean=data.mean, latent_std=data.std)
         data = data.data
     names = None if data.class_names is None else tuple(data.class_names)
     return replace(config, image_size=tuple(data.image_size), channels=data.channels, class_names=names)

@@ -44,23 +44,16 @@ def open_image(source: Source, name: str = "") -> Image.Image:
         with Image.open(source if isinstance(source, str) else BytesIO(source)) as image:
             image.load()
             upright = ImageOps.exif_transpose(image)
+    except Image.UnidentifiedImageError:
+        raise UnreadableItemError(name, "cannot be read as an image: no image format that is known") from None
     except Exception as error:  # decoders raise exceptions of many types
-        raise UnreadableItemError(name, f"cannot be read as an image: {_reason(error)}") from None
-    if upright.mode == "F" or (upright.mode == "I" and not _is_16_bit(upright)):
+        reason = str(error) or type(error).__name__
+        raise UnreadableItemError(name, f"cannot be read as an image: {reason}") from None
+    deep = np.asarray(upright) if upright.mode == "I" else np.zeros(1)
+    if upright.mode == "F" or deep.min() < 0 or deep.max() >= 2**16:
         reason = f"has pixels of mode {upright.mode}, of unknown range; put such images into an .npy"
         raise UnreadableItemError(name, reason)
     return upright
-
-
-def _is_16_bit(image: Image.Image) -> bool:
-    array = np.asarray(image)
-    return bool(array.min() >= 0 and array.max() < 2**16)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "no image format that is known"
-    return str(error) or type(error).__name__
 
 
 def read_pixels(source: Source, name: str, channels: int, size: Sequence[int], config: DataConfig) -> Tensor:
@@ -132,8 +125,7 @@ def augment(
     offsets = [0.5] * len(size)
     if rng is not None and config is not None and config.resize_mode == "random_crop":
         offsets = rng.random(len(size)).tolist()
-    if tuple(image.shape[1:]) != size:
-        image = _crop_or_pad(image, size, offsets, background)
+    image = _crop_or_pad(image, size, offsets, background)
     if rng is not None and config is not None and config.horizontal_flip and rng.random() < 0.5:
         image = image.flip(-1)
     return image.contiguous()

@@ -30,7 +30,7 @@ SCHEDULER_NAME = "scheduler_config.json"
 class Diffusion:
     """A forward process and the quantity that a network learns of it, kept as a `diffusers` scheduler's configuration.
 
-    The arguments are those of `DiffusionConfig`.
+    It takes the arguments of `DiffusionConfig`.
 
     Raises:
         ValueError: an option that cannot work.

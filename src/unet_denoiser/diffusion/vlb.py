@@ -45,7 +45,7 @@ class VariationalBound:
         Args:
             x0: (B, ...) data.
             xt: (B, ...) `add_noise` of x0 at t (B,).
-            predicted_x0: (B, ...); the mean of p is that of the posterior with it in place of x0.
+            predicted_x0: (B, ...); the mean of p is the posterior's mean with it in place of x0.
             variance: (B, ...) the network's output v, mapped so that -1 is the lower limit and 1 the upper (equation
                 15, with (v + 1) / 2 as in the authors' code).
             data_range: bounds of the data, divided into 256 equal steps; None for a density of unbounded data.

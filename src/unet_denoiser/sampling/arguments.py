@@ -115,7 +115,7 @@ def pop_config(options: dict[str, Any], **defaults: Any) -> SamplingConfig:
 
 
 def sample_sizes(config: UNetConfig, image_size: int | Sequence[int] | None, like: Tensor | None) -> tuple[int, ...]:
-    """Return the size of the samples, one int per axis: `image_size`, else that of `like`, else the network's."""
+    """Return the size of the samples, one int per axis: `image_size`, else the size of `like`, else the network's."""
     if image_size is None:
         image_size = config.sizes if like is None else tuple(like.shape[2:])
     return per_axis(image_size, config.dims)

@@ -85,7 +85,7 @@ class Guidance:
         Args:
             x: (B, C, ...) the network's input.
             t: (B,) timesteps.
-            alpha_sigma: those of x_t, scalars on the CPU; `guidance_interval` and a classifier need them.
+            alpha_sigma: alpha and sigma of x_t, scalars on the CPU; `guidance_interval` and a classifier need them.
         """
         scale, is_active = self.config.guidance_scale, self._is_active(alpha_sigma)
         if scale == 1 or not is_active:
@@ -171,7 +171,7 @@ def _select_guided(
     has_negative = bool(negative.given())
     if has_guide and (guided or has_negative):
         both = "guided" if guided else "negative"
-        raise ValueError(f"guide and {both} both set the reference of guidance; give one of them")
+        raise ValueError(f"guide and {both} both say what the reference of guidance is; give one")
     names = names if guided is None else list(guided)
     if scale != 1 and not names and not has_negative and not has_guide:
         raise ValueError(

@@ -65,7 +65,7 @@ def denoise_step(
     """
     config, process, (alpha, sigma) = sampler.config, sampler.process, sampler.alpha_sigma(i)
     with torch.no_grad():
-        output = guidance(self_conditioned_input(x, x0_estimate), sampler.timestep_of(i, x), (alpha, sigma))
+        output = guidance(self_conditioned_input(x, x0_estimate), sampler.expand_timestep(i, x), (alpha, sigma))
     prediction, variance = process.split(output, x)  # (B, C, *spatial) each
     x0 = process.predict_x0(prediction, x, alpha, sigma, clip=config.clip_sample and config.dynamic_threshold is None)
     if config.dynamic_threshold is not None:
@@ -193,7 +193,7 @@ def sample_steps(model: UNet, process: Diffusion, *, seeds: Sequence[int], **req
 
 
 def _run_batches(model: UNet, sampler: Sampler, request: SamplingRequest, shape: tuple[int, ...]) -> Iterator[Step]:
-    """Run all batches with one sampler; `shape` is that of a sample."""
+    """Run all batches with one sampler; a sample has shape `shape`."""
     run, device = request.loop or denoise_steps, model.input_conv.weight.device
     with _evaluation_mode(model, request.guide):
         for first in range(0, len(request.seeds), request.batch_size):

@@ -1,6 +1,6 @@
 """Samplers by short names: `diffusers` schedulers on the noise levels of the process that a network was trained with.
 
-The chosen steps become a schedule of their own (respacing, Nichol and Dhariwal 2021, section 4), and a scheduler runs
+The chosen steps become a new schedule (respacing, Nichol and Dhariwal 2021, section 4), and a scheduler runs
 through all of it. So every sampler visits exactly the chosen noise levels, and the network sees the timestep of each.
 Every sampler receives the predicted x0 (as a velocity or as noise) and both takes and returns x_t in the
 variance-preserving scale, x_t = alpha x0 + sigma eps. The result is the x0 of the last network call, without noise.
@@ -122,7 +122,7 @@ class Sampler:
                 "between these; give another number, or no sigma_schedule"
             )
         self.timesteps = torch.from_numpy(t.astype(np.int64 if (t == t.round()).all() else np.float32))
-        self._moved_timesteps = self.timesteps
+        self._device_timesteps = self.timesteps
         call_ratios = torch.from_numpy(_expand_to_calls(self._spec, _read_ratios(self._initial), between)).float()
         alphas = 1 / (1 + call_ratios.square()).sqrt()
         self._alphas_sigmas = [*zip(alphas, call_ratios * alphas, strict=True), (torch.ones(()), torch.zeros(()))]
@@ -135,10 +135,10 @@ class Sampler:
         """Return (alpha, sigma) of x_t at network call i, float32 scalars on the CPU; at i == len(self), (1, 0)."""
         return self._alphas_sigmas[i]
 
-    def timestep_of(self, i: int, x: Tensor) -> Tensor:
+    def expand_timestep(self, i: int, x: Tensor) -> Tensor:
         """Return the timestep of network call i for each sample of x: (B,), on its device."""
-        self._moved_timesteps = self._moved_timesteps.to(x.device)  # all at once: torch waits for each copy to a GPU
-        return self._moved_timesteps[i].expand(len(x))
+        self._device_timesteps = self._device_timesteps.to(x.device)  # all at once: torch waits for each copy to a GPU
+        return self._device_timesteps[i].expand(len(x))
 
     def step(
         self,
@@ -174,8 +174,8 @@ class Sampler:
 
     def _restart(self, i: int) -> None:
         """Forget the steps so far and go on with call i."""
-        self._scheduler, self._next_call = deepcopy(self._initial), i  # 0.2 ms; a scheduler keeps its past steps
-        if hasattr(self._scheduler, "set_begin_index"):  # else it looks for the timestep, which some visit twice
+        self._scheduler, self._next_call = deepcopy(self._initial), i  # 0.2 ms; it holds no past steps
+        if hasattr(self._scheduler, "set_begin_index"):  # else it looks up the timestep, which may occur twice
             self._scheduler.set_begin_index(i)
 
 
@@ -254,7 +254,7 @@ def _make_scheduler(spec: SamplerSpec, ratios: Numbers, more_options: Mapping[st
         scheduler.alphas = torch.from_numpy(np.append(alphas_squared[::-1] ** 0.5, 1)).float()
         scheduler.betas = torch.from_numpy(np.append((1 - alphas_squared[::-1]) ** 0.5, 0)).float()
         return scheduler
-    single = "Singlestep" in spec.scheduler  # has a spacing of its own, which leaves out timesteps
+    single = "Singlestep" in spec.scheduler  # has another spacing, which leaves out timesteps
     scheduler = getattr(diffusers, spec.scheduler)(
         num_train_timesteps=count,
         trained_betas=1 - alphas_squared / np.append(1, alphas_squared[:-1]),
@@ -280,7 +280,7 @@ def _read_ratios(scheduler: Any) -> Numbers:
 
 
 def _expand_to_calls(spec: SamplerSpec, steps: Numbers, between: Numbers) -> Numbers:
-    """Return one value per network call: that of its step, or that of `between`, in the scheduler's order."""
+    """Return one value per network call, from `steps` or from `between` two steps, in the scheduler's order."""
     count = len(steps)
     if spec.calls == "once":
         return steps

@@ -9,6 +9,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -49,9 +50,6 @@ def compute_once(kind: str, key: str, compute: Callable[[Path], object]) -> Path
         kind: name of the folder in the cache, for example "latents".
         key: hash of all that the contents depend on, from `digest`.
         compute: called with an empty directory to fill.
-
-    Raises:
-        OSError: the cache cannot be written to.
     """
     from filelock import FileLock
 
@@ -78,14 +76,11 @@ class MappedArray:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._array: np.ndarray | None = None
 
-    @property
+    @cached_property
     def array(self) -> np.ndarray:
         """Return the array, read-only."""
-        if self._array is None:
-            self._array = np.load(self.path, mmap_mode="r", allow_pickle=False)
-        return self._array
+        return np.load(self.path, mmap_mode="r", allow_pickle=False)
 
     def __getstate__(self) -> dict[str, object]:
-        return {"path": self.path, "_array": None}
+        return {"path": self.path}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,15 +33,12 @@ def first_nonfinite_module(model: nn.Module, forward: Callable[[], object]) -> s
     """Run `forward` and describe the first module of `model` whose output is not finite; None if all are finite."""
     found: list[str] = []
 
-    def make_hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if not found and isinstance(output, Tensor) and not is_finite(output):
-                inputs = "finite" if all(is_finite(a) for a in args if isinstance(a, Tensor)) else "infinite or NaN"
-                found.append(f"the output of {name or 'the network'} ({type(module).__name__}) from {inputs} inputs")
+    def check(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        if not found and isinstance(output, Tensor) and not is_finite(output):
+            inputs = "finite" if all(is_finite(a) for a in args if isinstance(a, Tensor)) else "infinite or NaN"
+            found.append(f"the output of {name or 'the network'} ({type(module).__name__}) from {inputs} inputs")
 
-        return hook
-
-    handles = [module.register_forward_hook(make_hook(name)) for name, module in model.named_modules()]
+    handles = [module.register_forward_hook(partial(check, name)) for name, module in model.named_modules()]
     try:
         forward()
     finally:

@@ -40,20 +40,15 @@ def save_image(x: Tensor, path: str | Path) -> Path:
 def save_grid(
     x: Tensor, path: str | Path, columns: int | None = None, data_range: tuple[float, float] | None = None
 ) -> Path:
-    """Save samples as one PNG, row by row.
+    """Save samples as one PNG, row by row, and return its path; the suffix becomes .npy if that was needed.
 
     Args:
-        x: (N, C, H, W) floats in `data_range`, with 1, 3 or 4 channels; any other shape is saved as one .npy instead.
-            Samples smaller than 32 pixels are enlarged by a whole factor, to be visible.
+        x: (N, C, H, W) floats in `data_range` (default: [-1, 1]), with 1, 3 or 4 channels; any other shape is saved as
+            one .npy instead. Samples smaller than 32 pixels are enlarged by a whole factor, to be visible.
         columns: number of samples in a row (default: the grid is about square).
-        data_range: range of the values (default: [-1, 1]).
-
-    Returns:
-        The path of the file, with the suffix .npy if that was needed.
     """
-    if x.ndim != 4 or x.shape[1] not in MODES:
-        return save_image(x, path)
-    return save_image(make_grid(x, columns, data_range), path)
+    is_image = x.ndim == 4 and x.shape[1] in MODES
+    return save_image(make_grid(x, columns, data_range) if is_image else x, path)
 
 
 def make_grid(x: Tensor, columns: int | None = None, data_range: tuple[float, float] | None = None) -> Tensor:
@@ -73,8 +68,7 @@ def make_grid(x: Tensor, columns: int | None = None, data_range: tuple[float, fl
 def save_gif(frames: Sequence[Tensor], path: str | Path, seconds: float = 3.0) -> Path:
     """Save uint8 images (C, H, W), C 1, 3 or 4, as a GIF of `seconds`, then hold the last frame for a second more.
 
-    Raises:
-        ValueError: no frames, or frames of another type or number of channels.
+    ValueError for no frames, or frames of another type or number of channels.
     """
     path = Path(path)
     if not frames or frames[0].ndim != 3 or frames[0].shape[0] not in MODES or frames[0].dtype != torch.uint8:

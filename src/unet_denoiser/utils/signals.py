@@ -11,12 +11,7 @@ from types import FrameType
 
 
 class TrainingInterrupted(Exception):  # noqa: N818  # not an error: training stopped as requested
-    """Training stopped because of a signal, after writing a checkpoint.
-
-    Args:
-        number: the signal's number.
-        step: the step of the checkpoint.
-    """
+    """Training stopped because of signal `number`, after writing a checkpoint at `step`."""
 
     def __init__(self, number: int, step: int) -> None:
         self.number, self.step = number, step
@@ -32,13 +27,12 @@ def watch_signals(on_first: Callable[[int], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    count = 0
+    received: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal count
-        count += 1
-        if count > 1:
+        if received:
             os._exit(128 + number)
+        received.append(number)
         on_first(number)
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}

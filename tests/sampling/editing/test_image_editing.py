@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from support.gaussian import Gaussian, as_network
 from support.networks import small
+from support.oracles import Gaussian, as_network
 from unet_denoiser import Diffusion, image_to_image, inpaint, outpaint, sample, upscale
 from unet_denoiser.data.wrappers.concat import enlarge, mask_images
 from unet_denoiser.sampling.editing.image_editing import pad_canvas
@@ -14,7 +14,7 @@ SEEDS = range(4)
 FEW = {"num_inference_steps": 5}
 
 
-def pictures(count=4, size=(8, 8), seed=7):
+def images(count=4, size=(8, 8), seed=7):
     return torch.rand(count, 3, *size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
@@ -30,10 +30,10 @@ def left_half(size=(8, 8)):
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++", "unipc", "euler", "heun"])
 def test_full_strength_is_sampling_and_little_returns_the_image(sampler):
     process = Diffusion()
-    model, x = small(), pictures()
+    model, x = small(), images()
     options = {"seeds": SEEDS, "sampler": sampler, **FEW}
     assert torch.equal(image_to_image(model, process, x, strength=1, **options), sample(model, process, **options))
-    # a perfect network for these very pictures: it takes exactly the noise away that was added
+    # a perfect network for these very images: it removes exactly the added noise
     near = Gaussian(process, x[0].flatten() * 0, torch.eye(192), (3, 8, 8))
     options["num_inference_steps"] = 100
     little = image_to_image(as_network(small(), near), process, x, strength=0.01, clip_sample=False, **options)
@@ -44,7 +44,7 @@ def test_strength_sets_the_share_of_noise():
     """From alpha x + sigma z at the first step, the flow of a Gaussian of unit variance turns by the angle of alpha."""
     process = Diffusion(clip_sample_range=None)
     model = as_network(small(), Gaussian(process, torch.zeros(192), torch.eye(192), (3, 8, 8)))
-    x = pictures(1)
+    x = images(1)
     for strength in (0.2, 0.5, 0.8):
         options = {"seeds": SEEDS, "num_inference_steps": 200, "sampler": "ddim"}
         out = image_to_image(model, process, x, strength=strength, **options)
@@ -54,7 +54,7 @@ def test_strength_sets_the_share_of_noise():
 
 
 def test_image_to_image_depends_on_the_seed_alone():
-    model, x = small(num_classes=5), pictures()
+    model, x = small(num_classes=5), images()
     labels = torch.tensor([0, 1, 2, 3])
     options = {"sampler": "ddpm", "guidance_scale": 2.0, **FEW}
     together = image_to_image(model, Diffusion(), x, seeds=SEEDS, class_labels=labels, **options)
@@ -69,7 +69,7 @@ def test_image_to_image_depends_on_the_seed_alone():
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++", "unipc", "euler", "heun"])
 def test_known_pixels_come_back_exactly(sampler):
-    model, x, mask = small(), pictures(1, (8, 12)), left_half((8, 12))
+    model, x, mask = small(), images(1, (8, 12)), left_half((8, 12))
     out = inpaint(model, Diffusion(), x, mask, seeds=SEEDS, sampler=sampler, **FEW)
     assert out.shape == (4, 3, 8, 12)
     assert torch.equal(out[..., 6:], x[..., 6:].expand(4, -1, -1, -1))
@@ -108,7 +108,7 @@ def test_resampling_leads_to_the_conditional_distribution():
 
 
 def test_resampling_draws_from_the_seed_alone():
-    model, x, mask = small(), pictures(), left_half()
+    model, x, mask = small(), images(), left_half()
     options = {"resample": 3, "sampler": "ddim", **FEW}
     together = inpaint(model, Diffusion(), x, mask, seeds=SEEDS, **options)
     assert torch.equal(together[..., 4:], x[..., 4:])
@@ -121,7 +121,7 @@ def test_resampling_draws_from_the_seed_alone():
 
 
 def test_a_network_for_inpainting_sees_mask_and_image():
-    model, x, mask = small(in_channels=7), pictures(), left_half()
+    model, x, mask = small(in_channels=7), images(), left_half()
     out = inpaint(model, Diffusion(), x, mask, seeds=SEEDS, **FEW)
     concat = mask_images(x, mask.expand(4, -1, -1, -1))
 
@@ -133,7 +133,7 @@ def test_a_network_for_inpainting_sees_mask_and_image():
 
 
 def test_outpainting_keeps_the_image():
-    model, x = small(), pictures(1)
+    model, x = small(), images(1)
     out = outpaint(model, Diffusion(), x, (1, 2, 3, 4), seeds=SEEDS, **FEW)
     assert out.shape == (4, 3, 12, 14)
     assert torch.equal(out[..., 1:9, 4:12], x.expand(4, -1, -1, -1))
@@ -163,7 +163,7 @@ def test_upscaling_keeps_the_averages_and_follows_the_data():
 
 
 def test_a_network_for_super_resolution_sees_the_enlarged_image():
-    model, x = small(in_channels=6), pictures(1, (4, 6))
+    model, x = small(in_channels=6), images(1, (4, 6))
     out = upscale(model, Diffusion(), x, 2, seeds=SEEDS, **FEW)
     concat = enlarge(x, (8, 12)).expand(4, -1, -1, -1)
     assert torch.equal(out, sample(model, Diffusion(), seeds=SEEDS, concat=concat, **FEW))
@@ -175,16 +175,16 @@ def test_a_network_for_super_resolution_sees_the_enlarged_image():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m, p: image_to_image(m, p, pictures(), seeds=SEEDS, strength=0), "strength=0 must be above 0"),
-        (lambda m, p: image_to_image(m, p, pictures(3), seeds=SEEDS), "images has 3 samples for 4 seeds"),
-        (lambda m, p: inpaint(m, p, pictures(), left_half((4, 4)), seeds=SEEDS), "mask has shape"),
+        (lambda m, p: image_to_image(m, p, images(), seeds=SEEDS, strength=0), "strength=0 must be above 0"),
+        (lambda m, p: image_to_image(m, p, images(3), seeds=SEEDS), "images has 3 samples for 4 seeds"),
+        (lambda m, p: inpaint(m, p, images(), left_half((4, 4)), seeds=SEEDS), "mask has shape"),
         (
-            lambda m, p: inpaint(m, p, pictures(), left_half(), seeds=SEEDS, resample=2, sampler="dpm++"),
+            lambda m, p: inpaint(m, p, images(), left_half(), seeds=SEEDS, resample=2, sampler="dpm++"),
             r"resample=2 with sampler='dpm\+\+'",
         ),
-        (lambda m, p: inpaint(m, p, pictures(), left_half(), seeds=SEEDS, resample=0), "resample=0"),
-        (lambda m, p: outpaint(m, p, pictures(), (1, 2, -3, 0), seeds=SEEDS), "margins="),
-        (lambda m, p: upscale(m, p, pictures(), 1, seeds=SEEDS), "factor=1"),
+        (lambda m, p: inpaint(m, p, images(), left_half(), seeds=SEEDS, resample=0), "resample=0"),
+        (lambda m, p: outpaint(m, p, images(), (1, 2, -3, 0), seeds=SEEDS), "margins="),
+        (lambda m, p: upscale(m, p, images(), 1, seeds=SEEDS), "factor=1"),
     ],
 )
 def test_refuses(call, message):
@@ -198,4 +198,4 @@ def test_refuses(call, message):
 def test_resampling_is_refused_with_self_conditioning():
     process = Diffusion(self_conditioning=True)
     with pytest.raises(ValueError, match="self_conditioning=True"):
-        inpaint(small(**process.channels(3)), process, pictures(), left_half(), seeds=SEEDS, resample=2)
+        inpaint(small(**process.channels(3)), process, images(), left_half(), seeds=SEEDS, resample=2)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from support.gaussian import Gaussian, as_network
 from support.networks import small
+from support.oracles import Gaussian, as_network
 from unet_denoiser import Diffusion, invert, regenerate
 
 MEAN, STD = 0.3, 0.5
@@ -16,7 +16,7 @@ def gaussian(process):
     return as_network(small(), network)
 
 
-def pictures(count=3):
+def images(count=3):
     return torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(1)) * 1.6 - 0.8
 
 
@@ -24,7 +24,7 @@ def pictures(count=3):
 def test_inverted_noise_of_a_gaussian(prediction):
     """The flow takes noise z to MEAN + STD z, but for ddim's steps; inverting undoes these too."""
     process = Diffusion(prediction_type=prediction, clip_sample_range=None)
-    model, x, options = gaussian(process), pictures(), {"num_inference_steps": 50}
+    model, x, options = gaussian(process), images(), {"num_inference_steps": 50}
     inversion = invert(model, process, x, iterations=100, **options)
     assert_close(inversion.noise, (x - MEAN) / STD, rtol=0.08, atol=0.08)
     assert_close(regenerate(model, process, inversion, **options), x, rtol=0, atol=2e-3)
@@ -32,11 +32,11 @@ def test_inverted_noise_of_a_gaussian(prediction):
 
 
 def test_fixed_point_iterations_make_inversion_exact():
-    """Where plain inversion is off by a hundredth; the remainder of the last step is not what brings it."""
+    """Plain inversion is off by a hundredth here; the remainder of the last step is not the reason."""
     process = Diffusion()
     model = small(num_classes=5)
     model.output[2].weight.data.mul_(0.2)
-    x, options = pictures(), {"class_labels": torch.tensor([0, 1, 2]), "num_inference_steps": 10}
+    x, options = images(), {"class_labels": torch.tensor([0, 1, 2]), "num_inference_steps": 10}
     errors = {}
     for iterations in (0, 50):
         inversion = invert(model, process, x, iterations=iterations, **options)
@@ -50,7 +50,7 @@ def test_fixed_point_iterations_make_inversion_exact():
 
 
 def test_inversion_does_not_depend_on_the_batch():
-    process, model, x = Diffusion(), small(), pictures(4)
+    process, model, x = Diffusion(), small(), images(4)
     model.output[2].weight.data.mul_(0.2)
     together = invert(model, process, x, num_inference_steps=5)
     apart = invert(model, process, x, num_inference_steps=5, batch_size=3)
@@ -62,7 +62,7 @@ def test_inversion_does_not_depend_on_the_batch():
 
 def test_inversion_to_pure_noise():
     process = Diffusion(rescale_betas_zero_snr=True)
-    model, x, options = small(), pictures(2), {"num_inference_steps": 8}
+    model, x, options = small(), images(2), {"num_inference_steps": 8}
     model.output[2].weight.data.mul_(0.2)
     inversion = invert(model, process, x, iterations=50, **options)
     assert_close(regenerate(model, process, inversion, **options), x, rtol=0, atol=2e-3)
@@ -80,10 +80,10 @@ def test_inversion_to_pure_noise():
 )
 def test_refuses(options, message):
     with pytest.raises(ValueError, match=message):
-        invert(small(), Diffusion(), pictures(), **options)
+        invert(small(), Diffusion(), images(), **options)
 
 
 def test_self_conditioning_is_refused():
     process = Diffusion(self_conditioning=True)
     with pytest.raises(ValueError, match="self_conditioning=True cannot be inverted"):
-        invert(small(**process.channels(3)), process, pictures())
+        invert(small(**process.channels(3)), process, images())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -26,7 +27,7 @@ MAX_CHECKED_IMAGES = 256  # of a mapped file, whose range is checked before trai
 class MappedImages(MappedArray):
     """The images of an .npy file, read from disk where they are used."""
 
-    @property
+    @cached_property
     def array(self) -> np.ndarray:
         """Return (N, C, *spatial), read-only; ValueError if the file is no readable .npy."""
         try:
@@ -46,8 +47,7 @@ class ArrayDataset(ImageDataset):
         labels: (N,) integers from 0, or None.
         class_names: one per class (default: the numbers).
         image_size: resize to this (bilinear, antialiased), one int or one per axis; for two spatial axes only.
-        captions: N texts, or None.
-        vectors: (N, D) numbers, or None.
+        captions, vectors: N texts, and (N, D) numbers, or None.
         config: further options of the data: `resize_mode`, `horizontal_flip`, `background`.
 
     Raises:
@@ -65,30 +65,8 @@ class ArrayDataset(ImageDataset):
         vectors: np.ndarray | None = None,
         config: DataConfig | None = None,
     ) -> None:
-        self.in_memory = isinstance(images, np.ndarray)
-        array = images if isinstance(images, np.ndarray) else images.array
-        _check_images(array, self.in_memory)
-        self.images = torch.from_numpy(np.ascontiguousarray(images)) if isinstance(images, np.ndarray) else images
-        self.config, self.channels, axes = config, array.shape[1], array.ndim - 2
-        self.image_size = array.shape[2:] if image_size is None else per_axis(image_size, axes)
-        self._scaled_size = self.image_size  # before cropping or padding
-        if self.image_size != array.shape[2:]:
-            if axes != 2:
-                raise ValueError(f"image_size={image_size} cannot resize data with {axes} axes; leave it out")
-            mode: ResizeMode = "center_crop" if config is None else config.resize_mode
-            self._scaled_size = compute_scaled_size(array.shape[2:], self.image_size, mode)
-            if isinstance(self.images, Tensor):  # in batches, since the floats in between take four times the memory
-                self.images = torch.cat([_resize(batch, self._scaled_size) for batch in self.images.split(256)])
-        self.background = make_fill("white" if config is None else config.background, self.channels)
-        self._add_conditions(labels, class_names, captions, vectors)
-
-    def _add_conditions(
-        self,
-        labels: np.ndarray | None,
-        class_names: Sequence[str] | None,
-        captions: Sequence[str] | None,
-        vectors: np.ndarray | None,
-    ) -> None:
+        self.config = config
+        self._set_images(images, image_size)
         count = len(self)
         if labels is not None:
             if labels.shape != (count,) or labels.dtype.kind not in "iu" or labels.min() < 0:
@@ -104,6 +82,23 @@ class ArrayDataset(ImageDataset):
                 raise ValueError(f"vectors have shape {vectors.shape}; give ({count}, D) numbers")
             self.vectors = encode_vectors({str(i): column for i, column in enumerate(vectors.T)}, "the arrays")
             self.vector_dim = vectors.shape[1]
+
+    def _set_images(self, images: np.ndarray | MappedImages, image_size: int | Sequence[int] | None) -> None:
+        self.in_memory = isinstance(images, np.ndarray)
+        array = images if isinstance(images, np.ndarray) else images.array
+        _check_images(array, self.in_memory)
+        self.images = torch.from_numpy(np.ascontiguousarray(images)) if isinstance(images, np.ndarray) else images
+        self.channels, axes = array.shape[1], array.ndim - 2
+        self.image_size = array.shape[2:] if image_size is None else per_axis(image_size, axes)
+        self._scaled_size = self.image_size  # before cropping or padding
+        if self.image_size != array.shape[2:]:
+            if axes != 2:
+                raise ValueError(f"image_size={image_size} cannot resize data with {axes} axes; leave it out")
+            mode: ResizeMode = "center_crop" if self.config is None else self.config.resize_mode
+            self._scaled_size = compute_scaled_size(array.shape[2:], self.image_size, mode)
+            if isinstance(self.images, Tensor):  # in batches, since the floats in between take four times the memory
+                self.images = torch.cat([_resize(batch, self._scaled_size) for batch in self.images.split(256)])
+        self.background = make_fill("white" if self.config is None else self.config.background, self.channels)
 
     def __len__(self) -> int:
         return len(self.images if isinstance(self.images, Tensor) else self.images.array)
@@ -141,10 +136,9 @@ def load_npy(path: Path, config: DataConfig) -> ArrayDataset:
 
 
 def digits(held_out: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Return images (N, 1, 8, 8) in [-1, 1] and labels (N,) of scikit-learn's 1,797 handwritten digits.
+    """Return images (N, 1, 8, 8) in [-1, 1] and labels (N,) of scikit-learn's digits: 1,438 to train on, or the others.
 
-    Every fifth is held out from training, to compare samples with digits that the network has not seen: 1,438 are to
-    train on, 359 are held out.
+    Every fifth, 359 in all, is held out from training, to compare samples with digits that the network has not seen.
     """
     from sklearn.datasets import load_digits
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -31,9 +31,7 @@ class CustomDataset(ImageDataset):
         return len(self.data)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if not isinstance(index, StreamIndex):
-            return check_item(self.data[int(index)], f"item {int(index)}", self.shape)
-        with _seed_generators(index):
+        with _seed_generators(index) if isinstance(index, StreamIndex) else nullcontext():
             return check_item(self.data[int(index)], f"item {int(index)}", self.shape)
 
 
@@ -105,13 +103,9 @@ def check_item(item: Any, name: str, shape: tuple[int, ...] | None = None) -> di
     Raises:
         ValueError: the item is not a dict with an image of floats, of `shape` if that is given.
     """
-    if not isinstance(item, Mapping):
-        found = f"is a {type(item).__name__}"
-    elif "image" not in item:
-        found = f"has the keys {', '.join(map(str, item))}"
-    else:
-        found = None
-    if found:
+    if not isinstance(item, Mapping) or "image" not in item:
+        is_dict = isinstance(item, Mapping)
+        found = f"has the keys {', '.join(map(str, item))}" if is_dict else f"is a {type(item).__name__}"
         raise ValueError(f"{name} of the dataset {found}; give dicts with 'image', for example {{'image': tensor}}")
     item = {key: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for key, v in item.items()}
     image = item["image"]
@@ -126,14 +120,14 @@ def check_item(item: Any, name: str, shape: tuple[int, ...] | None = None) -> di
 @contextmanager
 def _seed_generators(index: StreamIndex) -> Iterator[None]:
     """Seed the global generators by seed and position inside the block, and restore their states after it."""
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    states = np.random.get_state(), random.getstate()
     entropy = index.rng().integers(2**32, size=3).tolist()
-    torch.default_generator.manual_seed(entropy[0])
-    np.random.seed(entropy[1])
-    random.seed(entropy[2])
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(entropy[0])
+        np.random.seed(entropy[1])
+        random.seed(entropy[2])
+        try:
+            yield
+        finally:
+            np.random.set_state(states[0])
+            random.setstate(states[1])

@@ -13,7 +13,7 @@ from torch import Tensor
 from unet_denoiser.config.base import per_axis
 from unet_denoiser.config.data import DataConfig
 from unet_denoiser.data.dataset import ImageDataset
-from unet_denoiser.data.sources.verification import Header, find_size_problem, map_images, report_unusable
+from unet_denoiser.data.sources.verification import Header, map_images, report_unusable
 from unet_denoiser.data.transforms import Source, make_fill, parse_colour, read_pixels
 from unet_denoiser.utils.images import MODES
 
@@ -45,10 +45,8 @@ class EncodedImages(ImageDataset):
         if config.aspect_buckets:
             self.bucket_sizes, self._bucket = assign_buckets(headers, self.image_size)
             self.buckets = [np.flatnonzero(self._bucket == i) for i in range(len(self.bucket_sizes))]
-        self._cached: list[Tensor] | None = None
         self.in_memory = config.cache_images
-        if config.cache_images:
-            self._cached = self._decode_all(len(headers))
+        self._cached = self._decode_all(len(headers)) if config.cache_images else None
 
     def item_size(self, index: int) -> tuple[int, ...]:
         return self.image_size if self._bucket is None else self.bucket_sizes[self._bucket[index]]
@@ -87,11 +85,14 @@ def split_usable(headers: dict[str, Header], config: DataConfig, where: str) -> 
         ValueError: there are others and `config.on_bad` is "raise"; for "skip" it warns.
     """
     problems = {key: header.problem for key, header in headers.items() if header.problem}
-    if decodable := [header for header in headers.values() if not header.problem]:
-        size = choose_size(config, decodable)
-        config = replace(config, image_size=size)
-        small = {key: find_size_problem(header, size) for key, header in headers.items() if key not in problems}
-        problems |= {key: problem for key, problem in small.items() if problem}
+    if decodable := {key: header for key, header in headers.items() if not header.problem}:
+        height, width = choose_size(config, list(decodable.values()))
+        config = replace(config, image_size=(height, width))
+        problems |= {
+            key: f"is {header.height}x{header.width}, less than half of image_size {height}x{width}"
+            for key, header in decodable.items()
+            if 2 * header.height < height or 2 * header.width < width  # it would be enlarged more than twice
+        }
     report_unusable(problems, len(headers), where, config.on_bad)
     return {key: header for key, header in headers.items() if key not in problems}, config
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,12 +26,12 @@ STREAM_HEADER_ROWS = 64  # at the start of a stream, which decide its channels a
 
 
 class Columns(NamedTuple):
-    """The names of a table's columns that are used."""
+    """The names of a table's columns that are used, and the classes of a ClassLabel column."""
 
     image: str
     label: str | None
     caption: str | None
-    vectors: tuple[str, ...]
+    class_names: list[str] | None
 
 
 class HubDataset(EncodedImages):
@@ -38,8 +39,7 @@ class HubDataset(EncodedImages):
 
     Args:
         table: with a column of images; it may have labels, captions and numbers.
-        config: the other options of the data; its source is for messages.
-        options: fields of `DataConfig`, to change.
+        config, options: the other options of the data, and fields of `config` to change; its source is for messages.
 
     Raises:
         ValueError: missing columns, or images that cannot be used, by their rows.
@@ -66,16 +66,15 @@ class HubDataset(EncodedImages):
     def _read_conditions(self, config: DataConfig) -> None:
         table, columns = self.table, self.columns
         if columns.label:
-            own_names = _label_names(table, columns.label)
-            values, names = list(table[columns.label]), own_names or config.class_names
-            labels, found_names = encode_labels(values, names, config.source)
+            names = columns.class_names or config.class_names
+            labels, found_names = encode_labels(list(table[columns.label]), names, config.source)
             self.class_names = list(config.class_names or found_names)
-            self.labels = renumber_labels(labels, own_names, self.class_names)
+            self.labels = renumber_labels(labels, columns.class_names, self.class_names)
         if columns.caption:
             self.captions = [_first_caption(caption) for caption in table[columns.caption]]
-        if columns.vectors:
-            self.vectors = encode_vectors({name: list(table[name]) for name in columns.vectors}, config.source)
-            self.vector_dim = len(columns.vectors)
+        if config.vector_columns:
+            self.vectors = encode_vectors({name: list(table[name]) for name in config.vector_columns}, config.source)
+            self.vector_dim = len(config.vector_columns)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -109,24 +108,20 @@ class HubStream(StreamDataset):
         self.channels = config.channels or (1 if all(header.is_grey for header in headers) else 3)
         self.image_size = choose_size(config, headers)
         self.background = make_fill(config.background, self.channels)
-        self._own_names = None
         if columns.label:
-            self._own_names = _label_names(table, columns.label)
-            names = config.class_names or self._own_names
+            names = config.class_names or columns.class_names
             if names is None:
                 raise ValueError(
                     f"label_column={columns.label!r} of the stream {config.source} does not tell its classes; "
                     "give class_names, in label order"
                 )
             self.class_names = list(names)
-        self.vector_dim = len(columns.vectors) or None
+        self.vector_dim = len(config.vector_columns) or None
 
     def _read_headers(self) -> Iterator[Header]:
         for row in self.table.take(STREAM_HEADER_ROWS):
-            try:
+            with suppress(UnreadableItemError):
                 yield Header.read(_read_cell(row[self.columns.image]), "a row")
-            except UnreadableItemError:
-                continue
 
     def read_epoch(self, epoch: int, seed: int) -> Iterator[dict[str, Any]]:
         """Yield the rows of all shards, the shards in a new order and their rows mixed in a buffer.
@@ -152,12 +147,12 @@ class HubStream(StreamDataset):
         image = augment(image, self.image_size, config, rng=index.rng(), background=self.background)
         item: dict[str, Any] = {"image": image}
         if columns.label and self.class_names is not None:
-            label, _ = encode_labels([raw[columns.label]], self._own_names or self.class_names, config.source)
-            item["class_labels"] = renumber_labels(label, self._own_names, self.class_names)[0]
+            label, _ = encode_labels([raw[columns.label]], columns.class_names or self.class_names, config.source)
+            item["class_labels"] = renumber_labels(label, columns.class_names, self.class_names)[0]
         if columns.caption:
             item["caption"] = _first_caption(raw[columns.caption])
-        if columns.vectors:
-            item["vector"] = encode_vectors({name: [raw[name]] for name in columns.vectors}, config.source)[0]
+        if config.vector_columns:
+            item["vector"] = encode_vectors({name: [raw[name]] for name in config.vector_columns}, config.source)[0]
         return item
 
 
@@ -174,8 +169,7 @@ def load_hub(config: DataConfig) -> HubDataset | HubStream:
             table = load(name, subset or None, split=config.split, streaming=config.streaming)
         else:
             files = [str(path)] if path.is_file() else sorted(map(str, path.rglob("*.parquet")))
-            found = {config.split: files}
-            table = load("parquet", data_files=found, split=config.split, streaming=config.streaming)
+            table = load("parquet", data_files={config.split: files}, split=config.split, streaming=config.streaming)
     except Exception as error:  # the hub, pyarrow and datasets raise exceptions of many types
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"{config.source} cannot be loaded as a dataset: {lines[0]}") from None
@@ -202,27 +196,17 @@ def find_columns(table: Any, config: DataConfig) -> tuple[Columns, Any]:
         pick_column(names, "vector_columns", name, (), where)
     # decoded by `open_image`, so that all sources give the same pixels
     table = table.cast_column(image, datasets.Image(decode=False))
-    return Columns(image, label, caption, config.vector_columns), table
-
-
-def _label_names(table: Any, column: str) -> list[str] | None:
-    """Return the class names of a ClassLabel column; None for other columns."""
-    names: list[str] | None = getattr(table.features[column], "names", None)
-    return names
+    return Columns(image, label, caption, getattr(features.get(label), "names", None)), table
 
 
 def _first_caption(caption: Any) -> str:
-    """Return the caption, or the first of several."""
-    if isinstance(caption, list):
-        caption = caption[0] if caption else None
-    return "" if caption is None else str(caption)
+    first = next(iter(caption), None) if isinstance(caption, list) else caption
+    return "" if first is None else str(first)
 
 
 def _read_cell(cell: Any) -> Source:
     """Return the content or the path of the image in a cell; b"" for an empty one."""
     if isinstance(cell, bytes):
         return cell
-    if not cell or (cell.get("bytes") is None and cell.get("path") is None):
-        return b""
-    content: Source = cell["bytes"] if cell.get("bytes") is not None else cell["path"]
-    return content
+    contents = [cell[key] for key in ("bytes", "path") if cell and cell.get(key) is not None]
+    return contents[0] if contents else b""

@@ -31,8 +31,7 @@ class ImageFolder(EncodedImages):
 
     Args:
         folder: images in any format that Pillow reads.
-        config: the other options of the data.
-        options: fields of `DataConfig`, to change.
+        config, options: the other options of the data, and fields of `config` to change.
 
     Raises:
         FileNotFoundError, ValueError: no folder, no images, or images that cannot be used, by their paths.

@@ -40,7 +40,6 @@ def verify_images(name: str, stamps: dict[str, list[int]], open_source: Callable
     Args:
         name: of the dataset; it names the file in the cache.
         stamps: by each image's key, the size and modification time that it is decoded again for.
-        open_source: returns the path or content of a key's image.
     """
     path = cache_directory() / "scans" / f"{sha256(name.encode()).hexdigest()[:24]}.json"
     with _lock(path):
@@ -81,22 +80,16 @@ def map_images(function: Callable[[Any], Any], items: Sequence[Any], description
 def _decode_header(key: str, open_source: Callable[[str], Source]) -> Header:
     try:
         source = open_source(key)
-        if (os.path.getsize(source) if isinstance(source, str) else len(source)) == 0:
-            return Header(False, 0, 0, "is empty")
-        return Header.read(source, key)
+        if os.path.getsize(source) if isinstance(source, str) else source:
+            return Header.read(source, key)
+        problem = "is empty"
     except FileNotFoundError:
-        return Header(False, 0, 0, "is missing")
+        problem = "is missing"
     except OSError as error:
-        return Header(False, 0, 0, f"cannot be opened: {error.strerror}")
+        problem = f"cannot be opened: {error.strerror}"
     except UnreadableItemError as error:
-        return Header(False, 0, 0, error.reason)
-
-
-def find_size_problem(header: Header, size: Sequence[int]) -> str | None:
-    """Return the problem of an image that would have to be enlarged more than twice, else None."""
-    if 2 * header.height >= size[0] and 2 * header.width >= size[1]:
-        return None
-    return f"is {header.height}x{header.width}, less than half of image_size {size[0]}x{size[1]}"
+        problem = error.reason
+    return Header(False, 0, 0, problem)
 
 
 def report_unusable(problems: dict[str, str], count: int, where: str, on_bad: str) -> None:

@@ -23,9 +23,6 @@ ENCODE_BATCH_SIZE = 64  # captions
 class CaptionedDataset(DatasetWrapper):
     """Replaces "caption" by "context" (S, D) and "context_mask" (S,); S is the longest caption's length in tokens.
 
-    Args:
-        data: its `captions` are all captions of its items.
-
     Raises:
         ValueError: data without captions.
     """
@@ -44,17 +41,13 @@ class CaptionedDataset(DatasetWrapper):
         return self._replace_caption(self.data.conditions(index))
 
     def _replace_caption(self, item: dict[str, Any]) -> dict[str, Any]:
-        context, mask = self.store[item["caption"]]
-        rest = {name: value for name, value in item.items() if name != "caption"}
-        return rest | {"context": context, "context_mask": mask}
+        item = dict(item)
+        item["context"], item["context_mask"] = self.store[item.pop("caption")]
+        return item
 
 
 class TokenStore:
-    """The tokens of all captions, kept on disk under a hash of the encoder and the captions.
-
-    Args:
-        captions: each different one is encoded once.
-    """
+    """The tokens of all captions, kept on disk under a hash of the encoder and the captions; each is encoded once."""
 
     def __init__(self, encoder: TextEncoder, captions: Sequence[str]) -> None:
         unique = sorted(set(captions))

@@ -1,7 +1,4 @@
-"""A second image as input channels, "concat": for super-resolution, inpainting and image-to-image translation.
-
-It has values in [-1, 1] and the size of the samples.
-"""
+"""A second image as input channels, "concat": for super-resolution, inpainting and image-to-image translation."""
 
 from __future__ import annotations
 
@@ -30,14 +27,11 @@ def enlarge(images: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
 
 
 def mask_images(images: Tensor, mask: Tensor) -> Tensor:
-    """Return the `concat` of inpainting: the mask as 1 and -1, then the images with zeros where it is True.
+    """Return the `concat` of inpainting (B, 1 + C, H, W): the mask as 1 and -1, then the images with zeros in it.
 
     Args:
         images: (B, C, H, W) in [-1, 1].
         mask: (B, 1, H, W) bool, True where to paint.
-
-    Returns:
-        (B, 1 + C, H, W).
     """
     return torch.cat([mask.to(images) * 2 - 1, torch.where(mask.bool(), 0, images)], dim=1)
 
@@ -73,8 +67,7 @@ class ConcatConditionDataset(DatasetWrapper):
     """Adds "concat" (C2, H, W) to each item: channels in [-1, 1] that the network sees beside x_t.
 
     Args:
-        config: its `concat` names the kind.
-        paired: the second images, item by item, if `concat` is a folder.
+        paired: the second images, item by item, if `config.concat` is a folder.
 
     Raises:
         ValueError: data that are not images, or whose size is no multiple of the factor.

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from unet_denoiser.data.dataset import DatasetWrapper, ImageDataset, StreamIndex
 from unet_denoiser.utils.broadcasting import append_dims
@@ -22,17 +21,16 @@ ENCODE_BATCH_SIZE = 8  # images
 
 
 class LatentDataset(DatasetWrapper):
-    """Replaces "image" and, if there is one, "concat" by their latents (C, h, w).
+    """Replaces "image" and, if there is one, "concat" by their latents (C, h, w), kept on disk in float16.
 
-    Latents are scaled to a standard deviation of about 1 and have no fixed range.
+    Latents are scaled to a standard deviation of about 1 and have no fixed range. `mean` and `std` hold each channel's
+    statistics before that.
 
     Args:
         data: images in [-1, 1] that do not change from call to call.
         key: hash of all that the images depend on, from `digest`.
-        flip: mirror half of the samples. The latents of a mirrored image are not the mirrored latents, so both are
-            kept.
-        standardize: shift and scale by the measured mean and standard deviation of each channel, instead of by what
-            the autoencoder's configuration states.
+        flip: mirror half of the samples. The latents of a mirrored image are not the mirrored latents: both are kept.
+        standardize: shift and scale by `mean` and `std`, instead of by what the autoencoder's configuration states.
 
     Raises:
         ValueError: images that the autoencoder cannot take.
@@ -42,11 +40,15 @@ class LatentDataset(DatasetWrapper):
         self, data: ImageDataset, autoencoder: Autoencoder, key: str, *, flip: bool = False, standardize: bool = False
     ) -> None:
         super().__init__(data)
-        self.store, self.flip = LatentStore(data, autoencoder, key, flip), flip
+        _check_images(data, autoencoder)
+        parts = [autoencoder.key, key, str(flip), str(data.concat_channels), str(len(data))]
+        folder = compute_once("latents", digest(parts), lambda folder: _write_latents(data, autoencoder, flip, folder))
+        self.latents, about, self.flip = MappedArray(folder / "latents.npy"), read_json(folder / "about.json"), flip
+        self.mean, self.std = tuple(about["mean"]), tuple(about["std"])
         if standardize:
-            autoencoder.set_statistics(self.store.mean, self.store.std)
+            autoencoder.set_statistics(self.mean, self.std)
         self.shift, self.scale = autoencoder.shift, autoencoder.scale
-        std = float((append_dims(torch.tensor(self.store.std), 3) * self.scale).square().mean().sqrt())
+        std = float((append_dims(torch.tensor(self.std), 3) * self.scale).square().mean().sqrt())
         if not 0.5 < std < 2:
             warnings.warn(
                 f"the latents of {autoencoder.name} have a standard deviation of {std:.2g} by the scale that it "
@@ -58,30 +60,12 @@ class LatentDataset(DatasetWrapper):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         mirrored = self.flip and isinstance(index, StreamIndex) and bool(index.rng().random() < 0.5)
-        latents = (self.store[index, mirrored] - self.shift) * self.scale
+        kept = self.latents.array[index, int(mirrored)].astype(np.float32)  # (1, C, h, w); (2, C, h, w) with "concat"
+        latents = (torch.from_numpy(kept) - self.shift) * self.scale
         return dict(zip(("image", "concat"), latents, strict=False)) | self.conditions(index)
 
     def item_size(self, index: int) -> tuple[int, ...]:
         return self.image_size
-
-
-class LatentStore:
-    """The latents of a dataset's images before shift and scale, kept on disk in float16.
-
-    The arguments are those of `LatentDataset`. `mean` and `std` hold each channel's statistics.
-    """
-
-    def __init__(self, data: ImageDataset, autoencoder: Autoencoder, key: str, flip: bool = False) -> None:
-        _check_images(data, autoencoder)
-        parts = [autoencoder.key, key, str(flip), str(data.concat_channels), str(len(data))]
-        folder = compute_once("latents", digest(parts), lambda folder: _write_latents(data, autoencoder, flip, folder))
-        self.latents, about = MappedArray(folder / "latents.npy"), read_json(folder / "about.json")
-        self.mean, self.std = tuple(about["mean"]), tuple(about["std"])
-
-    def __getitem__(self, key: tuple[int, bool]) -> Tensor:
-        """Return the latents of (index, True if mirrored): (1, C, h, w), or (2, C, h, w) with "concat"."""
-        index, mirrored = key
-        return torch.from_numpy(self.latents.array[index, int(mirrored)].astype(np.float32))
 
 
 def _check_images(data: ImageDataset, autoencoder: Autoencoder) -> None:
@@ -95,10 +79,7 @@ def _check_images(data: ImageDataset, autoencoder: Autoencoder) -> None:
 
 
 def _write_latents(data: ImageDataset, autoencoder: Autoencoder, flip: bool, folder: Path) -> None:
-    """Write latents.npy (N, M, K, C, h, w), and about.json with the mean and standard deviation of each channel.
-
-    M is 2 with mirrored images, K is 2 with "concat", else 1.
-    """
+    """Write latents.npy (N, 1 or 2 with mirrored images, 1 or 2 with "concat", C, h, w), and about.json."""
     from tqdm import trange
 
     size = [n // autoencoder.factor for n in data.image_size]

@@ -227,7 +227,7 @@ def resample_steps(
 
 
 def _add_noise(x: Tensor, sampler: Sampler, i: int, generators: list[torch.Generator]) -> Tensor:
-    """Draw x_t of network call i from that of call i + 1, x (B, C, *spatial): q(x_t | x_s) of the forward process."""
+    """Draw x_t of network call i from x (B, C, *spatial) of call i + 1: q(x_t | x_s) of the forward process, s < t."""
     (alpha, sigma), (alpha_after, sigma_after) = sampler.alpha_sigma(i), sampler.alpha_sigma(i + 1)
     scale = alpha / alpha_after
     noise = torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(x)

@@ -19,8 +19,16 @@ def main() -> None:
     pipeline = Run.load(sys.argv[1]).load_pipeline()
     classes = len(pipeline.class_names or [])
     labels = torch.arange(classes).repeat_interleave(NUM_SAMPLES)
-    options = {"sampler": "ddim", "num_inference_steps": 50, "guidance_scale": 2.0, "batch_size": len(labels)}
-    steps = list(sample_steps(pipeline.model, pipeline.process, seeds=range(len(labels)), class_labels=labels, **options))
+    options = {
+        "class_labels": labels,
+        "sampler": "ddim",
+        "num_inference_steps": 50,
+        "guidance_scale": 2.0,
+        "batch_size": len(labels),
+    }
+    steps = list(
+        sample_steps(pipeline.model, pipeline.process, seeds=range(len(labels)), class_labels=labels, **options)
+    )
     ways = torch.stack([steps[i].x[::NUM_SAMPLES] for i in SHOWN_STEPS], dim=1)  # (classes, steps, C, H, W)
     samples = steps[-1].x.view(classes, NUM_SAMPLES, *ways.shape[2:])[:, 1:]
     rows = torch.cat([ways, samples], dim=1)

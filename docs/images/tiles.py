@@ -1,6 +1,6 @@
 """Draw docs/images/tiles.png: samples on their way from noise to image, one row a class, then more samples of it.
 
-The run is the class-conditional network that docs/guide/train.md trains on 32x32 game tiles.
+The run is the class-conditional network of docs/results/index.md, trained on 32x32 game tiles.
 Run: python docs/images/tiles.py RUN
 """
 

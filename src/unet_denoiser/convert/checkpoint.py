@@ -98,11 +98,8 @@ def import_checkpoint(path: str | Path, shapes: Shapes, **options: Any) -> tuple
     """Return the architecture of a foreign checkpoint, and its parameters under our names.
 
     Args:
-        path, options: as for `ForeignCheckpoint.open`, which tells the architecture without the shapes.
-        shapes: names and shapes of the parameters of a `UNet` of that architecture.
-
-    Raises:
-        FileNotFoundError, ValueError: a file that cannot be read, or does not fit the shapes.
+        path, options: as for `ForeignCheckpoint.open`, which tells the architecture and raises the same errors.
+        shapes: names and shapes of the parameters of a `UNet` of that architecture; ValueError if they do not fit.
     """
     checkpoint = ForeignCheckpoint.open(path, **options)
     return checkpoint.config, checkpoint.parameters(shapes)

@@ -150,9 +150,8 @@ def _read_lora(source: str | Path | Mapping[str, Tensor]) -> _LoraFile:
 def _get_matrices(lora: _LoraFile, down_name: str, up_name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return down (rank, in, *kernel) and up (out, rank, 1...); ValueError if they make no update of the weight."""
     down, up = lora.tensors[down_name], lora.tensors[up_name]
-    out, inner = weight.shape[0], _strip_ones(weight.shape[1:])
-    rank = down.shape[0] if down.ndim > 1 else 0
-    fits = rank > 0 and up.ndim > 1 and _strip_ones(down.shape[1:]) == inner
+    out, rank = weight.shape[0], down.shape[0] if down.ndim > 1 else 0
+    fits = rank > 0 and up.ndim > 1 and _strip_ones(down.shape[1:]) == _strip_ones(weight.shape[1:])
     if not fits or up.shape[0] != out or _strip_ones(up.shape[1:]) != _strip_ones((rank,)):
         valid = f"(rank, {', '.join(map(str, weight.shape[1:]))}) and ({out}, rank)"
         raise ValueError(

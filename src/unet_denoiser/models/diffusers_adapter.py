@@ -20,11 +20,8 @@ from unet_denoiser.models.unet import UNet
 class DiffusersUNet(nn.Module):
     """A `UNet` with the call and `.config` of UNet2DConditionModel or UNet2DModel, for `DiffusionPipeline(unet=...)`.
 
-    Args:
-        model: a network whose options diffusers' networks have too.
-
     Raises:
-        ValueError: an option that diffusers' networks do not have.
+        ValueError: an option of the `model` that diffusers' networks do not have.
     """
 
     def __init__(self, model: UNet) -> None:
@@ -58,11 +55,9 @@ class DiffusersUNet(nn.Module):
         Raises:
             ValueError: arguments that this network does not take (T2I adapters, attention arguments).
         """
-        for name, value in (
-            ("attention_mask", attention_mask),
-            ("cross_attention_kwargs", cross_attention_kwargs),
-            ("down_intrablock_additional_residuals", down_intrablock_additional_residuals),
-        ):
+        refused: dict[str, Any] = {"attention_mask": attention_mask, "cross_attention_kwargs": cross_attention_kwargs}
+        refused["down_intrablock_additional_residuals"] = down_intrablock_additional_residuals
+        for name, value in refused.items():
             if value is not None and len(value):
                 raise ValueError(f"{name} has no counterpart in this network")
         mask = encoder_attention_mask

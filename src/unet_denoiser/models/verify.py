@@ -74,16 +74,11 @@ def _build_guided_diffusion(checkpoint: ForeignCheckpoint) -> nn.Module:
     c = checkpoint.config
     if isinstance(c.num_heads, tuple) or isinstance(c.head_dim, tuple):
         raise ValueError("verify: OpenAI's code has one number of heads for all levels")
+    same = ("image_size", "in_channels", "model_channels", "out_channels", "num_res_blocks", "channel_mult", "dims")
     peer = UNetModel(
-        image_size=c.image_size,
-        in_channels=c.in_channels,
-        model_channels=c.model_channels,
-        out_channels=c.out_channels,
-        num_res_blocks=c.num_res_blocks,
+        **{name: getattr(c, name) for name in same},
         attention_resolutions=[2**level for level in range(len(c.widths)) if c.has_attention(level)],
-        channel_mult=c.channel_mult,
         conv_resample=c.downsample != "avgpool",
-        dims=c.dims,
         num_classes=c.num_classes,
         num_heads=c.num_heads or 1,
         num_head_channels=c.head_dim or -1,

@@ -48,7 +48,8 @@ def load_matching(model: UNet, start: UNet) -> LoadReport:
     does. Every other tensor whose shape differs keeps its random start.
     """
     old, new = start.state_dict(), model.state_dict()
-    widened, missed = [], []
+    widened: list[str] = []
+    missed: list[str] = []
     for name, p in new.items():
         if name not in old:
             missed.append(f"{name} (not there)")

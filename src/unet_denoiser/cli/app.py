@@ -16,12 +16,7 @@ from unet_denoiser.cli.sample import sample
 from unet_denoiser.cli.train import train
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    "train": train,
-    "sample": sample,
-    "evaluate": evaluate,
-    "doctor": doctor,
-    "info": info,
-    "convert": convert,
+    command.__name__: command for command in (train, sample, evaluate, doctor, info, convert)
 }
 
 

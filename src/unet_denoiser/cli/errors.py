@@ -21,11 +21,8 @@ def one_line_errors(
     except RuntimeError as error:
         if "memory" not in str(error) or "alloc" not in str(error):
             raise
-        _exit(
-            "error: out of memory; a smaller batch_size or image_size, gradient_accumulation_steps in training, or a "
-            "smaller network needs less",
-            2,
-        )
+        advice = "a smaller batch_size, image_size or network, or gradient_accumulation_steps in training needs less"
+        _exit(f"error: out of memory; {advice}", 2)
     except KeyboardInterrupt as error:
         print(file=sys.stderr)
         _exit(str(error) or "interrupted", 130)

@@ -54,10 +54,9 @@ def parse_command(
 
     parsers, errors = {name: bind_later(command) for name, command in commands.items()}, io.StringIO()
     try:
+        options: dict[str, Any] = {"prog": "unet-denoiser", "description": description, "args": args}
         with redirect_stderr(errors):
-            call: Callable[[], None] = tyro.extras.subcommand_cli_from_dict(
-                parsers, prog="unet-denoiser", description=description, args=args
-            )
+            call: Callable[[], None] = tyro.extras.subcommand_cli_from_dict(parsers, **options)
         return call
     except SystemExit as end:
         if end.code:

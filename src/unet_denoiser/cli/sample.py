@@ -120,7 +120,7 @@ def sample(
 
 
 class _Output(NamedTuple):
-    """Files to write: a picture or a folder, and the files beside the picture."""
+    """A picture or a folder to write, and the files beside the picture."""
 
     path: Path
     separate: bool
@@ -234,9 +234,8 @@ def _write_shards(pipeline: Pipeline, request: GenerationRequest, output: _Outpu
                 bar.update(len(indices))
     except KeyboardInterrupt:
         count = f"{shards.count - missing + done:,}{'' if state.num_processes == 1 else ' or more'}"
-        raise KeyboardInterrupt(
-            f"{folder}: interrupted with {count} of {shards.count:,} samples; the same command goes on"
-        ) from None
+        text = f"{folder}: interrupted with {count} of {shards.count:,} samples; the same command goes on"
+        raise KeyboardInterrupt(text) from None
     state.wait_for_everyone()
     if state.is_main_process:
         print(f"{folder}: {shards.count:,} samples in {len(shards.parts())} files")

@@ -49,13 +49,9 @@ class MetricsLog:
         """Write a line for the steps since the last one, and reset the means."""
         good = self.sums["good"]
         means = {name: self.sums[name] / good if good else None for name in ("loss", "grad_norm")}
-        line: dict[str, Any] = {
-            "step": step.step,
-            **means,
-            "learning_rate": step.learning_rate,
-            "skipped_steps": skipped_steps,
-        }
-        line |= {"loss_per_level": self.levels.means(), "data_wait": round(data_wait, 4)}
+        line: dict[str, Any] = {"step": step.step, **means, "learning_rate": step.learning_rate}
+        line |= {"skipped_steps": skipped_steps, "loss_per_level": self.levels.means()}
+        line["data_wait"] = round(data_wait, 4)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self.sums = dict.fromkeys(self.sums, 0.0)

@@ -32,12 +32,8 @@ BATCHES_PER_FILE = 8
 def request_slice(pipeline: Pipeline, request: GenerationRequest, indices: range) -> GenerationRequest:
     """Return the request for some of its samples, which keep their seeds, classes and captions."""
     classes = request.classes or (() if request.captions else tuple(pipeline.class_names or ()))
-    return replace(
-        request,
-        seeds=request.seeds[indices.start : indices.stop],
-        classes=_rotate(classes, indices.start),
-        captions=_rotate(request.captions, indices.start),
-    )
+    seeds, start = request.seeds[indices.start : indices.stop], indices.start
+    return replace(request, seeds=seeds, classes=_rotate(classes, start), captions=_rotate(request.captions, start))
 
 
 def _rotate(names: Sequence[str], count: int) -> tuple[str, ...]:
@@ -63,8 +59,7 @@ def generate_distributed(pipeline: Pipeline, request: GenerationRequest, state: 
 def open_shards(pipeline: Pipeline, request: GenerationRequest, folder: Path, batch_size: int, state: Any) -> Shards:
     """Open the folder of a request's samples, which may hold some of them already; every process must call it.
 
-    Raises:
-        ValueError: as `Shards`, or the samples depend on each other.
+    ValueError as of `Shards`, or if the samples depend on each other.
     """
     if request.edit.interpolates:
         raise ValueError(f"out={folder}: an interpolation is one picture; give its name, as out.png")
@@ -124,9 +119,6 @@ def join_processes(name: DeviceName) -> tuple[Any, torch.device]:
     launched = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_PORT" in os.environ
     state: Any = PartialState(cpu=device.type == "cpu")
     if launched and state.num_processes == 1:
-        warnings.warn(
-            "accelerate launch starts one process on CPUs, whatever --num_processes; torchrun --nproc_per_node starts "
-            "many",
-            stacklevel=2,
-        )
+        text = "accelerate launch starts one process on CPUs, whatever --num_processes; torchrun --nproc_per_node many"
+        warnings.warn(text, stacklevel=2)
     return state, device if state.num_processes == 1 else state.device

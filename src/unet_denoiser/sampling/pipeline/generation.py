@@ -28,7 +28,6 @@ class GenerationRequest:
 
     Args:
         edit: the image to edit and how, or the ends of an interpolation.
-        config: how samples are made.
         seeds: one per image.
         classes, captions: given to the images in turn; without either, all classes of the pipeline.
         vector: numbers that condition every image.
@@ -54,11 +53,8 @@ class GenerationRequest:
 def generate(pipeline: Pipeline, request: GenerationRequest, **options: Any) -> Tensor:
     """Return the images that a request asks for, (N, C, *spatial) in the pipeline's `image_range`.
 
-    Args:
-        options: `batch_size` and `on_step` of `sample`.
-
-    Raises:
-        ValueError, OSError: the request cannot be fulfilled; in one line, before the network runs.
+    `options` are `batch_size` and `on_step` of `sample`. ValueError or OSError if the request cannot be fulfilled: in
+    one line, before the network runs.
     """
     edit, process, model = request.edit, pipeline.process, pipeline.model
     conditions, negative = _read_conditions(pipeline, request), _read_negative(pipeline, request)
@@ -72,9 +68,6 @@ def generate(pipeline: Pipeline, request: GenerationRequest, **options: Any) -> 
         seeds = edit.interpolate_seeds or (request.seeds[0], request.seeds[0])
         return pipeline.decode(interpolate(model, process, seeds=seeds, count=len(request.seeds), **options))
     return pipeline.decode(sample(model, process, seeds=request.seeds, **options))
-
-
-# ---- conditions ------------------------------------------------------------------------------------------------------
 
 
 def _read_conditions(pipeline: Pipeline, request: GenerationRequest) -> Conditions:
@@ -128,12 +121,7 @@ def _check_guidance(request: GenerationRequest, conditional: bool, has_negative:
     if not conditional and guide is None and scale != 1:
         raise ValueError(f"guidance_scale={scale} needs a class, caption, vector or image to follow; give one, or 1")
     if (has_negative or guide is not None) and scale == 1:
-        raise ValueError(
-            "guidance_scale=1 leads away from nothing: with a negative or a guide give 2 to 5, for example"
-        )
-
-
-# ---- editing ---------------------------------------------------------------------------------------------------------
+        raise ValueError("guidance_scale=1 leads away from nothing: with a negative or guide give 2 to 5, for example")
 
 
 def _edit_image(pipeline: Pipeline, request: GenerationRequest, file: Path, options: dict[str, Any]) -> Tensor:
@@ -155,15 +143,12 @@ def _upscale(pipeline: Pipeline, request: GenerationRequest, small: Tensor, opti
     """Return images whose averages over squares are `small` (1, C, h, w)."""
     edit, factor, data = request.edit, request.edit.upscale, pipeline.data
     assert factor is not None
+    training = f"upscale={factor}: {pipeline.path} was trained"
     if data.vae is not None:
-        raise ValueError(
-            f"upscale={factor}: {pipeline.path} was trained on latents, whose averages are not the image's"
-        )
+        raise ValueError(f"{training} on latents, whose averages are not the image's")
     kind = data.concat_kind
     if kind is not None and kind.name == "downscaled" and kind.factor != factor:
-        raise ValueError(
-            f"upscale={factor}: {pipeline.path} was trained with concat={data.concat!r}; give {kind.factor}"
-        )
+        raise ValueError(f"{training} with concat={data.concat!r}; give {kind.factor}")
     if request.image_size is not None:
         raise ValueError(f"image_size={request.image_size}: upscale={factor} sets the size; leave it out")
     options |= {"seeds": request.seeds, "resample": edit.resample}
@@ -176,10 +161,8 @@ def _inpaint(pipeline: Pipeline, request: GenerationRequest, image: Tensor, opti
     if edit.outpaint is not None:
         image, mask = pad_canvas(image, edit.outpaint)
         if any(n % factor for n in image.shape[2:]):
-            raise ValueError(
-                f"outpaint={edit.outpaint} makes an image of {tuple(image.shape[2:])}; with latents both must be "
-                f"multiples of {factor}"
-            )
+            made = f"outpaint={edit.outpaint} makes an image of {tuple(image.shape[2:])}"
+            raise ValueError(f"{made}; with latents both must be multiples of {factor}")
     else:
         assert edit.mask is not None
         mask = pipeline.read_mask(edit.mask, image.shape[2:])
@@ -192,9 +175,8 @@ def _inpaint(pipeline: Pipeline, request: GenerationRequest, image: Tensor, opti
 def _regenerate(pipeline: Pipeline, request: GenerationRequest, image: Tensor, options: dict[str, Any]) -> Tensor:
     """Invert an image with its own class or caption, and generate it again with those of the request."""
     edit, count, model, process = request.edit, len(request.seeds), pipeline.model, pipeline.process
-    original = dict(options) | {"config": replace(request.config, guidance_scale=1.0)}
-    for name in ("on_step", "negative", "guide"):
-        original.pop(name, None)
+    original = {name: value for name, value in options.items() if name not in ("on_step", "negative", "guide")}
+    original["config"] = replace(request.config, guidance_scale=1.0)
     if edit.image_class is not None:
         original["class_labels"] = pipeline.labels(count, [edit.image_class])
     if edit.image_caption is not None:

@@ -23,20 +23,20 @@ class Shards:
     Several processes may fill it, each with its share of the files that were missing when all of them opened it.
 
     Args:
-        folder: created if it does not exist.
+        folder: created if missing; ValueError if it holds something else, or samples made with other settings.
         count: total number of samples. A larger count than the folder's extends it.
         size: samples per file; a folder that has files keeps theirs.
         settings: everything that the values of the samples depend on, as JSON values; kept in `settings.json`.
-
-    Raises:
-        ValueError: the folder holds something else, or samples with other settings; names the first that differs.
     """
 
     def __init__(self, folder: Path, count: int, size: int, settings: Mapping[str, Any]) -> None:
         self.folder, self.count = folder, count
         wanted = {"num_images": count, **json.loads(json.dumps(settings))}
         if not (folder / SETTINGS).is_file() or self._is_empty():
-            self._create({"shard_size": size, **wanted})
+            others = (path for path in folder.glob("[!.]*") if path.name != SETTINGS)
+            if folder.exists() and (not folder.is_dir() or any(others)):
+                raise ValueError(f"out={folder} holds something else than samples; give a new folder")
+            write_json(folder / SETTINGS, {"shard_size": size, **wanted})
         found = read_json(folder / SETTINGS)
         self.size: int = found.pop("shard_size", size)
         if grows := isinstance(found.get("num_images"), int) and count > found["num_images"]:
@@ -48,12 +48,6 @@ class Shards:
         if grows:  # an incomplete last file stays until the complete one, which has another name, is written
             write_json(folder / SETTINGS, {"shard_size": self.size, **wanted})
         self.missing = [part for part in self.parts() if not self.path(part).exists()]
-
-    def _create(self, settings: Mapping[str, Any]) -> None:
-        others = (path for path in self.folder.glob("[!.]*") if path.name != SETTINGS)
-        if self.folder.exists() and (not self.folder.is_dir() or any(others)):
-            raise ValueError(f"out={self.folder} holds something else than samples; give a new folder")
-        write_json(self.folder / SETTINGS, settings)
 
     def _is_empty(self) -> bool:
         """Return True if the folder has settings but no samples, as a command leaves it that cannot start."""
@@ -100,8 +94,7 @@ class Shards:
 def read_shards(folder: Path, name: str = "images") -> np.ndarray:
     """Concatenate an array of all files of a finished folder; `sample` writes `images`, `labels` and `seeds`.
 
-    Raises:
-        ValueError: files are missing, or the folder holds no samples.
+    ValueError if files are missing, or the folder holds no samples.
     """
     settings = read_json(folder / SETTINGS)
     if not {"num_images", "shard_size"} <= settings.keys():

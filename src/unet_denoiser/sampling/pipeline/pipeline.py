@@ -39,9 +39,8 @@ class Pipeline:
 
     Args:
         path: the directory it was loaded from, for messages.
-        model: the network; samples are made on its device.
-        process: schedule, prediction type, data range.
-        data: what it was trained on: size, channels, class names, text encoder, VAE.
+        model: samples are made on its device.
+        data: size, channels, class names, text encoder and VAE that it was trained on.
     """
 
     path: Path
@@ -53,25 +52,19 @@ class Pipeline:
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> Pipeline:
         """Load a saved model, such as RUN/model, or a U-Net folder of diffusers with the folder `scheduler` beside it.
 
-        Classes are named by their numbers, unless the folder has a class_names.json.
-
-        Raises:
-            FileNotFoundError, ValueError: the folder has no readable network, or no schedule.
+        Classes are named by their numbers, unless the folder has a class_names.json. FileNotFoundError or ValueError
+        if the folder has no readable network or no schedule.
         """
         folder = Path(folder)
         model, schedule = UNet.from_pretrained(folder), find_scheduler_config(folder)
         if schedule is None:
-            raise FileNotFoundError(
-                f"{folder} has no {SCHEDULER_NAME}, nor a folder scheduler beside it; "
-                f"write one with Diffusion(...).save_pretrained({str(folder)!r})"
-            )
+            advice = f"write one with Diffusion(...).save_pretrained({str(folder)!r})"
+            raise FileNotFoundError(f"{folder} has no {SCHEDULER_NAME}, nor a folder scheduler beside it; {advice}")
         process, names = Diffusion.from_dict(schedule), folder / CLASS_NAMES
         found = json.loads(names.read_text("utf-8")) if names.is_file() else range(model.config.num_classes or 0)
         classes, channels = tuple(map(str, found)) or None, process.data_channels(model.config)
         data = DataConfig(str(folder), image_size=model.config.sizes, channels=channels, class_names=classes)
         return cls(folder, model.to(device), process, data)
-
-    # ---- conditions ------------------------------------------------------------------------------------------------
 
     @property
     def class_names(self) -> list[str] | None:
@@ -79,11 +72,7 @@ class Pipeline:
         return list(self.data.class_names) if self.model.config.num_classes and self.data.class_names else None
 
     def labels(self, count: int, names: Sequence[str] = ()) -> Tensor:
-        """Return (count,) labels that repeat the classes `names` (default: all) in turn.
-
-        Raises:
-            ValueError: the network has no classes, or none of that name.
-        """
+        """Return (count,) labels that repeat the classes `names` (default: all) in turn; ValueError if unknown."""
         if self.class_names is None:
             raise ValueError(f"class={names[0] if names else None!r}: {self.path} was trained without classes")
         if unknown := [name for name in names if name not in self.class_names]:
@@ -92,11 +81,7 @@ class Pipeline:
         return torch.tensor([labels[i % len(labels)] for i in range(count)])
 
     def encode_captions(self, captions: Sequence[str]) -> Conditions:
-        """Return `context` and `context_mask` of captions, from the text encoder of the training.
-
-        Raises:
-            ValueError: the network was trained without captions.
-        """
+        """Return `context` and `context_mask` of captions; ValueError if the network was trained without them."""
         if self.data.text_encoder is None:
             raise ValueError(f"caption={captions[0]!r}: {self.path} was trained without captions (text_encoder)")
         from unet_denoiser.models.text_encoder import pad_tokens
@@ -111,17 +96,14 @@ class Pipeline:
         """Tokens of the captions encoded so far; the encoder, which may be large, is not kept."""
         return {}
 
-    # ---- images and samples ----------------------------------------------------------------------------------------
-
     def read_image(self, image: str | Path, size: Sequence[int] | None = None, *, keep_size: bool = False) -> Tensor:
         """Read an image file as (1, C, H, W) in [-1, 1], resized and cropped as in training.
+
+        ValueError or OSError if the file is no image, or the network makes none.
 
         Args:
             size: in pixels, one number or height and width (default: that of the training).
             keep_size: keep the size of the file instead.
-
-        Raises:
-            ValueError, OSError: the file is no image, or the network makes none.
         """
         if not self.makes_images:
             raise ValueError(f"image={image}: {self.path} makes no images")
@@ -158,9 +140,8 @@ class Pipeline:
     @property
     def image_channels(self) -> int:
         """Channels of the images that `decode` returns."""
-        if self.data.vae is not None:
-            return self._autoencoder.image_channels
-        return self.process.data_channels(self.model.config)
+        latent = self.data.vae is not None
+        return self._autoencoder.image_channels if latent else self.process.data_channels(self.model.config)
 
     @property
     def image_range(self) -> tuple[float, float] | None:
@@ -191,9 +172,7 @@ class Pipeline:
     def save_grid(self, images: Tensor, path: Path, names: Sequence[str] = (), columns: int | None = None) -> Path:
         """Save images (N, C, H, W) in one PNG, one row per class or caption; in a square if there are neither.
 
-        Args:
-            names: the classes or captions, in turn (default: all classes).
-            columns: images in a row; they are then in order.
+        `names` are the classes or captions, in turn (default: all classes). With `columns` images are in order.
         """
         if columns is not None or (not names and self.class_names is None):
             return save_grid(images, path, columns, self.image_range)

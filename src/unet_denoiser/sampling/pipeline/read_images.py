@@ -14,13 +14,9 @@ from unet_denoiser.data.wrappers.concat import enlarge
 
 
 def read_image(data: DataConfig, channels: int, image: str | Path, size: Sequence[int] | None) -> Tensor:
-    """Read an image file as (1, channels, H, W) in [-1, 1], resized and cropped as in training.
+    """Read an image file as (1, channels, H, W) in [-1, 1], resized and cropped to a size as in training.
 
-    Args:
-        size: height and width; None keeps the size of the file.
-
-    Raises:
-        ValueError: the file is no image.
+    A `size` of None keeps that of the file. ValueError if the file is no image.
     """
     opened = open_image(str(image))
     if size is None:
@@ -32,8 +28,7 @@ def read_image(data: DataConfig, channels: int, image: str | Path, size: Sequenc
 def read_concat(data: DataConfig, channels: int, image: Path) -> Tensor:
     """Read an image file as (1, channels, H, W) for `concat`; a small one to upscale may have any size.
 
-    Raises:
-        ValueError: the file is no image, or the network sees no such image.
+    ValueError if the file is no image, or the network sees no such image.
     """
     kind = data.concat_kind
     if kind is None:
@@ -49,8 +44,7 @@ def read_concat(data: DataConfig, channels: int, image: Path) -> Tensor:
 def read_mask(data: DataConfig, mask: str | Path, size: Sequence[int]) -> Tensor:
     """Read a mask file as (1, 1, H, W) bool, True where it is more white than black; framed as images are.
 
-    Raises:
-        ValueError: the file is no image, or nothing in it is white.
+    ValueError if the file is no image, or nothing in it is white.
     """
     size = tuple(size)
     drawn = to_float(to_pixels(open_image(str(mask)), 1, size, data.resize_mode, "black"))

@@ -19,8 +19,7 @@ class Losses(NamedTuple):
 
     Args:
         loss: the quantity to minimise.
-        error: mean squared error of the network's prediction, without any weight. It tells how good the network is at
-            a noise level, whatever the weighting.
+        error: mean squared error of the network's prediction, without any weight.
         t: the timesteps, integers.
     """
 

@@ -46,8 +46,7 @@ class LossWeighting:
     """Turns the errors of a batch into the loss; "learned" has parameters that it trains itself.
 
     Args:
-        prediction_type: of the process.
-        snr: (T,) of the process's timesteps.
+        prediction_type, snr: of the process; snr (T,).
         config: `loss_weighting` and its gamma.
         device: the device of the errors.
 
@@ -73,11 +72,7 @@ class LossWeighting:
         return weighted * (-u).exp() + u  # Karras et al. 2024, equation 15
 
     def step(self, mean: Callable[[Tensor], Tensor] = lambda gradient: gradient) -> None:
-        """Update the parameters from the last backward pass; call it with the network's optimizer step.
-
-        Args:
-            mean: averages a tensor over all processes.
-        """
+        """Update the parameters with the network's optimizer step; `mean` averages a gradient over all processes."""
         if self.uncertainty is not None:
             for p in self.uncertainty.parameters():
                 p.grad = None if p.grad is None else mean(p.grad)
@@ -93,20 +88,15 @@ class LossWeighting:
         if self.uncertainty is None:
             return {}
         weight = self.uncertainty.weight
-        return {"weight": weight.detach()} | self._moments(weight)
+        state = self.optimizer.state[weight]
+        if not state:  # before Adam's first step, so that a checkpoint always has the same names
+            state |= {"step": torch.tensor(0.0)} | {n: torch.zeros_like(weight) for n in ("exp_avg", "exp_avg_sq")}
+        return {"weight": weight.detach(), **state}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore the state that `tensors` returned."""
         for name, tensor in self.tensors().items():
             tensor.copy_(tensors[name])
-
-    def _moments(self, weight: Tensor) -> dict[str, Tensor]:
-        """Return Adam's state, made before its first step, so that a checkpoint always has the same names."""
-        state = self.optimizer.state[weight]
-        if not state:
-            zeros = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
-            state |= {"step": torch.tensor(0.0)} | zeros
-        return dict(state)
 
 
 class Uncertainty(nn.Module):
@@ -114,11 +104,7 @@ class Uncertainty(nn.Module):
 
     It is learned with the network by minimising loss / exp(u) + u (Karras et al. 2024, arXiv 2312.02696, equations
     14, 15 and 21), and is 0 at the start. Its input is log(sigma / alpha) / 4 (c_noise of Karras et al. 2022, table
-    1), clamped so that pure noise has a finite one.
-
-    Args:
-        snr: (T,) of the process's timesteps.
-        num_features: number of cosines.
+    1), clamped so that pure noise has a finite one. snr is (T,), of the process's timesteps.
     """
 
     features: Tensor

@@ -32,6 +32,12 @@ class Diffusion:
 
     It takes the arguments of `DiffusionConfig`.
 
+    Attributes:
+        num_train_timesteps: T; timesteps are 0 to T - 1.
+        alphas, sigmas, snr: (T,) of every timestep; snr is the signal-to-noise ratio alpha^2 / sigma^2.
+        learns_variance: True if the second half of the network's output is a variance.
+        data_range: bounds of the data, to which predicted x0 are clipped; None for unbounded data.
+
     Raises:
         ValueError: an option that cannot work.
     """
@@ -54,31 +60,12 @@ class Diffusion:
         self.prediction = PREDICTIONS[self.prediction_type]
         self.alphas: Tensor = self.scheduler.alphas_cumprod.sqrt()
         self.sigmas: Tensor = (1 - self.scheduler.alphas_cumprod).sqrt()
+        self.snr = (self.alphas / self.sigmas).square()
+        self.num_train_timesteps, self.learns_variance = len(self.alphas), self.variance_type == "learned_range"
+        r = self.scheduler.config.clip_sample_range
+        self.data_range: tuple[float, float] | None = (-r, r) if self.scheduler.config.clip_sample else None
         self.bound = VariationalBound(self.scheduler.betas)
         self._tables: dict[torch.device, Tensor] = {}
-
-    @property
-    def num_train_timesteps(self) -> int:
-        """T; timesteps are 0 to T - 1."""
-        return len(self.alphas)
-
-    @property
-    def snr(self) -> Tensor:
-        """Signal-to-noise ratio alpha^2 / sigma^2 of every timestep, (T,)."""
-        return (self.alphas / self.sigmas).square()
-
-    @property
-    def learns_variance(self) -> bool:
-        """True if the second half of the network's output is a variance."""
-        return self.variance_type == "learned_range"
-
-    @property
-    def data_range(self) -> tuple[float, float] | None:
-        """Bounds of the data, to which predicted x0 are clipped; None for unbounded data."""
-        r = self.scheduler.config.clip_sample_range
-        return (-r, r) if self.scheduler.config.clip_sample else None
-
-    # ---- noise and prediction --------------------------------------------------------------------------------------
 
     def alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return alpha_t and sigma_t of integer timesteps t (B,), shaped to multiply with `like` (B, ...)."""
@@ -105,8 +92,6 @@ class Diffusion:
         """Clip x0 to the data's range, if it has one."""
         return x0.clamp(*self.data_range) if self.data_range else x0
 
-    # ---- channels of the network -----------------------------------------------------------------------------------
-
     def channels(self, data_channels: int, concat_channels: int = 0) -> dict[str, int]:
         """Return `in_channels` and `out_channels` of a network for this process and these channels."""
         in_channels = data_channels * (2 if self.self_conditioning else 1)
@@ -122,10 +107,7 @@ class Diffusion:
         return config.in_channels - self.channels(self.data_channels(config))["in_channels"]
 
     def check_channels(self, config: UNetConfig, data_channels: int | None = None, concat_channels: int = 0) -> int:
-        """Return the channels of the data after checking that the network fits this process.
-
-        Args:
-            data_channels: their required number (default: follows from `out_channels`).
+        """Return the channels of the data, by default from `out_channels`, if the network fits this process.
 
         Raises:
             ValueError: a network with other channels, such as one with a learned variance for a process without.
@@ -148,9 +130,7 @@ class Diffusion:
         return hint
 
     def split(self, output: Tensor, like: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Split a network's output into prediction and variance, each with the channels of `like`.
-
-        The variance is None where it is fixed.
+        """Split a network's output into prediction and variance (None if fixed), each with the channels of `like`.
 
         Raises:
             ValueError: an output with other channels.
@@ -165,8 +145,6 @@ class Diffusion:
             return output, None
         prediction, variance = output.chunk(2, dim=1)
         return prediction, variance
-
-    # ---- the file --------------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
         """Return the contents of `scheduler_config.json`, which `diffusers` reads too."""
@@ -208,9 +186,6 @@ def accepts_concat(model: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     Training and sampling both call the network through it. `drop["concat"]` (B,) zeroes the channels of the samples
     that go without (Brooks et al. 2023, InstructPix2Pix, section 3.2.1).
-
-    Args:
-        model: called as model(x, t, **inputs).
     """
 
     def call(x: Tensor, t: Tensor, *, concat: Tensor | None = None, **inputs: Any) -> Tensor:

@@ -32,13 +32,8 @@ def make_cached_unet(
 ) -> Callable[..., Tensor]:
     """Return the network of one generation as guidance calls it, network(x, t, **inputs) -> float32 output.
 
-    A network with another `forward`, or one that is sharded, hooked or compiled by other code, is called as it is.
-
-    Args:
-        timesteps, reuse, compile: see `CachedUNet`.
-
-    Raises:
-        ValueError: `reuse` or `compile` with such a network.
+    A network with another `forward`, or one that is sharded, hooked or compiled by other code, is called as it is:
+    ValueError for `reuse` or `compile` with it. The arguments are those of `CachedUNet`.
     """
     has_own_forward = isinstance(model, UNet) and getattr(model.forward, "__func__", None) is UNet.forward
     if has_own_forward and not (
@@ -77,9 +72,8 @@ class CachedUNet:
         self.run_shallow: Callable[..., Any] = _compile(_run_shallow) if compile else _run_shallow
         self.num_calls, self.call = 0 if timesteps is None else len(timesteps), -1
         self.warm_up = round(WARM_UP_FRACTION * self.num_calls)
-        self.timesteps = None
-        if timesteps is not None:
-            self.timesteps = timesteps.unique().to(model.input_conv.weight.device)
+        self.timesteps = None if timesteps is None else timesteps.unique().to(model.input_conv.weight.device)
+        if self.timesteps is not None:
             with torch.no_grad():
                 self.time_embeddings = model.embed_time(self.timesteps)  # (distinct timesteps, time_dim)
         self.embedded: dict[tuple[Any, ...], _Embedded] = {}
@@ -140,9 +134,6 @@ class _Embedded(NamedTuple):
     tensors: list[Any]
 
 
-# ---- entry points ----------------------------------------------------------------------------------------------------
-
-
 def _run_full(model: UNet, x: Tensor, emb: Tensor, context: Context | None) -> tuple[Tensor, Tensor]:
     """Return output and deep features."""
     skips = model.encode_shallow(x, emb, context, SHALLOW_BLOCKS)
@@ -155,26 +146,23 @@ def _run_shallow(model: UNet, x: Tensor, emb: Tensor, context: Context | None, d
     return model.decode_shallow(deep, model.encode_shallow(x, emb, context, SHALLOW_BLOCKS), emb, context)
 
 
-class _Compiled:
-    """A function through torch.compile; without a compiler it warns once, in one line, and runs uncompiled."""
+@cache
+def _compile(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Run a function through torch.compile; without a compiler, warn once, in one line, and run it uncompiled."""
+    from torch._dynamo.exc import TorchDynamoException
 
-    def __init__(self, plain: Callable[..., Any]) -> None:
-        self.plain, self.run = plain, torch.compile(plain)
+    run = torch.compile(plain)
 
-    def __call__(self, *args: Any) -> Any:
-        from torch._dynamo.exc import TorchDynamoException
-
+    def call(*args: Any) -> Any:
+        nonlocal run
         try:
-            return self.run(*args)
+            return run(*args)
         except TorchDynamoException as error:
-            if self.run is self.plain:
+            if run is plain:
                 raise
             reason = " ".join(str(error).split("\n\n")[0].split())
             warnings.warn(f"compile=True: torch.compile fails here, going on without it: {reason}", stacklevel=2)
-            self.run = self.plain
-            return self.run(*args)
+            run = plain
+            return run(*args)
 
-
-@cache
-def _compile(function: Callable[..., Any]) -> _Compiled:
-    return _Compiled(function)
+    return call

@@ -18,8 +18,7 @@ STRIP_IMAGES, STRIP_FRAMES = 4, 10
 class TrajectoryRecorder:
     """Records the way of the first batch from noise to data; an `on_step` callback for `sample`.
 
-    Memory does not grow with steps or samples: it keeps at most 64 frames of 16 images, and drops every other frame
-    when there are more.
+    It keeps at most 64 frames of 16 images, and drops every other frame when there are more.
 
     Args:
         decode: turns samples into images (B, C, H, W) in `data_range`; for latents, their autoencoder's decode.

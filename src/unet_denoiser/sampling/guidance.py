@@ -45,7 +45,7 @@ class Guidance:
         guide: the weaker network, called as `network` is; the reference then has all conditions.
         classifier: (x_t, t, **conditions) -> (B,) log-probability of the conditions, differentiable in x_t.
         classifier_scale: factor of its gradient; 1 samples from the posterior of a perfect network and classifier.
-        prediction_type: what the network predicts; only a classifier needs it.
+        prediction_type: of the network; only a classifier needs it.
         channels: the number of guided channels, where the last ones are a learned variance; those stay the conditional
             network's (default: all are guided).
 
@@ -80,12 +80,9 @@ class Guidance:
             self.reference = _second_half(self.both)
 
     def __call__(self, x: Tensor, t: Tensor, alpha_sigma: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Return the guided output.
+        """Return the guided output for the network's input x (B, C, ...) and timesteps t (B,).
 
-        Args:
-            x: (B, C, ...) the network's input.
-            t: (B,) timesteps.
-            alpha_sigma: alpha and sigma of x_t, scalars on the CPU; `guidance_interval` and a classifier need them.
+        `guidance_interval` and a classifier need alpha and sigma of x_t: scalars on the CPU.
         """
         scale, is_active = self.config.guidance_scale, self._is_active(alpha_sigma)
         if scale == 1 or not is_active:
@@ -116,14 +113,13 @@ class Guidance:
         return conditional, reference
 
     def _combine(self, conditional: Tensor, reference: Tensor) -> Tensor:
-        count = conditional.shape[1] if self.channels is None else self.channels
-        wanted, other = conditional[:, :count], reference[:, :count]
+        wanted, other = conditional[:, : self.channels], reference[:, : self.channels]
         guided = other + self.config.guidance_scale * (wanted - other)  # Ho and Salimans 2022, equation 6
         if phi := self.config.guidance_rescale:  # Lin et al. 2023, equations 15 and 16
             axes = tuple(range(1, guided.ndim))
             factor = wanted.std(axes, keepdim=True) / guided.std(axes, keepdim=True).clamp_min(1e-12)
             guided = guided * (1 + phi * (factor - 1))
-        return guided if self.channels is None else torch.cat([guided, conditional[:, count:]], dim=1)
+        return guided if self.channels is None else torch.cat([guided, conditional[:, self.channels :]], dim=1)
 
     def _add_classifier_gradient(
         self, output: Tensor, x: Tensor, t: Tensor, alpha_sigma: tuple[Tensor, Tensor] | None
@@ -140,8 +136,7 @@ class Guidance:
             xt = x[:, :count].detach().requires_grad_()
             (gradient,) = torch.autograd.grad(self.classifier(xt, t, **self.conditional).sum(), xt)
         factor = PREDICTIONS[self.prediction_type].score_scale(alpha, sigma)
-        # Dhariwal and Nichol 2021, equation 14
-        guided = output[:, :count] + self.classifier_scale * factor * gradient
+        guided = output[:, :count] + self.classifier_scale * factor * gradient  # Dhariwal and Nichol 2021, equation 14
         return guided if self.channels is None else torch.cat([guided, output[:, count:]], dim=1)
 
 
@@ -154,21 +149,17 @@ def as_conditions(name: str, given: Conditions | Mapping[str, Tensor | None] | N
     return Conditions(**(given or {}))
 
 
-# ---- the conditions of the two halves --------------------------------------------------------------------------------
-
-
 def _select_guided(
     scale: float, given: Conditions, guided: Sequence[str] | None, negative: Conditions, *, has_guide: bool
 ) -> list[str]:
     """Return the names of the conditions that the reference goes without, or has others of."""
-    names = [name for name in GUIDABLE if name in given.given()]
+    names, has_negative = [name for name in GUIDABLE if name in given.given()], bool(negative.given())
     if unknown := [name for name in guided or () if name not in names]:
         raise ValueError(f"guided={unknown[0]!r} is not one of the conditions given: {', '.join(names) or 'none'}")
     if negative.time_cond is not None:
         raise ValueError(f"negative has 'time_cond'; conditions are {', '.join(GUIDABLE)}")
     if negative.context_mask is not None and negative.context is None:
         raise ValueError("negative has a context_mask without a context")
-    has_negative = bool(negative.given())
     if has_guide and (guided or has_negative):
         both = "guided" if guided else "negative"
         raise ValueError(f"guide and {both} both say what the reference of guidance is; give one")
@@ -183,8 +174,8 @@ def _select_guided(
 def _stack_halves(given: Conditions, negative: Conditions, guided: Sequence[str]) -> dict[str, Any]:
     """Return the network's keyword arguments for both halves in one batch: (2B, ...), the reference second.
 
-    The reference has the negative conditions, and otherwise `guided` ones dropped. A condition that only the reference
-    has is in the first half too, dropped.
+    The reference has the negative conditions, and drops the other `guided` ones. The first half drops a condition
+    that only the reference has.
     """
     conditional, reference = given, replace(given, **negative.given())
     if negative.context is not None:

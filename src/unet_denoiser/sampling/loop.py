@@ -16,10 +16,10 @@ from unet_denoiser.config.sampling import SamplingConfig
 from unet_denoiser.diffusion.process import Diffusion, accepts_concat, self_conditioned_input
 from unet_denoiser.models.conditions import Conditions
 from unet_denoiser.models.unet import UNet
-from unet_denoiser.sampling.arguments import SamplingRequest, Start
+from unet_denoiser.sampling.arguments import SamplingRequest
 from unet_denoiser.sampling.cached_unet import make_cached_unet
 from unet_denoiser.sampling.guidance import Guidance
-from unet_denoiser.sampling.samplers import Sampler
+from unet_denoiser.sampling.samplers import Generators, Sampler
 from unet_denoiser.utils.broadcasting import append_dims
 
 Edit = Callable[[Tensor, float], Tensor]
@@ -43,9 +43,6 @@ class Step(NamedTuple):
     residual: Tensor | None = None
 
 
-# ---- one batch -------------------------------------------------------------------------------------------------------
-
-
 def denoise_step(
     guidance: Guidance,
     sampler: Sampler,
@@ -54,7 +51,7 @@ def denoise_step(
     *,
     x0_estimate: Tensor | None = None,
     edit: Edit | None = None,
-    generators: list[torch.Generator] | None = None,
+    generators: Generators = None,
 ) -> Step:
     """Do one step of the reverse process: network output, x0, clipping, edit, sampler.
 
@@ -77,12 +74,7 @@ def denoise_step(
 
 
 def denoise_steps(
-    guidance: Guidance,
-    sampler: Sampler,
-    x: Tensor,
-    *,
-    edit: Edit | None = None,
-    generators: list[torch.Generator] | None = None,
+    guidance: Guidance, sampler: Sampler, x: Tensor, *, edit: Edit | None = None, generators: Generators = None
 ) -> Iterator[Step]:
     """Do all steps of a sampler, from x (B, C, *spatial) at its first noise level."""
     estimate = torch.zeros_like(x) if sampler.process.self_conditioning else None
@@ -102,7 +94,7 @@ def denoise(
     *,
     first_step: int = 0,
     edit: Edit | None = None,
-    generators: list[torch.Generator] | None = None,
+    generators: Generators = None,
     **options: Any,
 ) -> Iterator[Step]:
     """Run the reverse process from pure noise, one step at a time.
@@ -111,11 +103,10 @@ def denoise(
         predict: (input, t (B,)) -> the network's output, such as a `Guidance`. The input is x_t (B, C, ...); with
             self-conditioning, followed by the x0 of the step before (zero in the first).
         x: (B, C, ...) drawn from N(0, 1), in float32; with `first_step`, x_t at that step's noise level.
-        config: how to sample.
+        config, options: how to sample; options are fields of `SamplingConfig`, which override `config`.
         first_step: the step to begin with, 0 to `num_inference_steps` - 1.
         edit: (x0, t) -> x0, changes each predicted x0 before the sampler sees it.
         generators: one per sample, for samplers that draw noise.
-        options: fields of `SamplingConfig`, which override `config`.
 
     Yields:
         A `Step` for every network call; the x of the last one is the result.
@@ -131,12 +122,9 @@ def apply_dynamic_threshold(x0: Tensor, percentile: float, data_range: tuple[flo
     Saharia et al. 2022 (Imagen), section 2.3.
     """
     values, bound = x0.flatten(1).abs(), data_range[1]  # (B, numel)
-    largest = values.kthvalue(max(1, math.ceil(percentile * values.shape[1])), dim=1).values.clamp_min(bound)
-    largest = append_dims(largest, x0.ndim)
+    largest = values.kthvalue(max(1, math.ceil(percentile * values.shape[1])), dim=1).values
+    largest = append_dims(largest.clamp_min(bound), x0.ndim)
     return x0.clamp(-largest, largest) * (bound / largest)
-
-
-# ---- all samples of a generation -------------------------------------------------------------------------------------
 
 
 def sample(
@@ -201,17 +189,12 @@ def _run_batches(model: UNet, sampler: Sampler, request: SamplingRequest, shape:
             generators = [torch.Generator().manual_seed(int(seed)) for seed in request.seeds[indices]]
             x = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)  # (B, C, *spatial)
             if request.start is not None:
-                x = _start_from(request.start, x, sampler, indices)
+                start, (alpha, sigma) = request.start.x[indices].to(x), sampler.alpha_sigma(0)
+                x = alpha * start + sigma * x if request.start.add_noise else start  # DDPM, equation 4
             guidance = _make_guidance(model, sampler, request, indices)
             edit = None if request.edit is None else partial(_edit, request.edit, indices)
             for step in run(guidance, sampler, x, edit=edit, generators=generators):
                 yield step._replace(indices=indices)
-
-
-def _start_from(start: Start, noise: Tensor, sampler: Sampler, indices: slice) -> Tensor:
-    """Return x_t of the first step (DDPM, equation 4)."""
-    x, (alpha, sigma) = start.x[indices].to(noise), sampler.alpha_sigma(0)
-    return alpha * x + sigma * noise if start.add_noise else x
 
 
 def _edit(edit: Callable[[Tensor, float, slice], Tensor], indices: slice, x0: Tensor, t: float) -> Tensor:

@@ -32,14 +32,14 @@ RHO = 7.0  # of their schedule, equation 5
 MEMORYLESS: tuple[SamplerName, ...] = ("ddim", "ddpm", "euler", "euler_a")  # a step depends on x_t alone
 
 Numbers = NDArray[np.float64]
+Generators = list[torch.Generator] | None  # one per sample; None is torch's global generator
 
 
 class SamplerSpec(NamedTuple):
     """A `diffusers` scheduler and how `Sampler` runs it.
 
     Args:
-        scheduler: name of the class in diffusers.
-        options: its options.
+        scheduler, options: name of the class in diffusers, and its options.
         stochastic: it draws noise.
         variance_exploding: it steps x_t / alpha instead of x_t.
         calls: its network calls: one per step; at both ends of each step but the last ("heun"); at the start and in
@@ -141,12 +141,7 @@ class Sampler:
         return self._device_timesteps[i].expand(len(x))
 
     def step(
-        self,
-        i: int,
-        x: Tensor,
-        x0: Tensor,
-        variance: Tensor | None = None,
-        generators: list[torch.Generator] | None = None,
+        self, i: int, x: Tensor, x0: Tensor, variance: Tensor | None = None, generators: Generators = None
     ) -> Tensor:
         """Return x_t of network call i + 1 from x_t and the predicted x0 of call i.
 
@@ -154,7 +149,7 @@ class Sampler:
 
         Args:
             x, x0, variance: (B, C, *spatial); only ddpm uses a learned variance.
-            generators: one per sample, for samplers that draw noise (default: torch's global generator).
+            generators: for samplers that draw noise.
         """
         if i == len(self) - 1:
             return x0
@@ -199,9 +194,6 @@ def _check(config: SamplingConfig, process: Diffusion) -> None:
         raise ValueError(f"timestep_spacing='leading' leaves out the last timestep of {zero_snr}; use 'trailing'")
 
 
-# ---- noise levels ----------------------------------------------------------------------------------------------------
-
-
 def compute_ratios(process: Diffusion) -> Numbers:
     """Return sigma / alpha of every timestep, rising: (T,); finite also for pure noise."""
     alphas_squared = np.cumprod(1 - process.scheduler.betas.double().numpy())
@@ -215,11 +207,7 @@ def interpolate_timesteps(process: Diffusion, ratios: Numbers) -> Numbers:
 
 
 def select_steps(config: SamplingConfig, process: Diffusion) -> tuple[Numbers, Numbers]:
-    """Return timestep and sigma / alpha of every step, falling, by `sigma_schedule`, else by `timestep_spacing`.
-
-    Raises:
-        ValueError: a number of steps that the process does not have.
-    """
+    """Return timestep and sigma / alpha of every step, falling; ValueError for too many steps."""
     trained, count = compute_ratios(process), config.num_inference_steps
     if config.sigma_schedule is not None:
         high, low = min(trained[-1], MAX_RATIO), trained[0]
@@ -228,9 +216,8 @@ def select_steps(config: SamplingConfig, process: Diffusion) -> tuple[Numbers, N
         else:
             ratios = np.geomspace(high, low, count)
         return interpolate_timesteps(process, ratios), ratios
-    total = len(trained)
-    if SAMPLERS[config.sampler].needs_finite_start:
-        total = int((trained <= MAX_RATIO).sum())
+    needs_finite_start = SAMPLERS[config.sampler].needs_finite_start
+    total = int((trained <= MAX_RATIO).sum()) if needs_finite_start else len(trained)
     if count > total:
         raise ValueError(f"num_inference_steps={count} must be 1 to {total} for sampler={config.sampler!r}")
     if config.timestep_spacing == "trailing":  # Lin et al. 2023, table 2
@@ -240,9 +227,6 @@ def select_steps(config: SamplingConfig, process: Diffusion) -> tuple[Numbers, N
     else:
         timesteps = np.arange(count - 1.0, -1, -1) * (total // count)
     return timesteps, trained[timesteps.astype(np.int64)]
-
-
-# ---- the scheduler ---------------------------------------------------------------------------------------------------
 
 
 def _make_scheduler(spec: SamplerSpec, ratios: Numbers, more_options: Mapping[str, Any]) -> Any:

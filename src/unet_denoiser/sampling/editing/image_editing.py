@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unet_denoiser.config.sampling import SamplingConfig
 from unet_denoiser.data.wrappers.concat import enlarge, mask_images
 from unet_denoiser.diffusion.process import Diffusion
 from unet_denoiser.models.unet import UNet
@@ -27,15 +26,14 @@ from unet_denoiser.sampling.samplers import MEMORYLESS, Sampler
 def image_to_image(
     model: UNet, process: Diffusion, images: Tensor, *, seeds: Sequence[int], strength: float = 0.6, **request: Any
 ) -> Tensor:
-    """Make variations of images: add noise up to a step, and denoise from there (Meng et al. 2021, SDEdit).
+    """Make variations (len(seeds), C, *spatial) of images: add noise up to a step, and denoise from there.
+
+    Source: Meng et al. 2021, SDEdit.
 
     Args:
         images: (N, C, *spatial) in the data's range, one per seed or one for all.
         strength: share of the steps to do: near 0 returns nearly the image, 1 ignores it and is `sample`.
         seeds, request: as for `sample`.
-
-    Returns:
-        (len(seeds), C, *spatial).
 
     Raises:
         ValueError: as `sample`, and for a strength that is not in (0, 1].
@@ -48,9 +46,6 @@ def image_to_image(
     return sample(model, process, seeds=seeds, image_size=images.shape[2:], config=config, start=start, **request)
 
 
-# ---- inpainting and super-resolution ---------------------------------------------------------------------------------
-
-
 def inpaint(
     model: UNet,
     process: Diffusion,
@@ -61,7 +56,7 @@ def inpaint(
     resample: int = 1,
     **request: Any,
 ) -> Tensor:
-    """Paint the masked pixels, with any network; the other pixels come back exactly.
+    """Paint the masked pixels, with any network; the other pixels come back exactly: (len(seeds), C, *spatial).
 
     Every step puts the known pixels into the predicted x0. A network that was trained for inpainting sees mask and
     image too.
@@ -73,9 +68,6 @@ def inpaint(
             to fit each other (Lugmayr et al. 2022, RePaint). Only with the samplers ddim (then the default), ddpm,
             euler and euler_a, whose steps depend on x_t alone.
         seeds, request: as for `sample`.
-
-    Returns:
-        (len(seeds), C, *spatial).
 
     Raises:
         ValueError: as `sample`, and for a mask of another size, or a sampler that cannot resample.
@@ -189,46 +181,29 @@ def _sample_edited(
     if images.shape[1] != (channels := process.data_channels(model.config)):
         raise ValueError(f"images have {images.shape[1]} channels; the samples have {channels}")
     if resample > 1:
-        request["config"] = pop_config(request, sampler="ddim")
-        check_resampling(request["config"], process, resample)
-        request["loop"] = partial(resample_steps, repeats=resample)
+        request["config"] = config = pop_config(request, sampler="ddim")
+        if config.sampler not in MEMORYLESS:
+            raise ValueError(
+                f"resample={resample} with sampler={config.sampler!r}, whose steps depend on those before; use "
+                f"{', '.join(map(repr, MEMORYLESS))}"
+            )
+        if process.self_conditioning:
+            raise ValueError(f"resample={resample} with self_conditioning=True: steps depend on those before; give 1")
+        request["loop"] = partial(_resample_steps, repeats=resample)
     return sample(model, process, seeds=seeds, image_size=images.shape[2:], edit=edit, **request)
 
 
-# ---- RePaint ---------------------------------------------------------------------------------------------------------
-
-
-def check_resampling(config: SamplingConfig, process: Diffusion, resample: int) -> None:
-    """Raise ValueError where a step cannot be repeated, since it depends on more than x_t."""
-    if config.sampler not in MEMORYLESS:
-        raise ValueError(
-            f"resample={resample} with sampler={config.sampler!r}, whose steps depend on those before; use "
-            f"{', '.join(map(repr, MEMORYLESS))}"
-        )
-    if process.self_conditioning:
-        raise ValueError(f"resample={resample} with self_conditioning=True: steps depend on those before; give 1")
-
-
-def resample_steps(
-    guidance: Guidance,
-    sampler: Sampler,
-    x: Tensor,
-    *,
-    repeats: int,
-    edit: Edit | None = None,
-    generators: list[torch.Generator],
+def _resample_steps(
+    guidance: Guidance, sampler: Sampler, x: Tensor, *, repeats: int, edit: Edit, generators: list[torch.Generator]
 ) -> Iterator[Step]:
     """Do every step of a sampler `repeats` times (RePaint, algorithm 1, with jumps of one step)."""
     for i in range(len(sampler)):
+        (alpha, sigma), (alpha_after, sigma_after) = sampler.alpha_sigma(i), sampler.alpha_sigma(i + 1)
+        scale = alpha / alpha_after
         for left in reversed(range(repeats)):
             step = denoise_step(guidance, sampler, x, i, edit=edit, generators=generators)
             yield step
-            x = _add_noise(step.x, sampler, i, generators) if left else step.x
-
-
-def _add_noise(x: Tensor, sampler: Sampler, i: int, generators: list[torch.Generator]) -> Tensor:
-    """Draw x_t of network call i from x (B, C, *spatial) of call i + 1: q(x_t | x_s) of the forward process, s < t."""
-    (alpha, sigma), (alpha_after, sigma_after) = sampler.alpha_sigma(i), sampler.alpha_sigma(i + 1)
-    scale = alpha / alpha_after
-    noise = torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(x)
-    return scale * x + (sigma**2 - (scale * sigma_after) ** 2).clamp(min=0).sqrt() * noise
+            x = step.x
+            if left:  # draw x_t again from q(x_t | x_s) of the forward process, s < t
+                noise = torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(x)
+                x = scale * x + (sigma**2 - (scale * sigma_after) ** 2).clamp(min=0).sqrt() * noise

@@ -1,7 +1,5 @@
 """unet-denoiser: the U-Net of diffusion models."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

@@ -1,7 +1,5 @@
 """Entry point of the command; its imports take half a second, in which the user may interrupt it too."""
 
-from __future__ import annotations
-
 import sys
 
 

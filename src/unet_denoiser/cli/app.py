@@ -1,7 +1,5 @@
 """The command `unet-denoiser` and its sub-commands."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Callable, Sequence

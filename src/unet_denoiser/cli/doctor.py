@@ -1,7 +1,5 @@
 """unet-denoiser doctor: why are samples grey, noisy or copies?"""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """Errors of a command as one line and an exit code, without a traceback."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager

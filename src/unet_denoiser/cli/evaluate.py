@@ -1,7 +1,5 @@
 """unet-denoiser evaluate: metrics of samples, and a search for copies."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any
 

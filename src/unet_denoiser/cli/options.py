@@ -1,7 +1,5 @@
 """Options of the command line, from the fields and docstrings of the configurations."""
 
-from __future__ import annotations
-
 import inspect
 import io
 import re

@@ -1,7 +1,5 @@
 """The command `unet-denoiser train`."""
 
-from __future__ import annotations
-
 import sys
 from typing import Annotated, Any
 

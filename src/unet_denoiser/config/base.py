@@ -1,7 +1,5 @@
 """Shared by the configurations: names that options may have, checks, sizes."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Concatenate, Literal, ParamSpec, get_args

@@ -1,7 +1,5 @@
 """Defaults that depend on the dataset: the architecture and the learning rate."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The options of the diffusion process."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

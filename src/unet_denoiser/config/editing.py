@@ -1,7 +1,5 @@
 """The options of image editing and interpolation."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Published architectures by name."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from unet_denoiser.config.unet import UNetConfig

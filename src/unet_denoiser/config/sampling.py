@@ -1,7 +1,5 @@
 """The options of the reverse process."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal

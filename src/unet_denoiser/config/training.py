@@ -1,7 +1,5 @@
 """The options of training."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The architecture of a checkpoint, from the names and shapes of its tensors."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """Read a checkpoint of any layout, and write one."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Opening foreign checkpoints: safetensors and pickles without code, in folders or single files."""
 
-from __future__ import annotations
-
 import pickle
 import re
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """`config.json` of diffusers' UNet2DModel and UNet2DConditionModel, to and from `UNetConfig`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -9,8 +9,6 @@ A key map is a function of this name: from the name of one of our parameters to 
 `LAYOUTS` has each key map with all else in which the files of its layout differ from others.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Mapping
 from typing import Any

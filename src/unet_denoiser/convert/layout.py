@@ -1,7 +1,5 @@
 """The parts of a checkpoint layout, and the place of a parameter among the blocks of a U-Net."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Self
 

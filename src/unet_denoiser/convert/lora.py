@@ -1,7 +1,5 @@
 """LoRA files of diffusers and kohya, merged into our weights (Hu et al. 2021, arXiv 2106.09685)."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

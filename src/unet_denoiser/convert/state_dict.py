@@ -1,7 +1,5 @@
 """Moving tensors between layouts, strictly: every tensor is used, every parameter is found, or an error names it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 

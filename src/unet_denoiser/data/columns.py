@@ -1,7 +1,5 @@
 """Labels, captions and numbers from the columns of a table."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any

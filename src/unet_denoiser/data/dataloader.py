@@ -3,8 +3,6 @@
 A run that is resumed at step n gets the batches it would have had: nothing but n is stored.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import time

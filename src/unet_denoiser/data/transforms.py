@@ -1,7 +1,5 @@
 """Image files to tensors: decode, convert to a number of channels, scale, crop, pad and flip."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from io import BytesIO
 from typing import Any

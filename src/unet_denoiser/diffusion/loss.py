@@ -1,7 +1,5 @@
 """The training loss: squared error of the prediction, and the variational bound of a learned variance."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 

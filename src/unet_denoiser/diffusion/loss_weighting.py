@@ -1,7 +1,5 @@
 """Loss weightings: the weight of each noise level in the loss, fixed or learned."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 

@@ -3,8 +3,6 @@
 With x_t = alpha x0 + sigma eps, every quantity below follows from one row of `PREDICTIONS`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

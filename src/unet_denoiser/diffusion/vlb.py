@@ -1,7 +1,5 @@
 """The variational bound that trains a learned variance (Nichol and Dhariwal 2021, arXiv 2102.09672)."""
 
-from __future__ import annotations
-
 import math
 
 import torch

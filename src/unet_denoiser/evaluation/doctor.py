@@ -1,7 +1,5 @@
 """Diagnosis of a run: measures it and names the likely cause of grey, noisy or copied samples (see `findings`)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Evaluation of samples: metrics of their features beside those of unseen images, and a search for copies."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path

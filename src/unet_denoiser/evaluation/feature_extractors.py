@@ -1,7 +1,5 @@
 """Feature extractors, whose names their distances carry, and features of datasets, computed once and kept on disk."""
 
-from __future__ import annotations
-
 import io
 import warnings
 from collections.abc import Callable, Iterable, Iterator

@@ -1,7 +1,5 @@
 """Findings of `doctor`: the meaning of its measurements in plain words, the most severe first."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 

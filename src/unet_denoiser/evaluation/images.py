@@ -1,7 +1,5 @@
 """Images of a dataset by index."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any

@@ -1,7 +1,5 @@
 """Measurements that `doctor` takes of a run: of its data, its training, its network and its samples."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping

@@ -3,8 +3,6 @@
 In pixels, plain or blurry samples lie near many training images without being copies: look at the nearest pairs.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

@@ -3,8 +3,6 @@
 Everything is computed in blocks of the distance matrix. `feature_extractors.py` makes the features.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator
 from typing import NamedTuple

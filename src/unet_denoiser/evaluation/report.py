@@ -1,7 +1,5 @@
 """Report of an evaluation: a table to read and a JSON file."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple

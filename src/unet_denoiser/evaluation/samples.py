@@ -1,7 +1,5 @@
 """Samples of a run or of files for `evaluate`, and the data that they are compared with."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path

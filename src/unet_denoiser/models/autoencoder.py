@@ -1,7 +1,5 @@
 """A frozen autoencoder (VAE) of diffusers: images to latents and back, for latent diffusion (Rombach et al. 2022)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

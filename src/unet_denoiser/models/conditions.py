@@ -1,7 +1,5 @@
 """The conditions of a batch as one record: the arguments of a network beside x_t and t."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self

@@ -1,7 +1,5 @@
 """Convert a checkpoint of any format into any other: the work of the `convert` command."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any, Literal, NamedTuple

@@ -1,7 +1,5 @@
 """Drawing of a network: resolution levels with sizes, widths and attention, and the skips."""
 
-from __future__ import annotations
-
 from collections import Counter
 from xml.sax.saxutils import escape
 

@@ -1,7 +1,5 @@
 """Our network inside diffusers' pipelines: the call, names and configuration of their U-Nets."""
 
-from __future__ import annotations
-
 import inspect
 from types import SimpleNamespace
 from typing import Any

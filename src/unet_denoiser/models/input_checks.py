@@ -4,8 +4,6 @@ They read shapes and dtypes alone, so torch.compile and torch.export meet no bra
 needs values: the range of class labels. It runs on a CPU outside the compiler; on a GPU it would make the host wait.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch

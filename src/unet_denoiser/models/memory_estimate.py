@@ -4,8 +4,6 @@ The network runs forward and backward on tensors without storage, and every allo
 estimate follows the code: the convolutions of the device, gradient checkpointing, autocast.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext

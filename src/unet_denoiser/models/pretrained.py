@@ -1,7 +1,5 @@
 """Saving and loading a network with its architecture: `config.json` beside `model.safetensors`."""
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

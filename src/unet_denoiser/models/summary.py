@@ -1,7 +1,5 @@
 """Summary of a network, measured on the built model: sizes, widths, heads, parameters, FLOPs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 

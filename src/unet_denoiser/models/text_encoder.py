@@ -1,7 +1,5 @@
 """A frozen text encoder of transformers: captions to the tokens that cross-attention attends to."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The U-Net of diffusion models: predicts the noise in x_t at timestep t (Ronneberger et al. 2015; Ho et al. 2020)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path

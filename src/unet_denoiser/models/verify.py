@@ -1,7 +1,5 @@
 """Run a checkpoint in the code it comes from too, and compare the outputs."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """`on_step` callbacks of `sample`: a trajectory as a strip or GIF, and a live preview."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Guidance: combines a network's outputs with and without its conditions; one object for all samplers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any

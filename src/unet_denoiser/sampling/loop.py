@@ -1,7 +1,5 @@
 """The reverse process: from noise to data, with any sampler, for any network."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -7,8 +7,6 @@ variance-preserving scale, x_t = alpha x0 + sigma eps. The result is the x0 of t
 A "ratio" is sigma / alpha, the noise level in the units of Karras et al. 2022.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from copy import deepcopy
 from importlib.util import find_spec

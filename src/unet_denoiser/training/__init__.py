@@ -1,7 +1,5 @@
 """From a dataset to a run directory."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

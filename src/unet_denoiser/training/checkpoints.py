@@ -4,8 +4,6 @@ A file appears whole or not at all, even if the process is killed. It holds full
 processes can resume from it. Reading one runs no code of the file.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Training on several processes: Accelerate, and tensors that are sharded among processes (FSDP)."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Training that starts from a checkpoint: its architecture, its process and the weights that fit."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import NamedTuple
 

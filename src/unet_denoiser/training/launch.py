@@ -1,7 +1,5 @@
 """From the options of the train command to a run and its trainer: `start_run` and `resume_run`."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """The training of a run: steps, checkpoints, previews, metrics and signals."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext

@@ -1,7 +1,5 @@
 """LoRA: low-rank updates of the attention's projections, trained instead of all weights."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

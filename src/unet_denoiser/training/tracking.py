@@ -1,7 +1,5 @@
 """The records of a training: metrics.jsonl, its plot, and Accelerate's trackers (TensorBoard, W&B)."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

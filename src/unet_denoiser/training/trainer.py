@@ -1,7 +1,5 @@
 """Training as a generator that yields after every optimizer step; its caller logs, previews and saves."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial

@@ -1,7 +1,5 @@
 """Shapes that broadcast."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 

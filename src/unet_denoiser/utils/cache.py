@@ -3,8 +3,6 @@
 Deleting it costs time only.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil

@@ -1,7 +1,5 @@
 """The device to run on."""
 
-from __future__ import annotations
-
 import torch
 
 from unet_denoiser.config.base import DeviceName

@@ -1,7 +1,5 @@
 """NaN and infinity: detect them, and find the module or parameter where they begin."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """Tensors as image files: PNG for 1, 3 and 4 channels, .npy for anything else; grids and GIFs."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """SIGTERM and SIGINT as a request to stop: training finishes the step and writes a checkpoint first."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

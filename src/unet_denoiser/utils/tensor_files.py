@@ -1,7 +1,5 @@
 """Read and write tensors as safetensors files."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

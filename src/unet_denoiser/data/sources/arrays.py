@@ -1,7 +1,5 @@
 """Arrays of images, in memory or mapped from a file: .npz, .npy, and scikit-learn's digits."""
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Sequence
 from functools import cached_property

@@ -1,7 +1,5 @@
 """Custom datasets, given from Python: any map-style or iterable dataset of dicts."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext

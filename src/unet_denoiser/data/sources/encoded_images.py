@@ -1,7 +1,5 @@
 """Encoded images, of files or tables, decoded when they are asked for."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace

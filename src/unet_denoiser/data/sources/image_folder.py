@@ -1,7 +1,5 @@
 """A folder of images, with classes, captions and vectors from sub-folders or metadata files."""
 
-from __future__ import annotations
-
 import csv
 import json
 import os

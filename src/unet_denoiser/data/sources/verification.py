@@ -1,7 +1,5 @@
 """Decode every image once before training, so that a bad one is found at the start and not at step 40,000."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """A second image as input channels, "concat": for super-resolution, inpainting and image-to-image translation."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

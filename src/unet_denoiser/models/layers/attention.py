@@ -1,7 +1,5 @@
 """Multi-head attention (Vaswani et al. 2017), and the three kinds of layer that a `UNet` builds from it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch.nn.functional as F

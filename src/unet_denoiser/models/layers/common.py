@@ -1,7 +1,5 @@
 """Helpers that several layers share."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any

@@ -1,7 +1,5 @@
 """The context of cross-attention: tokens, their mask, and the null token."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import NamedTuple
 

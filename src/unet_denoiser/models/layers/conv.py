@@ -1,7 +1,5 @@
 """The convolutions of a `UNet`: torch's, or on a CPU Winograd's filtering and matrix products if these are faster."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext

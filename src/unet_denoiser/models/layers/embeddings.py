@@ -1,7 +1,5 @@
 """Embeddings of timesteps, classes and vectors."""
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 

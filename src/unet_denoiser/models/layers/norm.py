@@ -1,7 +1,5 @@
 """GroupNorm (Wu and He 2018, arXiv 1803.08494) for inputs that torch's own refuses or crashes on."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

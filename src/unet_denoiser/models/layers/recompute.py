@@ -1,7 +1,5 @@
 """Layers whose input is recomputed in the backward pass instead of kept, from a smaller number of kept tensors."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial

@@ -1,7 +1,5 @@
 """Downsampling to ceil(size / 2), and upsampling back to the size of the skip; any size, odd ones included."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -8,8 +8,6 @@ Every layer is called the same way, `layer(x, emb, context, size)`, and takes wh
     size     spatial shape        output size of an upsampling: that of the skip, odd sizes included
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

@@ -12,8 +12,6 @@ cache from input to output: without blocks, memory traffic takes the time that t
 All images in this file have their channels last: (N, H, W, C).
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

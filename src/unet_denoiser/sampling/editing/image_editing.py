@@ -4,8 +4,6 @@ Each is `sample` with another start, an edit of every predicted x0, or another l
 condition and kind of guidance works, batches do not matter, and result i depends on seed i.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """Interpolation between two seeds, and between two conditions."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

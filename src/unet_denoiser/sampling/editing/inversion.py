@@ -1,7 +1,5 @@
 """DDIM inversion: from images to the noise that they come from, and back."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple

@@ -3,8 +3,6 @@
 Sample i depends on seed i alone. So processes work independently, and a missing file can be made at any time.
 """
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """The work of `unet-denoiser sample`: from class names, captions and image files to images."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

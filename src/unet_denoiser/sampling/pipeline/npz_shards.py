@@ -1,7 +1,5 @@
 """Many samples on disk, in .npz files of some hundreds each that appear whole, so that sampling can be resumed."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

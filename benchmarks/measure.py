@@ -1,4 +1,4 @@
-"""Measuring: time, floating-point operations, memory, fresh processes, the machine."""
+"""Measurements for the other scripts: time, floating-point operations, memory, new processes, the machine."""
 
 import ctypes
 import gc
@@ -20,45 +20,45 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 Call = Callable[[], Any]
-STARTED = time.perf_counter()
+START_SECONDS = time.perf_counter()
 PACKAGES = ("torch", "unet-denoiser", "diffusers", "guided_diffusion_sdk", "denoising-diffusion-pytorch")
 
 
-def rotations(names: Sequence[str], rounds: int) -> Iterator[str]:
-    """Every name once per round, each round starting with another one."""
+def rotate(names: Sequence[str], rounds: int) -> Iterator[str]:
+    """Yield every name once per round; each round starts with another name."""
     for i in range(rounds):
         start = i % len(names)
         yield from [*names[start:], *names[:start]]
 
 
-def fastest(
-    calls: Mapping[str, Call], rounds: int, before: Callable[[str], object] = str, at_least: float = 0.3
+def measure_seconds(
+    calls: Mapping[str, Call], rounds: int, before: Callable[[str], object] = str, min_seconds: float = 0.3
 ) -> dict[str, float]:
-    """Seconds of each call, the minimum over interleaved rounds; the caller has warmed them up.
+    """Measure the seconds of each call: the minimum over interleaved rounds. The caller has warmed the calls up.
 
     Args:
         before: called with the name ahead of each call, outside the time.
-        at_least: seconds that a call shorter than that is repeated for, in each round.
+        min_seconds: a shorter call is repeated for this long in each round.
     """
     best = dict.fromkeys(calls, float("inf"))
     gc.collect()
     gc.disable()
     try:
-        for name in rotations(list(calls), rounds):
-            spent = 0.0
-            while spent < at_least:
+        for name in rotate(list(calls), rounds):
+            total = 0.0
+            while total < min_seconds:
                 before(name)
                 start = time.perf_counter()
                 calls[name]()
                 elapsed = time.perf_counter() - start
-                best[name], spent = min(best[name], elapsed), spent + elapsed
+                best[name], total = min(best[name], elapsed), total + elapsed
     finally:
         gc.enable()
     return best
 
 
-def gflop(call: Call) -> float:
-    """10^9 floating-point operations of one call, a multiplication with an addition as two."""
+def count_gflop(call: Call) -> float:
+    """Count the 10^9 floating-point operations of a call; a multiplication with an addition is two."""
     # FlopCounterMode does not know the CPU's fused attention; the plain one is matrix products, which it counts
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         call()
@@ -66,8 +66,8 @@ def gflop(call: Call) -> float:
 
 
 @torch.inference_mode()
-def machine_peak(seconds: float) -> dict[str, float]:
-    """GFLOP/s of a float32 matrix product and of a convolution, each tried twice for so long: what to hope for."""
+def measure_peak(seconds: float) -> dict[str, float]:
+    """Measure the machine's GFLOP/s in a float32 matrix product and a convolution, each in two rounds of `seconds`."""
     a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
     x, weight = torch.randn(16, 256, 32, 32), torch.randn(256, 256, 3, 3)
     x, weight = (tensor.to(memory_format=torch.channels_last) for tensor in (x, weight))
@@ -75,13 +75,13 @@ def machine_peak(seconds: float) -> dict[str, float]:
         "matmul 2048^3": lambda: a @ b,
         "conv 3x3, 256 channels, 16x32x32": lambda: torch.conv2d(x, weight, padding=1),
     }
-    work = {name: gflop(call) for name, call in calls.items()}
-    return {name: work[name] / s for name, s in fastest(calls, 2, at_least=seconds).items()}
+    gflop = {name: count_gflop(call) for name, call in calls.items()}
+    return {name: gflop[name] / s for name, s in measure_seconds(calls, 2, min_seconds=seconds).items()}
 
 
-def retained(call: Call, model: nn.Module) -> int:
-    """Bytes that a forward call keeps for the backward one: the distinct storages, the parameters' left out."""
-    storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address comes up twice
+def saved_bytes(call: Call, model: nn.Module) -> int:
+    """Return the bytes that a forward call saves for the backward call: all storages but those of the parameters."""
+    storages: dict[int, torch.UntypedStorage] = {}  # kept alive, so that no address comes up twice
 
     def pack(tensor: Tensor) -> Tensor:
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
@@ -89,50 +89,50 @@ def retained(call: Call, model: nn.Module) -> int:
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         out = call()
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     del out
-    return sum(storage.nbytes() for address, storage in storages.items() if address not in own)
+    return sum(storage.nbytes() for address, storage in storages.items() if address not in parameters)
 
 
-def resident(field: str = "VmRSS") -> int:
-    """Bytes of this process in memory: VmRSS now, VmHWM the most since `reset_peak`, RssAnon without mapped files.
+def resident_bytes(field: str = "VmRSS") -> int:
+    """Return the memory of this process: VmRSS now, VmHWM the peak since `reset_peak`, RssAnon without mapped files.
 
-    Not getrusage's ru_maxrss: a child process starts with its parent's there, and it cannot be reset.
+    getrusage's ru_maxrss would not do: a child process starts with its parent's, and it cannot be reset.
     """
     status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(f"{field}:"))
 
 
 def reset_peak() -> int:
-    """Give freed memory back to the system, start VmHWM anew, and return VmRSS."""
+    """Return freed memory to the system, reset VmHWM, and return VmRSS."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    return resident()
+    return resident_bytes()
 
 
-def fresh(*arguments: str) -> dict[str, float]:
-    """What `probe.py` measures with these arguments, in a new process."""
+def run_probe(*arguments: str) -> dict[str, float]:
+    """Run `probe.py` with these arguments in a new process, and return its measurements."""
     command = [sys.executable, str(Path(__file__).with_name("probe.py")), *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(arguments)}: {done.stderr.strip().splitlines()[-1]}")
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    progress(" ".join(a for a in arguments if "/" not in a) + ":", found)
+    print_progress(" ".join(a for a in arguments if "/" not in a) + ":", found)
     return found
 
 
-def fresh_rounds(arguments: Mapping[str, Sequence[str]], rounds: int) -> dict[str, dict[str, float]]:
-    """The smallest figures of each name's `fresh` process over interleaved rounds."""
+def run_probe_rounds(arguments: Mapping[str, Sequence[str]], rounds: int) -> dict[str, dict[str, float]]:
+    """Run `probe.py` for each name in interleaved rounds, and return the minimum of each measurement."""
     best: dict[str, dict[str, float]] = {}
-    for name in rotations(list(arguments), rounds):
-        found = fresh(*arguments[name])
+    for name in rotate(list(arguments), rounds):
+        found = run_probe(*arguments[name])
         best[name] = {key: min(value, best.get(name, found)[key]) for key, value in found.items()}
     return {name: best[name] for name in arguments}
 
 
-def machine() -> dict[str, Any]:
-    """Processor, vector instructions, threads, what else runs on it, and versions."""
+def read_machine() -> dict[str, Any]:
+    """Return processor, vector instructions, threads, load by other processes, and versions."""
     info = dict(line.split("\t:", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if "\t:" in line)
     info = {key.strip(): value.strip() for key, value in info.items()}
     flags = [flag for flag in info.get("flags", "").split() if flag == "avx2" or flag.startswith(("avx512", "amx"))]
@@ -151,16 +151,16 @@ def machine() -> dict[str, Any]:
     }
 
 
-def describe(about: Mapping[str, Any], command: str) -> str:
-    """The machine and the command in three lines."""
-    flags = ", ".join(about["flags"]) or "neither avx2 nor avx512"
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    processor = f"{about['processor']} ({flags}), {about['threads']} threads, load before {about['load']:.1f}"
+def format_machine(machine: Mapping[str, Any], command: str) -> str:
+    """Return the machine and the command in three lines."""
+    flags = ", ".join(machine["flags"]) or "neither avx2 nor avx512"
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    processor = f"{machine['processor']} ({flags}), {machine['threads']} threads, load before {machine['load']:.1f}"
     return f"{processor}\n{versions}\n`{command}`"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table with its columns aligned, the first to the left."""
+def format_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a markdown table with aligned columns, the first to the left and the others to the right."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
 
     def line(row: Sequence[str]) -> str:
@@ -171,7 +171,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(head), rule, *(line(row) for row in rows)])
 
 
-def progress(text: str, values: Mapping[str, float] | None = None) -> None:
-    """Tell on stderr how far it is; stdout has the result alone."""
-    figures = ", ".join(f"{name} {value:.3g}" for name, value in (values or {}).items())
-    print(f"{time.perf_counter() - STARTED:5.0f} s  {text} {figures}", file=sys.stderr, flush=True)
+def print_progress(text: str, values: Mapping[str, float] | None = None) -> None:
+    """Print the seconds since the start and some values to stderr; stdout has the result alone."""
+    listed = ", ".join(f"{name} {value:.3g}" for name, value in (values or {}).items())
+    print(f"{time.perf_counter() - START_SECONDS:5.0f} s  {text} {listed}", file=sys.stderr, flush=True)

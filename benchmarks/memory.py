@@ -1,8 +1,9 @@
 """The estimates of `unet-denoiser info --memory` beside measured peaks on a CPU, and tables for clusters.
 
-python benchmarks/memory.py [measured|clusters]
+python benchmarks/memory.py measured|clusters
 """
 
+import argparse
 import json
 import math
 import subprocess
@@ -11,15 +12,15 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from measure import progress, reset_peak, resident, table
+from measure import format_table, print_progress, reset_peak, resident_bytes
 
 from unet_denoiser import Diffusion, Trainer, TrainingConfig, UNet, UNetConfig, preset
 from unet_denoiser.config.memory import MemoryConfig
 from unet_denoiser.data.sources.arrays import ArrayDataset
 from unet_denoiser.models.memory_estimate import MemoryEstimate, estimate
 
-# name: network, size of the images, images per step
-MEASURED: dict[str, tuple[UNetConfig, int, int]] = {
+# name: network, image size, images per step
+NETWORKS: dict[str, tuple[UNetConfig, int, int]] = {
     "DDPM, CIFAR-10": (preset("ddpm-cifar10"), 32, 16),
     "SD's shape, 320 -> 96 channels": (
         replace(preset("sd-1.5"), model_channels=96, channel_mult=(1, 2, 4), context_dim=768),
@@ -34,8 +35,8 @@ MEASURED: dict[str, tuple[UNetConfig, int, int]] = {
 }
 
 
-class Random(ArrayDataset):
-    """As many random images as a step takes, with the conditions that a network was built for."""
+class RandomImages(ArrayDataset):
+    """The random images of a training step, with the conditions that a network is built for."""
 
     def __init__(self, config: UNetConfig, size: int, count: int) -> None:
         images = np.random.default_rng(0).uniform(-1, 1, (count, config.in_channels, size, size)).astype(np.float32)
@@ -48,70 +49,70 @@ class Random(ArrayDataset):
 
 
 def probe(name: str, checkpointing: str) -> None:
-    """Resident memory of a new process: what a trainer adds, and its peak in the third step."""
-    config, size, batch = MEASURED[name]
+    """Print the resident memory that a trainer adds to a new process: before the third step, and at its peak."""
+    config, size, batch = NETWORKS[name]
     options = TrainingConfig(batch_size=batch, steps=3, gradient_checkpointing=checkpointing == "yes", device="cpu")
     small = replace(config, model_channels=64, context_dim=config.context_dim and 8, norm_groups=32)
     for warm_up in (True, False):
         base = reset_peak()
         torch.manual_seed(0)
         model = UNet.from_config(small if warm_up else config)
-        data = Random(small if warm_up else config, size, 2 if warm_up else batch)
+        data = RandomImages(small if warm_up else config, size, 2 if warm_up else batch)
         steps = replace(options, batch_size=2) if warm_up else options
         trainer = Trainer(model, Diffusion(), data, steps)
         for step in trainer.steps():
             if step.step == 2:
                 rest = reset_peak()
-        found = {"peak": resident("VmHWM") - base, "held": rest - base}
+        found = {"peak": resident_bytes("VmHWM") - base, "held": rest - base}
         del trainer, model, data, step
     print(json.dumps(found))
 
 
-def measured() -> str:
-    """Estimate beside measurement, with and without checkpointing."""
+def compare_estimates() -> str:
+    """Return a table of estimates beside measurements, with and without gradient checkpointing."""
     rows = []
-    for name, (config, size, batch) in MEASURED.items():
+    for name, (config, size, batch) in NETWORKS.items():
         for checkpointing in ("no", "yes"):
-            about = MemoryConfig(batch_size=batch, image_size=(size,), gradient_checkpointing=checkpointing == "yes")
-            said = estimate(config, about)
+            options = MemoryConfig(batch_size=batch, image_size=(size,), gradient_checkpointing=checkpointing == "yes")
+            estimated = estimate(config, options)
             command = [sys.executable, __file__, "probe", name, checkpointing]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             found = json.loads(done.stdout.splitlines()[-1])
-            progress(f"{name}, checkpointing {checkpointing}:", found)
-            rows.append([name, str(batch), checkpointing, *_compare(said, found)])
+            print_progress(f"{name}, checkpointing {checkpointing}:", found)
+            rows.append([name, str(batch), checkpointing, *_format_comparison(estimated, found)])
     head = ("network", "batch", "checkpointing", "activations", "peak", "resident", "measured", "resident / measured",
             "holes")  # fmt: skip
-    return table(head, rows)
+    return format_table(head, rows)
 
 
-def _compare(said: MemoryEstimate, found: dict[str, float]) -> list[str]:
-    held = said.parameters + said.optimizer + said.ema
-    holes = (found["peak"] - found["held"]) / (said.peak - held)
-    mebibytes = said.activations, said.peak, said.resident, found["peak"]
-    return [*(f"{b / 2**20:.0f} MiB" for b in mebibytes), f"{said.resident / found['peak']:.2f}", f"{holes:.2f}"]
+def _format_comparison(estimated: MemoryEstimate, found: dict[str, float]) -> list[str]:
+    held = estimated.parameters + estimated.optimizer + estimated.ema
+    holes = (found["peak"] - found["held"]) / (estimated.peak - held)
+    mebibytes = estimated.activations, estimated.peak, estimated.resident, found["peak"]
+    return [*(f"{b / 2**20:.0f} MiB" for b in mebibytes), f"{estimated.resident / found['peak']:.2f}", f"{holes:.2f}"]
 
 
-# GPUs: gigabytes of each, how many, dense bf16 TFLOP/s of one (RTX 4090, A100)
+# GPUs: gigabytes of each, their number, dense bf16 TFLOP/s of each (RTX 4090, A100)
 CLUSTERS = {
     "1 x 24 GB": (24, 1, 165),
     "1 x 80 GB": (80, 1, 312),
     "8 x 80 GB": (80, 8, 312),
     "64 x 80 GB": (80, 64, 312),
 }
-UTILISATION = 0.35
-CONTEXT, FRAGMENTS = 1.5 * 2**30, 0.08  # what the libraries take, and the share that the allocator loses
+UTILISATION = 0.35  # share of the peak that a training step reaches
+CONTEXT_BYTES, FRAGMENTED_SHARE = 1.5 * 2**30, 0.08  # lost to the libraries, and to the allocator
 
 
-def clusters() -> str:
-    """The largest power of two of images per GPU that fits, in bf16, for SD- and SDXL-sized training."""
+def tabulate_clusters() -> str:
+    """Return a table of the most images per GPU that fit, a power of two, for SD- and SDXL-sized training in bf16."""
     rows = []
     for name in ("sd-1.5", "sdxl-base"):
         for cluster, (gigabytes, count, speed) in CLUSTERS.items():
             for sharding in ("none",) if count == 1 else ("ddp", "fsdp"):
                 for checkpointing in (False, True):
-                    room = (gigabytes * 1e9 - CONTEXT) * (1 - FRAGMENTS)
-                    batch, found = _largest(name, sharding, count, checkpointing, room)
-                    progress(f"{name} {cluster} {sharding} {checkpointing}: {batch}")
+                    max_bytes = (gigabytes * 1e9 - CONTEXT_BYTES) * (1 - FRAGMENTED_SHARE)
+                    batch, found = _largest_batch(name, sharding, count, checkpointing, max_bytes)
+                    print_progress(f"{name} {cluster} {sharding} {checkpointing}: {batch}")
                     fits = (
                         [str(batch), f"{found.peak / 1e9:.1f}"] if batch else ["none", f"{found.peak / 1e9:.1f} for 1"]
                     )
@@ -121,23 +122,25 @@ def clusters() -> str:
                     rows.append([f"{name}, {cluster}", *how])
     head = ("network, GPUs", "sharding", "checkpointing", "images per GPU", "GB per GPU", "batch_size",
             "TFLOP a step", "s a step")  # fmt: skip
-    return table(head, rows)
+    return format_table(head, rows)
 
 
-def _largest(name: str, sharding: str, count: int, checkpointing: bool, room: float) -> tuple[int, MemoryEstimate]:
-    """How many images fit on each GPU (0: not even one), and the estimate for them (or for one)."""
+def _largest_batch(
+    name: str, sharding: str, count: int, checkpointing: bool, max_bytes: float
+) -> tuple[int, MemoryEstimate]:
+    """Return how many images fit on each GPU (0: not even one), and the estimate for them (or for one)."""
     options = {"mixed_precision": "bf16", "gradient_checkpointing": checkpointing, "sharding": sharding}
 
-    def of(batch: int) -> MemoryEstimate:
-        about = MemoryConfig(batch_size=batch * count, num_processes=count, **options)
-        return estimate(preset(name), about, "cuda")
+    def estimate_batch(batch: int) -> MemoryEstimate:
+        config = MemoryConfig(batch_size=batch * count, num_processes=count, **options)
+        return estimate(preset(name), config, "cuda")
 
-    one, two = of(1), of(2)
-    if one.peak > room:
+    one, two = estimate_batch(1), estimate_batch(2)
+    if one.peak > max_bytes:
         return 0, one
-    # the peak is the most of several straight lines, so going on straight never finds too few
-    batch = min(256, 2 ** int(math.log2(1 + (room - one.peak) / (two.peak - one.peak))))
-    while (found := of(batch)).peak > room:
+    # the peak is the maximum of several linear functions, so extrapolating from two batches never finds too few
+    batch = min(256, 2 ** int(math.log2(1 + (max_bytes - one.peak) / (two.peak - one.peak))))
+    while (found := estimate_batch(batch)).peak > max_bytes:
         batch //= 2
     return batch, found
 
@@ -146,4 +149,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["probe"]:
         probe(*sys.argv[2:])
     else:
-        print({"measured": measured, "clusters": clusters}[sys.argv[1]]())
+        parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        tables = {"measured": compare_estimates, "clusters": tabulate_clusters}
+        parser.add_argument("table", choices=tables)
+        print(tables[parser.parse_args().table]())

@@ -1,6 +1,7 @@
-"""Objectives compared on 8x8 digits: how near the samples are to held-out digits after a short training.
+"""Objectives compared on 8x8 digits: the distance of samples to held-out digits after a short training.
 
-Prints a row for each objective as it is done; docs/objectives.md has the table and what is made of it.
+Prints a row for each objective as it is done; docs/reference/objectives.md has the table.
+Run: python benchmarks/objectives.py
 """
 
 import argparse
@@ -15,8 +16,9 @@ from sklearn.svm import SVC
 from unet_denoiser import ArrayDataset, Diffusion, DiffusionConfig, Trainer, TrainingConfig, UNet, sample
 from unet_denoiser.config.defaults import architecture_for
 from unet_denoiser.data.sources.arrays import digits
+from unet_denoiser.evaluation.metrics import kernel_distance
 
-SAMPLES = 1000
+NUM_SAMPLES = 1000
 GRID = [
     (f"{prediction} {schedule} {weighting}", prediction, schedule, weighting, {})
     for weighting in ("constant", "min_snr", "learned")
@@ -34,20 +36,8 @@ EXTRAS = [
 ]
 
 
-def kernel_distance(x: np.ndarray, y: np.ndarray) -> float:
-    """Unbiased squared MMD with the cubic kernel of KID (Binkowski et al. 2018, equation 4), features (n, d)."""
-
-    def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        return (a @ b.T / a.shape[1] + 1) ** 3
-
-    def mean_of_others(k: np.ndarray) -> float:
-        return float((k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)))
-
-    return mean_of_others(kernel(x, x)) + mean_of_others(kernel(y, y)) - 2 * float(kernel(x, y).mean())
-
-
 class Judge:
-    """Compares images with held-out digits, in the 20 main components of the training digits, each of variance 1."""
+    """Compares images with held-out digits, by the first 20 principal components of the training digits, whitened."""
 
     def __init__(self) -> None:
         (self.seen, labels), (held_out, _) = digits(), digits(held_out=True)
@@ -56,48 +46,53 @@ class Judge:
         self.held_out = held_out
 
     def __call__(self, images: np.ndarray, labels: np.ndarray) -> str:
-        flat, true = images.reshape(len(images), -1), self.held_out.reshape(len(self.held_out), -1)
-        asked = (self.svc.predict(flat) == labels).mean()
-        distance = kernel_distance(self.pca.transform(flat), self.pca.transform(true))
+        """Return kernel distance x 1000, share of images classified as asked, mean distance to the nearest digit."""
+        flat, held_out = images.reshape(len(images), -1), self.held_out.reshape(len(self.held_out), -1)
+        accuracy = (self.svc.predict(flat) == labels).mean()
+        features = [torch.from_numpy(self.pca.transform(x)) for x in (flat, held_out)]
+        distance = kernel_distance(*features).value
         nearest = torch.cdist(torch.tensor(flat), torch.tensor(self.seen).flatten(1)).amin(1).mean()
-        return f"{1000 * distance:8.1f} | {asked:6.1%} | {nearest:5.2f}"
+        return f"{1000 * distance:8.1f} | {accuracy:6.1%} | {nearest:5.2f}"
 
 
-def train(prediction: str, schedule: str, weighting: str, options: dict, steps: int, seed: int) -> tuple:
+def train(
+    prediction: str, schedule: str, weighting: str, options: dict, *, steps: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Train a network, and return samples and their classes."""
     process = Diffusion(**asdict(DiffusionConfig(prediction_type=prediction, beta_schedule=schedule, **options)))
     images, labels = digits()
     data = ArrayDataset(images, labels, [str(i) for i in range(10)])
     small = {"model_channels": 16, "num_res_blocks": 1, "dropout": 0.0}
     config = architecture_for(1, (8, 8), 10, small, network_channels=process.channels(1))
-    chosen = {"learning_rate": 2e-3, "ema_decay": 0.99, "warmup_steps": 50, "device": "cpu", "seed": seed}
-    training = TrainingConfig(steps=steps, batch_size=64, loss_weighting=weighting, **chosen)
+    shared = {"learning_rate": 2e-3, "ema_decay": 0.99, "warmup_steps": 50, "device": "cpu", "seed": seed}
+    training = TrainingConfig(steps=steps, batch_size=64, loss_weighting=weighting, **shared)
     torch.manual_seed(seed)
     trainer = Trainer(UNet.from_config(config), process, data, training)
     for _ in trainer.steps():
         pass
-    asked = torch.arange(SAMPLES) % 10
+    classes = torch.arange(NUM_SAMPLES) % 10
     with trainer.ema.swapped():
-        x = sample(trainer.model, process, seeds=range(SAMPLES), class_labels=asked, batch_size=250)
-    return x.numpy(), asked.numpy()
+        x = sample(trainer.model, process, seeds=range(NUM_SAMPLES), class_labels=classes, batch_size=250)
+    return x.numpy(), classes.numpy()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--only", default="", help="objectives whose name has this in it")
+    parser.add_argument("--only", default="", help="only the objectives whose name contains this")
     args = parser.parse_args()
     judge = Judge()
     images, labels = digits()
     print("objective | seed | KID to held-out digits x 1000 | classified as asked | nearest training digit | seconds")
     print("---|--:|--:|--:|--:|--:")
-    rows = np.random.default_rng(0).permutation(len(images))[:SAMPLES]
-    print(f"training digits | | {judge(images[rows], labels[rows])} |", flush=True)
+    indices = np.random.default_rng(0).permutation(len(images))[:NUM_SAMPLES]
+    print(f"training digits | | {judge(images[indices], labels[indices])} |", flush=True)
     for seed in args.seeds:
         for name, *objective in GRID + EXTRAS:
             if args.only in name:
                 start = time.perf_counter()
-                result = judge(*train(*objective, args.steps, seed))
+                result = judge(*train(*objective, steps=args.steps, seed=seed))
                 print(f"{name:45s} | {seed} | {result} | {time.perf_counter() - start:4.0f}", flush=True)
 
 

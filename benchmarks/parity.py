@@ -1,8 +1,10 @@
-"""Published networks at full size: the largest difference between their own code's output and ours.
+"""Numeric parity of published networks at full size: the largest difference between their code's output and ours.
 
-Random non-zero weights, float32, one sample, the published input size. Run: python benchmarks/parity.py [NAME ...]
+With random non-zero weights, float32, one sample of the published input size.
+Run: python benchmarks/parity.py [NAME ...]
 """
 
+import argparse
 import resource
 import sys
 import tempfile
@@ -15,8 +17,8 @@ from guided_diffusion.unet import UNetModel
 
 from unet_denoiser import UNet
 
-sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("tests", "tests/parity")]
-from test_checkpoints import DDPM
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from support.checkpoints import DDPM
 
 DDPM_BLOCKS = {
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
@@ -45,13 +47,14 @@ NETWORKS = {
 
 
 def randomise(model: torch.nn.Module) -> None:
-    """Random values everywhere, the zero-initialised layers too, that keep activations of order one."""
+    """Give every parameter random values, zero-initialised ones too, that keep activations of order one."""
     for name, p in model.named_parameters():
-        norm = p.ndim == 1 and "norm" in name and name.endswith("weight")
-        torch.nn.init.normal_(p, 1.0 if norm else 0.0, 0.3 if p.ndim == 1 else p[0].numel() ** -0.5)
+        is_gain = p.ndim == 1 and "norm" in name and name.endswith("weight")
+        torch.nn.init.normal_(p, 1.0 if is_gain else 0.0, 0.3 if p.ndim == 1 else p[0].numel() ** -0.5)
 
 
 def compare(name: str, folder: Path) -> str:
+    """Save the peer's network, load it as ours, and return a row of the table."""
     build, channels, size = NETWORKS[name]
     torch.manual_seed(0)
     peer = build().eval()
@@ -68,7 +71,7 @@ def compare(name: str, folder: Path) -> str:
     parameters = sum(p.numel() for p in peer.parameters())
     del peer
     start = time.perf_counter()
-    model = UNet.from_pretrained(source)  # nothing is said about the architecture
+    model = UNet.from_pretrained(source)  # which finds the architecture by itself
     seconds = time.perf_counter() - start
     conditions = {"context": context} if model.config.context_dim else {}
     conditions |= {"class_labels": label} if model.config.num_classes else {}
@@ -79,9 +82,12 @@ def compare(name: str, folder: Path) -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NETWORKS))
+    names = parser.parse_args().names or NETWORKS
     print("| network | parameters | input | max difference / max output | load, s |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        for name in sys.argv[1:] or NETWORKS:
+        for name in names:
             print(compare(name, Path(folder)), flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"

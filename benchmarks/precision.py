@@ -1,13 +1,13 @@
-"""bfloat16 beside float32: the loss over a training, and float32, bfloat16 and float16 sampling by the same weights.
+"""bfloat16 beside float32: the loss in training, and samples in float32, bfloat16 and float16 with the same weights.
 
-The same network, data, noise and timesteps; "another seed" is float32 again with other weights, data order and noise:
-the difference that chance makes. Run: python benchmarks/precision.py [--steps 1000]
+Network, data, noise and timesteps are the same. "another seed" is float32 with other initial weights, data order and
+noise: a difference by chance. Run: python benchmarks/precision.py [--steps 1000]
 """
 
 import argparse
 
 import torch
-from measure import describe, machine, progress, table
+from measure import format_machine, format_table, print_progress, read_machine
 
 from unet_denoiser import Diffusion, Trainer, TrainingConfig, UNet, load_data, sample
 
@@ -18,7 +18,7 @@ NETWORK = {
 
 
 def train(steps: int, precision: str, seed: int) -> tuple[Trainer, torch.Tensor]:
-    """A trainer at its end, and the loss of every step."""
+    """Train, and return the trainer and the loss of every step."""
     torch.manual_seed(seed)
     config = TrainingConfig(
         steps=steps, batch_size=16, learning_rate=1e-3, mixed_precision=precision, seed=seed, device="cpu"
@@ -31,18 +31,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1000)
     options = parser.parse_args()
-    print(describe(machine(), "python benchmarks/precision.py"))
+    print(format_machine(read_machine(), "python benchmarks/precision.py"))
     kinds = {"float32": ("no", 0), "bfloat16": ("bf16", 0), "float32, another seed": ("no", 1)}
     curves, trainers = {}, {}
     for name, (precision, seed) in kinds.items():
         trainers[name], curves[name] = train(options.steps, precision, seed)
-        progress(f"{name}: mean of the last 100 losses", {"": float(curves[name][-100:].mean())})
+        print_progress(f"{name}: mean of the last 100 losses", {"": float(curves[name][-100:].mean())})
     rows = []
     for part in torch.arange(options.steps).chunk(5):
         means = [f"{curve[part].mean():.5f}" for curve in curves.values()]
         errors = [f"{(curves[name][part] - curves['float32'][part]).mean():+.5f}" for name in list(kinds)[1:]]
         rows.append([f"{int(part[0]) + 1} to {int(part[-1]) + 1}", *means, *errors])
-    print(table(["steps", *kinds, *(f"{name} - float32" for name in list(kinds)[1:])], rows))
+    print(format_table(["steps", *kinds, *(f"{name} - float32" for name in list(kinds)[1:])], rows))
 
     trainer = trainers["float32"]
     images = {}
@@ -55,13 +55,15 @@ def main() -> None:
         )
     exact = images[torch.float32]
     rows = [
-        [str(dtype).removeprefix("torch."), str(bool(x.isfinite().all())), *(f"{v:.4f}" for v in _distance(x, exact))]
+        [str(dtype).removeprefix("torch."), str(bool(x.isfinite().all())), *(f"{v:.4f}" for v in _compare(x, exact))]
         for dtype, x in images.items()
     ]
-    print("\n" + table(["sampling in", "finite", "mean difference", "largest", "mean", "standard deviation"], rows))
+    head = ["sampling in", "finite", "mean difference", "largest", "mean", "standard deviation"]
+    print("\n" + format_table(head, rows))
 
 
-def _distance(x: torch.Tensor, exact: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _compare(x: torch.Tensor, exact: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return mean and maximum of |x - exact|, and mean and standard deviation of x."""
     difference = (x - exact).abs()
     return difference.mean(), difference.max(), x.mean(), x.std()
 

@@ -1,4 +1,4 @@
-"""What only a new process can measure; `measure.fresh` runs this file and reads the JSON it prints.
+"""Measurements that need a new process; `measure.run_probe` runs this file and reads the JSON it prints.
 
 python benchmarks/probe.py startup SIDE
 python benchmarks/probe.py load SIDE FOLDER
@@ -16,21 +16,21 @@ Build = Callable[[], Any]
 
 
 def torch_alone() -> Build:
-    """What all of them import."""
+    """Import torch, as all of them do."""
     import torch
 
     return torch.nn.Identity
 
 
 def ours() -> Build:
-    """DDPM's network for CIFAR-10; the functions below give it in the other libraries' terms."""
+    """Import this library; return a function that builds DDPM's network for CIFAR-10."""
     from unet_denoiser import UNet
 
     return lambda: UNet.from_preset("ddpm-cifar10")
 
 
 def diffusers() -> Build:
-    """The same network."""
+    """Import diffusers; return a function that builds the same network."""
     from diffusers import UNet2DModel
 
     return lambda: UNet2DModel(
@@ -44,14 +44,14 @@ def diffusers() -> Build:
 
 
 def guided_diffusion() -> Build:
-    """The same widths and blocks."""
+    """Import guided-diffusion; return a function that builds a network of the same widths and blocks."""
     from guided_diffusion.unet import UNetModel
 
     return lambda: UNetModel(32, 3, 128, 3, 2, (2,), channel_mult=(1, 2, 2, 2))
 
 
 def denoising_diffusion_pytorch() -> Build:
-    """The same widths; its blocks differ."""
+    """Import denoising-diffusion-pytorch; return a function that builds a network of the same widths."""
     from lucidrains import Unet
 
     return lambda: Unet(128, dim_mults=(1, 2, 2, 2))
@@ -68,36 +68,36 @@ LOAD = ("ours", "diffusers")
 
 
 def startup(side: str) -> dict[str, float]:
-    """Seconds to import a library and to build a network with it, and the process's memory then."""
+    """Measure the seconds to import a library and to build a network with it, and the process's memory then."""
     start = time.perf_counter()
     build = STARTUP[side]()
     imported = time.perf_counter()
     model = build()
     built = time.perf_counter()
-    from measure import resident
+    from measure import resident_bytes
 
     return {
         "import_s": imported - start,
         "build_s": built - imported,
         "total_s": built - start,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "resident": resident(),
+        "resident": resident_bytes(),
     }
 
 
 def load(side: str, folder: str) -> dict[str, float]:
-    """Seconds and memory to read a network, and then to touch every weight: mapped files are read only then."""
-    from measure import reset_peak, resident
+    """Measure seconds and memory to load a network, and then to touch every weight, when mapped files are read."""
+    from measure import reset_peak, resident_bytes
 
     if side == "ours":
         from unet_denoiser import UNet as Model
     else:
         from diffusers import UNet2DConditionModel as Model
-    base, private = reset_peak(), resident("RssAnon")
+    base, private = reset_peak(), resident_bytes("RssAnon")
     start = time.perf_counter()
     model = Model.from_pretrained(folder)
     loaded = time.perf_counter()
-    peak = resident("VmHWM") - base
+    peak = resident_bytes("VmHWM") - base
     resumed = time.perf_counter()
     sum(p.sum() for p in model.parameters())
     touched = time.perf_counter()
@@ -105,26 +105,26 @@ def load(side: str, folder: str) -> dict[str, float]:
         "load_s": loaded - start,
         "touched_s": loaded - start + touched - resumed,
         "load_peak": peak,
-        "touched_peak": resident("VmHWM") - base,
-        "private": resident("RssAnon") - private,
+        "touched_peak": resident_bytes("VmHWM") - base,
+        "private": resident_bytes("RssAnon") - private,
     }
 
 
 def step(name: str, side: str, source: str, batch: str, size: str) -> dict[str, float]:
-    """Resident memory that a training step adds at its peak to that of the network at rest, the second step."""
+    """Measure the peak of the resident memory that a training step adds to the network at rest, in the second step."""
     import torch
-    from measure import reset_peak, resident
-    from sides import caller, networks, read
+    from measure import reset_peak, resident_bytes
+    from sides import make_call, networks, read
 
     torch.manual_seed(0)
     network = networks(size == "quick")[name]
     model = read(network, side, Path(source)).train()
-    call = caller(network, side, model, int(batch))
-    call().square().mean().backward()  # sets up what stays
+    call = make_call(network, side, model, int(batch))
+    call().square().mean().backward()  # allocates memory that stays
     model.zero_grad(set_to_none=True)
     base = reset_peak()
     call().square().mean().backward()
-    return {"peak": resident("VmHWM") - base}
+    return {"peak": resident_bytes("VmHWM") - base}
 
 
 if __name__ == "__main__":

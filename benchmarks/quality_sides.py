@@ -1,7 +1,7 @@
-"""Three recipes for images without conditions: this library's, and what two others recommend to their users.
+"""Three ways to train on images without conditions: this library's, and those that two others recommend.
 
-Each is that library's own network, process, optimizer, schedule and averaging, at about 1.1 million parameters; only
-the loading of files is left out, for images in memory serve all of them. None flips images.
+Each has its library's own network, process, optimizer, schedule and averaging, at about 1.1 million parameters. All
+take images from memory instead of files, and none flips them.
 """
 
 from collections.abc import Iterator
@@ -20,12 +20,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from unet_denoiser import ArrayDataset, Diffusion, Trainer, TrainingConfig, UNet, sample
 from unet_denoiser.config.defaults import architecture_for
 
-PIECE = 100  # samples at a time
-SHORTENED = 50  # steps of the peers' own samplers, which have 1000
+BATCH_SIZE = 100  # samples at a time
+NUM_SHORT_STEPS = 50  # steps of the peers' own samplers, instead of 1000
 
 
 class Side:
-    """A recipe: `begin`, any number of `step`, then `averaged` weights; these load into a network that samples."""
+    """A way to train: `begin`, then any number of `step`; `averaged` returns weights for a network that samples."""
 
     name: str
     own_sampler: str
@@ -34,23 +34,23 @@ class Side:
         self.images = images  # (N, C, H, W) in [-1, 1]
 
     def begin(self, steps: int) -> None:
-        """Start a training of so many steps anew."""
+        """Start a new training of this many steps."""
         raise NotImplementedError
 
     def step(self) -> bool:
-        """One optimizer step; False where the last one is done."""
+        """Do an optimizer step; return False if all are done."""
         raise NotImplementedError
 
     def averaged(self) -> dict[str, Tensor]:
-        """A copy of the averaged weights, which are what is sampled from."""
+        """Return a copy of the averaged weights."""
         raise NotImplementedError
 
-    def own(self, weights: dict[str, Tensor], seed: int) -> Tensor:
-        """PIECE samples by the library's own sampler."""
+    def sample_own(self, weights: dict[str, Tensor], seed: int) -> Tensor:
+        """Make BATCH_SIZE samples with the library's own sampler."""
         raise NotImplementedError
 
-    def shared(self, weights: dict[str, Tensor], seed: int, steps: int) -> Tensor:
-        """PIECE samples from the noise of a seed by diffusers' DDIM, on this recipe's levels and prediction."""
+    def sample_shared(self, weights: dict[str, Tensor], seed: int, steps: int) -> Tensor:
+        """Make BATCH_SIZE samples from a seed with diffusers' DDIM, for this side's noise levels and prediction."""
         scheduler = DDIMScheduler(**self.schedule(), timestep_spacing="trailing", clip_sample=True)
         scheduler.set_timesteps(steps)
         network, x = self.network(weights), torch.randn(self.shape, generator=torch.Generator().manual_seed(seed))
@@ -61,22 +61,22 @@ class Side:
         return x.clone()
 
     def schedule(self) -> dict[str, Any]:
-        """The noise levels, as betas, and the kind of prediction, as diffusers' schedulers take them."""
+        """Return the noise levels (as betas) and the prediction type, as diffusers' schedulers take them."""
         raise NotImplementedError
 
     def network(self, weights: dict[str, Tensor]) -> nn.Module:
-        """The network with these weights, in evaluation mode."""
+        """Return the network with these weights, in evaluation mode."""
         model = self.architecture()
         model.load_state_dict(weights)
         return model.eval()
 
     def architecture(self) -> nn.Module:
-        """The network, its weights random."""
+        """Return the network with random weights."""
         raise NotImplementedError
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (PIECE, *self.images.shape[1:])
+        return (BATCH_SIZE, *self.images.shape[1:])
 
     def _batches(self, size: int) -> Iterator[Tensor]:
         loader = DataLoader(TensorDataset(self.images), size, shuffle=True, drop_last=True)
@@ -85,7 +85,7 @@ class Side:
 
 
 class Ours(Side):
-    """`unet-denoiser train` with its defaults but for the size of the network, and `sample` with its own."""
+    """`unet-denoiser train` with its defaults but for the size of the network, and `sample` with its defaults."""
 
     name, own_sampler = "unet-denoiser", "dpm++, 25 steps"
 
@@ -114,22 +114,22 @@ class Ours(Side):
         with self.trainer.ema.swapped():
             return {name: value.clone() for name, value in self.trainer.model.state_dict().items()}
 
-    def own(self, weights: dict[str, Tensor], seed: int) -> Tensor:
-        return sample(self.network(weights), self.process, seeds=range(seed, seed + PIECE), batch_size=PIECE)
+    def sample_own(self, weights: dict[str, Tensor], seed: int) -> Tensor:
+        return sample(self.network(weights), self.process, seeds=range(seed, seed + BATCH_SIZE), batch_size=BATCH_SIZE)
 
     def schedule(self) -> dict[str, Any]:
-        kept = self.process.scheduler
-        return {"trained_betas": kept.betas.numpy(), "prediction_type": kept.config.prediction_type}
+        scheduler = self.process.scheduler
+        return {"trained_betas": scheduler.betas.numpy(), "prediction_type": scheduler.config.prediction_type}
 
 
 class Lucidrains(Side):
     """denoising-diffusion-pytorch: Unet, GaussianDiffusion and Trainer with their defaults, the last level left out.
 
-    The trainer is written out here, as it imports torchvision: batch 16, Adam 1e-4 with betas (0.9, 0.99), gradients
-    clipped to 1, an average with decay 0.995 every 10 steps.
+    The trainer imports torchvision, so its step is written out here: batch size 16, Adam 1e-4 with betas
+    (0.9, 0.99), gradients clipped to 1, an average with decay 0.995 updated every 10 steps.
     """
 
-    name, own_sampler = "denoising-diffusion-pytorch", f"ddim, {SHORTENED} steps"
+    name, own_sampler = "denoising-diffusion-pytorch", f"ddim, {NUM_SHORT_STEPS} steps"
 
     def architecture(self) -> nn.Module:
         return Unet(20, channels=self.shape[1], dim_mults=(1, 2, 4))
@@ -156,10 +156,10 @@ class Lucidrains(Side):
     def averaged(self) -> dict[str, Tensor]:
         return {name: value.clone() for name, value in self.ema.ema_model.model.state_dict().items()}
 
-    def own(self, weights: dict[str, Tensor], seed: int) -> Tensor:
+    def sample_own(self, weights: dict[str, Tensor], seed: int) -> Tensor:
         torch.manual_seed(seed)
-        process = self._process(self.network(weights), sampling_timesteps=SHORTENED).eval()
-        return process.sample(PIECE) * 2 - 1
+        process = self._process(self.network(weights), sampling_timesteps=NUM_SHORT_STEPS).eval()
+        return process.sample(BATCH_SIZE) * 2 - 1
 
     def schedule(self) -> dict[str, Any]:
         process = self._process(self.architecture())
@@ -170,12 +170,13 @@ class Lucidrains(Side):
 class Diffusers(Side):
     """The unconditional training example of diffusers, as its README runs it.
 
-    Batch 16, AdamW 1e-4 with betas (0.95, 0.999) and weight decay 1e-6, a warm-up of 500 steps and a cosine, gradients
-    clipped to 1, epsilon on the linear schedule, --use_ema with its warmed-up decay of at most 0.9999. The network is
-    the first, second and fifth level of its six, at a quarter of their width, with as many channels in a group.
+    Batch size 16, AdamW 1e-4 with betas (0.95, 0.999) and weight decay 1e-6, a warm-up of 500 steps and a cosine,
+    gradients clipped to 1, epsilon on the linear schedule, --use_ema with its warmed-up decay of at most 0.9999. The
+    network is the first, second and fifth of its six resolution levels, at a quarter of the width and with as many
+    channels in a group.
     """
 
-    name, own_sampler = "diffusers", f"ddpm, {SHORTENED} steps"
+    name, own_sampler = "diffusers", f"ddpm, {NUM_SHORT_STEPS} steps"
 
     def architecture(self) -> UNet2DModel:
         return UNet2DModel(
@@ -218,20 +219,20 @@ class Diffusers(Side):
         self.ema.restore(self.model.parameters())
         return weights
 
-    def own(self, weights: dict[str, Tensor], seed: int) -> Tensor:
+    def sample_own(self, weights: dict[str, Tensor], seed: int) -> Tensor:
         pipeline = DDPMPipeline(self.network(weights), DDPMScheduler())
         pipeline.set_progress_bar_config(disable=True)
         images = pipeline(
-            PIECE,
+            BATCH_SIZE,
             torch.Generator().manual_seed(seed),
-            num_inference_steps=SHORTENED,
+            num_inference_steps=NUM_SHORT_STEPS,
             output_type="np",
         ).images
         return torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1
 
     def schedule(self) -> dict[str, Any]:
-        kept = DDPMScheduler()
-        return {"trained_betas": kept.betas.numpy(), "prediction_type": kept.config.prediction_type}
+        scheduler = DDPMScheduler()
+        return {"trained_betas": scheduler.betas.numpy(), "prediction_type": scheduler.config.prediction_type}
 
 
 SIDES = (Ours, Lucidrains, Diffusers)

@@ -1,8 +1,10 @@
-"""Guided sampling with reused deep features: its time beside diffusers' own loop, and what it does to the samples.
+"""Guided sampling with feature caching (DeepCache): its time beside diffusers' loop, and its effect on the samples.
 
-First the same images from the same noise on both sides, then times in turn in one process, then the kernel distance of
-samples to held-out images for many settings. Features of samples are kept in --cache piece by piece, so a run that was
-stopped goes on. Run: python benchmarks/reuse.py fashion=RUN:TEST.npz photos=RUN:TEST.npz [--count 2000] [--quick]
+First both sides must make the same images from the same noise. Then times are measured in turn in one process, and then
+the kernel distance of samples to held-out images for many settings. Features of samples are stored in --cache batch by
+batch, so that a benchmark that was stopped continues.
+
+Run: python benchmarks/reuse.py fashion=RUN:TEST.npz photos=RUN:TEST.npz [--count 2000] [--quick]
 """
 
 import argparse
@@ -18,7 +20,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from measure import describe, fastest, machine, progress, table
+from measure import format_machine, format_table, measure_seconds, print_progress, read_machine
 from torch import Tensor
 
 from unet_denoiser import Run, UNet, load_data, sample, save_grid
@@ -29,21 +31,21 @@ from unet_denoiser.evaluation.metrics import kernel_distance
 from unet_denoiser.sampling.pipeline.npz_shards import digest_weights
 from unet_denoiser.utils.files import write_atomically
 
-GUIDANCE_SCALE, PIECE, LARGEST_ERROR = 2.0, 100, 1e-4
-BATCH = 16  # samples a call: with more, features of such a network leave the cache of a CPU
+GUIDANCE_SCALE, FEATURE_BATCH, MAX_ERROR = 2.0, 100, 1e-4
+SAMPLE_BATCH = 16  # with more samples per call, features of such a network leave the cache of a CPU
 SCHEDULERS = {"ddim": diffusers.DDIMScheduler, "dpm++": diffusers.DPMSolverMultistepScheduler}
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How samples are made; without `ours` in diffusers' loop."""
+    """Options of sampling."""
 
     sampler: str
     steps: int
     reuse: int | None = None
-    part: float = 1.0  # of --count: a quarter where it only shows how the curve goes on
-    ours: bool = True
+    part: float = 1.0  # of --count; a quarter for settings that only show how the curve continues
+    ours: bool = True  # False: in diffusers' loop
 
     def __str__(self) -> str:
         return f"{self.sampler} {self.steps}" + (f" reuse {self.reuse}" if self.reuse else "")
@@ -63,31 +65,31 @@ class Side:
     def __init__(self, name: str, run: Path, test: Path) -> None:
         self.name, self.run, self.test = name, Run.load(run), test
         self.model = self.run.load_model()
-        self.peer, self.null = as_diffusers(self.model), self.run.model.num_classes
+        self.peer, self.null = to_diffusers(self.model), self.run.model.num_classes
         self.key = digest_weights(self.model)[:16]
 
-    def labels(self, numbers: range) -> Tensor:
-        return torch.tensor([i % self.null for i in numbers])
+    def labels(self, seeds: range) -> Tensor:
+        return torch.tensor([seed % self.null for seed in seeds])
 
-    def images(self, setting: Setting, numbers: range, **options: Any) -> Tensor:
-        """Samples of these numbers, which are their seeds too."""
+    def sample(self, setting: Setting, seeds: range, **options: Any) -> Tensor:
+        """Make the samples of these seeds."""
         if not setting.ours:
-            return diffusers_loop(self, setting, numbers)
+            return sample_with_diffusers(self, setting, seeds)
         options |= {"sampler": setting.sampler, "num_inference_steps": setting.steps, "reuse": setting.reuse}
-        labels = self.labels(numbers)
+        labels = self.labels(seeds)
         return sample(
             self.model,
             self.run.process,
-            seeds=numbers,
+            seeds=seeds,
             class_labels=labels,
             guidance_scale=GUIDANCE_SCALE,
-            batch_size=BATCH,
+            batch_size=SAMPLE_BATCH,
             **options,
         )
 
 
-def as_diffusers(model: UNet) -> diffusers.UNet2DModel:
-    """The network as diffusers holds it, the null class one more row of its table of classes."""
+def to_diffusers(model: UNet) -> diffusers.UNet2DModel:
+    """Convert the network; its null class becomes another class."""
     state = model.state_dict()
     null = state.pop("null_class")
     state["class_embedding.weight"] = torch.cat([state["class_embedding.weight"], null[None]])
@@ -98,16 +100,16 @@ def as_diffusers(model: UNet) -> diffusers.UNet2DModel:
 
 
 @torch.no_grad()
-def diffusers_loop(side: Side, setting: Setting, numbers: range) -> Tensor:
-    """What a user of diffusers writes, as its pipelines do: both halves of the guidance in one batch."""
+def sample_with_diffusers(side: Side, setting: Setting, seeds: range) -> Tensor:
+    """Sample as diffusers' pipelines do: both halves of the guidance in one batch."""
     scheduler = SCHEDULERS[setting.sampler].from_config(side.run.process.scheduler.config)
     scheduler.set_timesteps(setting.steps)
-    config, labels = side.run.model, side.labels(numbers)
+    config, labels = side.run.model, side.labels(seeds)
     size = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size
-    draws = [torch.randn(config.in_channels, *size, generator=torch.Generator().manual_seed(i)) for i in numbers]
-    x = torch.stack(draws) * scheduler.init_noise_sigma
+    noise = [torch.randn(config.in_channels, *size, generator=torch.Generator().manual_seed(i)) for i in seeds]
+    x = torch.stack(noise) * scheduler.init_noise_sigma
     labels = torch.cat([labels, torch.full_like(labels, side.null)])
-    # as ours does after clipping x0; without it diffusers keeps a noise that no longer belongs to it
+    # ours recomputes the noise after clipping x0, too; without it diffusers keeps the noise of the unclipped x0
     clipped = {"use_clipped_model_output": True} if setting.sampler == "ddim" else {}
     for t in scheduler.timesteps:
         output = side.peer(scheduler.scale_model_input(torch.cat([x, x]), t), t, class_labels=labels).sample
@@ -117,56 +119,60 @@ def diffusers_loop(side: Side, setting: Setting, numbers: range) -> Tensor:
     return x
 
 
-def check(side: Side) -> dict[str, float]:
-    """The largest difference of full images between both sides; ends where it is too large to compare times."""
+def check_images(side: Side) -> dict[str, float]:
+    """Return the largest difference of images between both sides; end if it is too large to compare times."""
     errors = {}
     for name in SCHEDULERS:
         setting = Setting(name, 10)
-        ours = side.images(setting, range(4), clip_sample=name == "ddim")  # diffusers' other sampler clips nothing
-        theirs = side.images(plain_loop(setting), range(4))
+        ours = side.sample(setting, range(4), clip_sample=name == "ddim")  # diffusers' dpm++ does not clip
+        theirs = side.sample(diffusers_setting(setting), range(4))
         errors[name] = (ours - theirs).abs().max().item()
-    progress(f"{side.name}, largest difference of images in [-1, 1]:", errors)
-    if not max(errors.values()) <= LARGEST_ERROR:
+    print_progress(f"{side.name}, largest difference of images in [-1, 1]:", errors)
+    if not max(errors.values()) <= MAX_ERROR:
         raise SystemExit(f"{side.name}: the sides' images differ by {max(errors.values()):.1e}")
     return errors
 
 
-def plain_loop(setting: Setting) -> Setting:
-    """What it is compared with."""
+def diffusers_setting(setting: Setting) -> Setting:
+    """Return the setting of diffusers' loop that this one is compared with."""
     return Setting(setting.sampler, setting.steps, ours=False)
 
 
-def times(side: Side, options: argparse.Namespace) -> dict[Setting, float]:
-    """Seconds an image, of every setting and of diffusers' loop with it."""
-    settings = [*SETTINGS, *(plain_loop(s) for s in SETTINGS if s.reuse is None)]
-    numbers = range(options.batch)
-    calls: dict[str, Callable[[], Any]] = {repr(s): partial(side.images, s, numbers) for s in settings}
+def measure_times(side: Side, options: argparse.Namespace) -> dict[Setting, float]:
+    """Measure the seconds per image of every setting, and of diffusers' loop."""
+    settings = [*SETTINGS, *(diffusers_setting(s) for s in SETTINGS if s.reuse is None)]
+    seeds = range(options.batch)
+    calls: dict[str, Callable[[], Any]] = {repr(s): partial(side.sample, s, seeds) for s in settings}
     for setting in settings:
-        side.images(replace(setting, steps=2), numbers)  # warm, and transformed weights kept
-    seconds = fastest(calls, options.rounds)
+        side.sample(replace(setting, steps=2), seeds)  # warm up, and cache transformed weights
+    seconds = measure_seconds(calls, options.rounds)
     found = {s: seconds[repr(s)] / options.batch for s in settings}
-    progress(f"{side.name}, ms an image:", {f"{s}{'' if s.ours else ' (diffusers)'}": 1e3 * found[s] for s in settings})
+    print_progress(
+        f"{side.name}, ms an image:", {f"{s}{'' if s.ours else ' (diffusers)'}": 1e3 * found[s] for s in settings}
+    )
     return found
 
 
-def features(side: Side, setting: Setting, extractor: Extractor, options: argparse.Namespace) -> Tensor:
-    """Features of the setting's samples, from the cache or made now, PIECE at a time."""
-    count, piece = round(setting.part * options.count), min(PIECE, options.count)
-    folder = options.cache / side.name / side.key / f"{extractor.name}-{piece}"
+def read_features(side: Side, setting: Setting, extractor: Extractor, options: argparse.Namespace) -> Tensor:
+    """Read the features of the setting's samples from the cache, or compute them in batches."""
+    count, size = round(setting.part * options.count), min(FEATURE_BATCH, options.count)
+    folder = options.cache / side.name / side.key / f"{extractor.name}-{size}"
     folder.mkdir(parents=True, exist_ok=True)
-    pieces = []
-    for start in range(0, count, PIECE):
+    batches = []
+    for start in range(0, count, FEATURE_BATCH):
         path = folder / f"{str(setting).replace(' ', '-')}-{start:06d}.npy"
         if not path.exists():
-            began = time.perf_counter()
-            images = side.images(setting, range(start, start + piece))
+            start_seconds = time.perf_counter()
+            images = side.sample(setting, range(start, start + size))
             found = extractor(images).cpu().numpy()
             write_atomically(path, partial(_save, array=found))
             if start == 0:
                 save_grid(images[:40], folder / f"{str(setting).replace(' ', '-')}.png", 10)
-            progress(f"{side.name}, {setting}: {start + piece} of {count},", {"s": time.perf_counter() - began})
-        pieces.append(torch.from_numpy(np.load(path)))
-    return torch.cat(pieces)[:count]
+            print_progress(
+                f"{side.name}, {setting}: {start + size} of {count},", {"s": time.perf_counter() - start_seconds}
+            )
+        batches.append(torch.from_numpy(np.load(path)))
+    return torch.cat(batches)[:count]
 
 
 def _save(path: Path, array: np.ndarray) -> None:
@@ -174,13 +180,14 @@ def _save(path: Path, array: np.ndarray) -> None:
         np.save(file, array)
 
 
-def reference(side: Side, extractor: Extractor, count: int, cache: Path) -> Tensor:
-    """Features of as many held-out images."""
+def read_reference(side: Side, extractor: Extractor, count: int, cache: Path) -> Tensor:
+    """Read the features of `count` held-out images from the cache, or compute them."""
     path = cache / side.name / f"test-{extractor.name}-{count}.npy"
     if not path.exists():
         data = load_data(DataConfig(str(side.test)))
         batches = [
-            torch.stack([data[i]["image"] for i in range(j, min(j + PIECE, count))]) for j in range(0, count, PIECE)
+            torch.stack([data[i]["image"] for i in range(j, min(j + FEATURE_BATCH, count))])
+            for j in range(0, count, FEATURE_BATCH)
         ]
         path.parent.mkdir(parents=True, exist_ok=True)
         found = np.concatenate([extractor(batch).cpu().numpy() for batch in batches])
@@ -188,20 +195,22 @@ def reference(side: Side, extractor: Extractor, count: int, cache: Path) -> Tens
     return torch.from_numpy(np.load(path))
 
 
-def rows(side: Side, extractor: Extractor, options: argparse.Namespace) -> Iterator[Row]:
-    """One row for each setting: seconds an image, share of diffusers' time, distance with its standard error."""
-    errors = check(side)
-    seconds = times(side, options)
-    todo = sum(seconds[s] * s.part for s in SETTINGS) * options.count
-    progress(f"{side.name}: sampling takes {todo / 3600:.1f} h at this speed, less what is kept in {options.cache}")
-    real = reference(side, extractor, options.count, options.cache)
+def measure(side: Side, extractor: Extractor, options: argparse.Namespace) -> Iterator[Row]:
+    """Yield a row for each setting: seconds per image, share of diffusers' time, distance with its standard error."""
+    errors = check_images(side)
+    seconds = measure_times(side, options)
+    total = sum(seconds[s] * s.part for s in SETTINGS) * options.count
+    print_progress(
+        f"{side.name}: sampling takes {total / 3600:.1f} h at this speed, less what is kept in {options.cache}"
+    )
+    real = read_reference(side, extractor, options.count, options.cache)
     full: dict[tuple[str, int], Any] = {}
     for s in SETTINGS:
-        kid = kernel_distance(features(side, s, extractor, options), real)
+        kid = kernel_distance(read_features(side, s, extractor, options), real)
         if s.reuse is None:
             full[s.sampler, s.steps] = kid
         base = full[s.sampler, s.steps]
-        plain = seconds[plain_loop(s)]
+        plain = seconds[diffusers_setting(s)]
         allowed = max(0.1 * abs(base.value), 2 * base.standard_error)
         yield {
             "network": side.name,
@@ -219,10 +228,10 @@ def rows(side: Side, extractor: Extractor, options: argparse.Namespace) -> Itera
         }
 
 
-def render(about: Mapping[str, Any], found: list[Row], options: argparse.Namespace, name: str) -> str:
-    """A table for each network."""
+def format_results(about: Mapping[str, Any], found: list[Row], options: argparse.Namespace, name: str) -> str:
+    """Return a table for each network."""
     parts = [
-        describe(about, "python benchmarks/reuse.py " + " ".join(options.runs)),
+        format_machine(about, "python benchmarks/reuse.py " + " ".join(options.runs)),
         f"Guidance {GUIDANCE_SCALE}, batches of {options.batch} for the times. Distance: the "
         f"kernel distance of {name} features to held-out images, +- its standard error. Within: less than 10 % or two "
         "standard errors from the full computation's.",
@@ -243,12 +252,12 @@ def render(about: Mapping[str, Any], found: list[Row], options: argparse.Namespa
             if row["network"] == network
         ]
         head = ["", "reuse", "samples", "ms an image", "diffusers, ms", "share", "1000 x distance", "within"]
-        parts += [f"### {network}", table(head, body)]
+        parts += [f"### {network}", format_table(head, body)]
     return "\n\n".join(parts)
 
 
 def plot(found: list[Row], path: Path) -> None:
-    """Distance against time: one panel for each network, one line for each sampler and number of steps."""
+    """Plot distance against time: a panel for each network, a line for each sampler and number of steps."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -257,9 +266,9 @@ def plot(found: list[Row], path: Path) -> None:
     networks = list(dict.fromkeys(row["network"] for row in found))
     figure, panels = plt.subplots(1, len(networks), figsize=(5 * len(networks), 4), squeeze=False)
     for panel, network in zip(panels[0], networks, strict=True):
-        own = [row for row in found if row["network"] == network]
-        for sampler, steps in dict.fromkeys((row["sampler"], row["steps"]) for row in own):
-            line = [row for row in own if (row["sampler"], row["steps"]) == (sampler, steps)]
+        of_network = [row for row in found if row["network"] == network]
+        for sampler, steps in dict.fromkeys((row["sampler"], row["steps"]) for row in of_network):
+            line = [row for row in of_network if (row["sampler"], row["steps"]) == (sampler, steps)]
             x, y = [1e3 * row["seconds"] for row in line], [1e3 * row["kid"] for row in line]
             drawn = panel.errorbar(
                 x, y, [1e3 * row["error"] for row in line], marker="o", capsize=2, label=f"{sampler}, {steps} steps"
@@ -274,14 +283,14 @@ def plot(found: list[Row], path: Path) -> None:
     write_atomically(path, partial(figure.savefig, format="svg"))
 
 
-def parse() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="NAME=RUN:TEST", help="a run with classes, and its held-out images")
     parser.add_argument("--count", type=int, help="samples of each setting (default: 2000)")
-    parser.add_argument("--batch", type=int, help="images at a time where times are measured (default: 16)")
-    parser.add_argument("--rounds", type=int, help="turns of each setting where times are measured (default: 3)")
+    parser.add_argument("--batch", type=int, help="batch size of the time measurements (default: 16)")
+    parser.add_argument("--rounds", type=int, help="time measurements of each setting, in turn (default: 3)")
     parser.add_argument("--extractor", default="efficientnet-lite0")
-    parser.add_argument("--cache", type=Path, default=Path("runs/reuse"), help="where features are kept")
+    parser.add_argument("--cache", type=Path, default=Path("runs/reuse"), help="folder of the features")
     parser.add_argument("--svg", type=Path, help="where to draw the figures")
     parser.add_argument("--json", type=Path, help="also write every figure to this file")
     parser.add_argument("--quick", action="store_true", help="24 samples, batch 4, one round")
@@ -294,17 +303,17 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    options, about, found = parse(), machine(), []
+    options, about, found = parse_arguments(), read_machine(), []
     extractor = load_extractor(options.extractor)
     for given in options.runs:
         name, _, paths = given.partition("=")
         run, _, test = paths.rpartition(":")
-        found += rows(Side(name, Path(run), Path(test)), extractor, options)
+        found += measure(Side(name, Path(run), Path(test)), extractor, options)
         if options.svg:
             plot(found, options.svg)
         if options.json:
             options.json.write_text(json.dumps({"machine": about, "rows": found}, indent=1) + "\n")
-    print(render(about, found, options, extractor.name))
+    print(format_results(about, found, options, extractor.name))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The networks that are compared, and how each side reads and calls them."""
+"""The networks that are compared, and how each side (an implementation) reads and calls them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -31,18 +31,18 @@ ADM = {
 
 
 class Network(NamedTuple):
-    """A network as its own library has it, and what ours must be told besides the file (None: ours is another one)."""
+    """A network of another library, the peer."""
 
     peer: str
-    kind: Callable[..., Any]
-    options: dict[str, Any]
-    ours: dict[str, Any] | None
+    build: Callable[..., Any]
+    options: dict[str, Any]  # of `build`
+    ours: dict[str, Any] | None  # options that ours needs besides the file; None: ours cannot build this network
     channels: int = 3
     context_dim: int | None = None
 
 
 def networks(quick: bool) -> dict[str, Network]:
-    """The networks by name, at half the width or less when quick; 32x32 inputs, 77 tokens."""
+    """Return the networks by name, at half the width or less if quick; for 32x32 inputs and 77 tokens."""
     width = 64 if quick else 128
     head = width // 2
     widths = (width // 4, width // 2, width // 2)
@@ -52,7 +52,7 @@ def networks(quick: bool) -> dict[str, Network]:
     cifar = CIFAR | {"block_out_channels": (width, 2 * width, 2 * width, 2 * width), "dropout": 0.1}
     text = {"block_out_channels": (width, 2 * width, 4 * width), "cross_attention_dim": 256, "attention_head_dim": 4}
     adm = ADM | {"model_channels": width, "num_head_channels": head}
-    unseen = {"head_dim": head, "qkv_order": "new", "dropout": 0.0}
+    unstated = {"head_dim": head, "qkv_order": "new", "dropout": 0.0}
     return {
         "ddpm-cifar10": Network("diffusers", UNet2DModel, cifar | DDPM_BLOCKS | DDPM, ours={}),
         "sd-small": Network(
@@ -64,7 +64,7 @@ def networks(quick: bool) -> dict[str, Network]:
             context_dim=256,
         ),
         "narrow": Network("diffusers", UNet2DModel, narrow, ours={}),
-        "adm-small": Network("guided-diffusion", UNetModel, adm, ours=unseen),
+        "adm-small": Network("guided-diffusion", UNetModel, adm, ours=unstated),
         "lucidrains": Network(
             "denoising-diffusion-pytorch",
             Unet,
@@ -74,8 +74,8 @@ def networks(quick: bool) -> dict[str, Network]:
     }
 
 
-def sides(network: Network, compiled: bool) -> list[str]:
-    """Ours first, then the peer as it comes and in the memory format that convolutions prefer."""
+def list_sides(network: Network, compiled: bool) -> list[str]:
+    """List ours first, then the peer in the default memory format and in the one that convolutions prefer."""
     peers = [network.peer, f"{network.peer} channels-last"]
     if network.ours is None:
         return peers
@@ -87,7 +87,7 @@ def sides(network: Network, compiled: bool) -> list[str]:
 def save(network: Network, folder: Path) -> Path:
     """Write the network with random non-zero weights, as a folder of diffusers or a state dict."""
     torch.manual_seed(0)
-    model = network.kind(**network.options)
+    model = network.build(**network.options)
     randomise(model)
     if network.peer == "diffusers":
         model.save_pretrained(folder)
@@ -97,19 +97,19 @@ def save(network: Network, folder: Path) -> Path:
 
 
 def read(network: Network, side: str, source: Path) -> nn.Module:
-    """One side's network in evaluation mode, not compiled."""
+    """Read one side's network, in evaluation mode, not compiled."""
     if side.startswith("ours"):
         return UNet.from_pretrained(source, **network.ours or {})
     if source.is_dir():
-        model = network.kind.from_pretrained(source)
+        model = network.build.from_pretrained(source)
     else:
-        model = network.kind(**network.options)
+        model = network.build(**network.options)
         model.load_state_dict(torch.load(source, weights_only=True))
     return model.eval().to(memory_format=torch.channels_last) if "channels-last" in side else model.eval()
 
 
-def caller(network: Network, side: str, model: nn.Module, batch: int) -> Callable[[], Tensor]:
-    """The forward call of one side on inputs that are the same for all."""
+def make_call(network: Network, side: str, model: nn.Module, batch: int) -> Callable[[], Tensor]:
+    """Return the forward call of one side, on inputs that are the same for all sides."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(batch, network.channels, 32, 32, generator=generator)
     inputs = [x, torch.randint(0, 1000, (batch,), generator=generator)]

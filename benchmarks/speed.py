@@ -1,7 +1,9 @@
-"""Time and memory of this library beside diffusers, guided-diffusion and denoising-diffusion-pytorch, from one run.
+"""Time and memory of this library beside diffusers, guided-diffusion and denoising-diffusion-pytorch.
 
-The same network and weights on every side, float32, outputs compared before anything is timed; rounds in which every
-side has its turn, and the fastest of all. Run: python benchmarks/speed.py [--quick] [--only MEASURE ...] [--json FILE]
+Every side has the same network and weights in float32, and their outputs are compared before any is timed. All sides
+take turns, and the fastest of all rounds counts.
+
+Run: python benchmarks/speed.py [--quick] [--only MEASURE ...] [--json FILE]
 """
 
 import argparse
@@ -19,38 +21,38 @@ import diffusers
 import torch
 from measure import (
     Call,
-    fastest,
-    fresh,
-    fresh_rounds,
-    gflop,
-    machine,
-    machine_peak,
-    progress,
-    retained,
+    count_gflop,
+    measure_peak,
+    measure_seconds,
+    print_progress,
+    read_machine,
+    run_probe,
+    run_probe_rounds,
+    saved_bytes,
 )
 from probe import LOAD, STARTUP
-from report import render
-from sides import Network, caller, networks, read, save, sides
+from report import format_report
+from sides import Network, list_sides, make_call, networks, read, save
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 MEASURES = ("forward", "train", "retained", "memory", "startup", "load")
-LARGEST_ERROR = 1e-4
+MAX_ERROR = 1e-4
 Row = dict[str, Any]
 
 
 def compare(name: str, network: Network, options: argparse.Namespace, folder: Path) -> Iterator[Row]:
-    """The rows of forward, train, retained and memory of one network on all its sides."""
+    """Yield the rows of forward, train, retained and memory of one network, for all its sides."""
     folder.mkdir()
     source = save(network, folder)
-    names = sides(network, options.compiled)
+    names = list_sides(network, options.compiled)
     eager = {side: read(network, side, source) for side in names if "compiled" not in side}
     models = {side: eager[side.replace(" compiled", "")] for side in names}
     peer = models[network.peer]
     about = {
         "network": name,
         "parameters": sum(p.numel() for p in peer.parameters()),
-        "gflop": gflop(caller(network, network.peer, peer, 1)),
+        "gflop": count_gflop(make_call(network, network.peer, peer, 1)),
     }
     for batch in options.batches if "forward" in options.only else []:
         yield from forward(network, models, batch, options, about)
@@ -58,73 +60,73 @@ def compare(name: str, network: Network, options: argparse.Namespace, folder: Pa
         yield from train(network, models, options, about)
     del models, eager, peer
     if "memory" in options.only and (name == options.networks[0] or not options.quick):
-        # not the compiled ones: each would compile once more, for minutes, in its new process
+        # without the compiled ones: each would compile again, for minutes, in its new process
         yield from memory(name, [side for side in names if "compiled" not in side], source, options, about)
 
 
 def check_training(name: str, network: Network, models: dict[str, nn.Module], batch: int) -> None:
-    """Refuse sides that would train on something else: another dropout, or gradients of another norm without it."""
+    """End if the sides differ in dropout, or in the gradients' norm without dropout."""
     dropout = network.options.get("dropout", 0.0)
     if "ours" in models and models["ours"].config.dropout != dropout:
         raise SystemExit(f"{name}: dropout of ours is {models['ours'].config.dropout}, not {dropout}")
     norms = {}
     for side, model in models.items():
-        caller(network, side, model, batch)().square().mean().backward()
+        make_call(network, side, model, batch)().square().mean().backward()
         norms[side] = get_total_norm(p.grad for p in model.parameters() if p.grad is not None).item()
         model.zero_grad(set_to_none=True)
     expected = norms[network.peer]
-    refuse(name, "the gradients' norm", {side: abs(norm / expected - 1) for side, norm in norms.items()})
+    check_errors(name, "the gradients' norm", {side: abs(norm / expected - 1) for side, norm in norms.items()})
 
 
-def refuse(name: str, what: str, errors: dict[str, float]) -> None:
-    """End with a message where a relative error is too large, or tell them."""
-    progress(f"{name}, differences of {what}:", errors)
+def check_errors(name: str, what: str, errors: dict[str, float]) -> None:
+    """Print relative errors, and end with a message if one is too large."""
+    print_progress(f"{name}, differences of {what}:", errors)
     for side, error in errors.items():
-        if not error <= LARGEST_ERROR:
-            raise SystemExit(f"{name}: {what} of {side} differs by {error:.1e}, more than {LARGEST_ERROR:.0e}")
+        if not error <= MAX_ERROR:
+            raise SystemExit(f"{name}: {what} of {side} differs by {error:.1e}, more than {MAX_ERROR:.0e}")
 
 
 @torch.inference_mode()
 def forward(
     network: Network, models: dict[str, nn.Module], batch: int, options: argparse.Namespace, about: Row
 ) -> list[Row]:
-    """Time of a forward call in inference mode, after a check that all sides give the same."""
-    torch.compiler.reset()  # all sides and batch sizes share torch's limit of compilations for one method
-    calls = {side: caller(network, side, model, batch) for side, model in models.items()}
+    """Measure a forward call in inference mode, after a check that all sides have the same output."""
+    torch.compiler.reset()  # torch limits the compilations of one method, which all sides and batch sizes share
+    calls = {side: make_call(network, side, model, batch) for side, model in models.items()}
     name, expected = about["network"], calls[network.peer]()
     about = about | {"measure": "forward", "batch": batch}
-    failed = fails(name, calls)
+    failed = drop_failing(name, calls)
     errors = {side: relative_error(call(), expected) for side, call in calls.items()}
-    refuse(name, f"outputs at batch {batch}", errors)
-    seconds = fastest(calls, options.rounds)
-    progress(f"{name}, forward, batch {batch}, seconds:", seconds)
+    check_errors(name, f"outputs at batch {batch}", errors)
+    seconds = measure_seconds(calls, options.rounds)
+    print_progress(f"{name}, forward, batch {batch}, seconds:", seconds)
     rows = [{"side": side, "seconds": seconds[side], "error": errors[side]} for side in calls]
     return [about | row for row in rows + failed]
 
 
 def train(network: Network, models: dict[str, nn.Module], options: argparse.Namespace, about: Row) -> list[Row]:
-    """Time of a forward and backward pass in training mode without gradients to begin with, and what it keeps."""
+    """Measure a forward and backward pass in training mode that starts without gradients, and the memory it saves."""
     torch.compiler.reset()
     name, batch = about["network"], options.train_batch
     check_training(name, network, {side: model for side, model in models.items() if "compiled" not in side}, batch)
-    calls = {side: caller(network, side, model.train(), batch) for side, model in models.items()}
+    calls = {side: make_call(network, side, model.train(), batch) for side, model in models.items()}
     steps: dict[str, Call] = {side: lambda call=call: call().square().mean().backward() for side, call in calls.items()}
-    failed = fails(name, steps)
+    failed = drop_failing(name, steps)
     rows: list[Row] = []
     if "retained" in options.only:
-        kept = {side: retained(calls[side], models[side]) for side in steps}
+        kept = {side: saved_bytes(calls[side], models[side]) for side in steps}
         rows += [{"measure": "retained", "side": side, "bytes": value} for side, value in kept.items()]
-        progress(f"{name}, kept for backward, bytes:", kept)
+        print_progress(f"{name}, kept for backward, bytes:", kept)
     if "train" in options.only:
-        seconds = fastest(steps, options.rounds, before=lambda side: models[side].zero_grad(set_to_none=True))
+        seconds = measure_seconds(steps, options.rounds, before=lambda side: models[side].zero_grad(set_to_none=True))
         rows += [{"measure": "train", "side": side, "seconds": value} for side, value in seconds.items()]
         rows += [{"measure": "train"} | row for row in failed]
-        progress(f"{name}, training step, seconds:", seconds)
+        print_progress(f"{name}, training step, seconds:", seconds)
     return [about | {"batch": batch} | row for row in rows]
 
 
-def fails(name: str, calls: dict[str, Call]) -> list[Row]:
-    """Call each once, so that it compiles, and take those out of `calls` that torch cannot compile: their rows."""
+def drop_failing(name: str, calls: dict[str, Call]) -> list[Row]:
+    """Compile each by a call; remove those that torch cannot compile from `calls`, and return their rows."""
     failed = {}
     for side, call in calls.items():
         try:
@@ -133,33 +135,33 @@ def fails(name: str, calls: dict[str, Call]) -> list[Row]:
             if "compiled" not in side:
                 raise
             failed[side] = str(error).strip().splitlines()[0]
-            progress(f"{name}, {side} fails: {failed[side]}")
+            print_progress(f"{name}, {side} fails: {failed[side]}")
     for side in failed:
         del calls[side]
     return [{"side": side, "failed": reason} for side, reason in failed.items()]
 
 
 def memory(name: str, names: list[str], source: Path, options: argparse.Namespace, about: Row) -> Iterator[Row]:
-    """Resident memory of a training step, each side in a new process."""
+    """Measure the resident memory of a training step, each side in a new process."""
     rest = (str(source), str(options.train_batch), "quick" if options.quick else "full")
     for side in names:
-        found = fresh("step", name, side, *rest)
+        found = run_probe("step", name, side, *rest)
         yield about | {"measure": "memory", "side": side, "batch": options.train_batch, "bytes": found["peak"]}
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """The largest difference over the largest value."""
+    """Return the largest difference over the largest value."""
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
 def startup(options: argparse.Namespace) -> list[Row]:
-    """Import and construction, each side in new processes."""
-    found = fresh_rounds({side: ("startup", side) for side in STARTUP}, options.rounds)
+    """Measure import and construction, each side in new processes."""
+    found = run_probe_rounds({side: ("startup", side) for side in STARTUP}, options.rounds)
     return [{"measure": "startup", "side": side} | figures for side, figures in found.items()]
 
 
 def load(options: argparse.Namespace, folder: Path) -> list[Row]:
-    """Construction with the weights of a file, each side in new processes; the file is in the page cache."""
+    """Measure construction with the weights of a file in the page cache, each side in new processes."""
     widths = (64, 128, 256, 256) if options.quick else (320, 640, 1280, 1280)
     torch.manual_seed(0)
     model = diffusers.UNet2DConditionModel(block_out_channels=widths, cross_attention_dim=768, attention_head_dim=8)
@@ -170,13 +172,13 @@ def load(options: argparse.Namespace, folder: Path) -> list[Row]:
     with file.open("rb") as stream:
         while stream.read(2**24):
             pass
-    found = fresh_rounds({side: ("load", side, str(folder)) for side in LOAD}, options.rounds)
+    found = run_probe_rounds({side: ("load", side, str(folder)) for side in LOAD}, options.rounds)
     about = {"measure": "load", "parameters": parameters, "file": file.stat().st_size}
     return [about | {"side": side} | figures for side, figures in found.items()]
 
 
-def parse() -> argparse.Namespace:
-    """The command line; --quick changes what is not given."""
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line; --quick changes the defaults."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--only", nargs="+", choices=MEASURES, default=MEASURES, metavar="MEASURE", help=", ".join(MEASURES)
@@ -186,7 +188,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--batches", nargs="+", type=int, help="of the forward call (default: 1 4 16)")
     parser.add_argument("--train-batch", type=int, help="of the training step (default: 16)")
-    parser.add_argument("--rounds", type=int, help="turns of every side (default: 4)")
+    parser.add_argument("--rounds", type=int, help="measurements of every side, in turn (default: 4)")
     parser.add_argument(
         "--compiled", action="store_true", help="also through torch.compile: minutes more for each side and batch size"
     )
@@ -204,13 +206,13 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    options = parse()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # what is measured by then is printed
+    options = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # the finally clause prints what is measured by then
     peak_seconds = 0.3 if options.quick else 1.5
     report: Row = {
-        "machine": machine(),
+        "machine": read_machine(),
         "command": f"python {shlex.join(sys.argv)}",
-        "peak": machine_peak(peak_seconds),
+        "peak": measure_peak(peak_seconds),
         "rows": [],
     }
     rows = report["rows"]
@@ -220,15 +222,15 @@ def main() -> None:
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{folder}/compiled")
             for name in options.networks if {"forward", "train", "retained", "memory"} & set(options.only) else []:
                 for row in compare(name, networks(options.quick)[name], options, Path(folder, name)):
-                    rows.append(row)  # one by one: what comes before an error is printed
+                    rows.append(row)  # one by one, so that those before an error are printed
             if "startup" in options.only:
                 rows += startup(options)
             if "load" in options.only:
                 rows += load(options, Path(folder, "load"))
-        again = machine_peak(peak_seconds)
+        again = measure_peak(peak_seconds)
         report["peak"] = {name: max(value, again[name]) for name, value in report["peak"].items()}
     finally:
-        print(render(report))
+        print(format_report(report))
         if options.json:
             options.json.write_text(json.dumps(report, indent=1) + "\n")
 

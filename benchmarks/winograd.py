@@ -1,20 +1,21 @@
-"""Where Winograd's filtering pays: single 3x3 convolutions, its time as a share of torch's own in its better layout.
+"""Where Winograd's filtering pays: the time of single 3x3 convolutions as a share of torch's in its better layout.
 
-"kept" is inference with transformed weights kept, "anew" transforms them in each call, "train" is that with all
-gradients. Beside each, what `winograd_share` expects; at 0.95 or less the filtering is used.
+"kept" is inference with cached transformed weights, "anew" transforms them in each call, "train" does so and computes
+all gradients. "expected" is the estimate of `winograd_time_ratio`; at 0.95 or less the filtering is used.
 Run: python benchmarks/winograd.py
 """
 
+import argparse
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from measure import fastest
+from measure import measure_seconds
 from torch import Tensor
 
-from unet_denoiser.models.layers.conv import convolve_3x3, convolve_3x3_backward, winograd_share
+from unet_denoiser.models.layers.conv import convolve_3x3, convolve_3x3_backward, winograd_time_ratio
 
-# batch, channels in and out, size
+# batch size, input channels, output channels, image size
 SHAPES = (
     *((16, 64, 64, 32), (16, 64, 128, 32), (1, 96, 96, 32), (4, 96, 96, 32), (16, 96, 96, 32)),
     *((1, 128, 128, 16), (1, 128, 128, 32), (2, 128, 128, 16), (4, 128, 128, 16), (16, 128, 128, 32)),
@@ -24,23 +25,24 @@ SHAPES = (
     *((1, 512, 512, 8), (4, 512, 512, 8), (16, 512, 512, 8), (16, 512, 512, 16), (1, 320, 320, 64)),
     *((1, 640, 640, 16), (1, 640, 640, 32), (2, 1280, 1280, 8), (16, 1280, 1280, 8)),
 )
-NEEDS = (True, True, True)
+NEEDS_GRADIENT = (True, True, True)  # of x, weight and bias
 
 
-def torchs(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> None:
+def call_torch(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> None:
     F.conv2d(x, weight, bias, padding=1)
-    sizes = [[1, 1], [1, 1], [1, 1], False, [0, 0], 1, NEEDS]
+    sizes = [[1, 1], [1, 1], [1, 1], False, [0, 0], 1, NEEDS_GRADIENT]
     torch.ops.aten.convolution_backward(grad, x, weight, [len(weight)], *sizes)
 
 
-def ours(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> None:
+def call_ours(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> None:
     convolve_3x3(x, weight, bias)
-    convolve_3x3_backward(grad, x, weight, NEEDS)
+    convolve_3x3_backward(grad, x, weight, NEEDS_GRADIENT)
 
 
 @torch.no_grad()
 def main() -> None:
-    """One row for each shape."""
+    """Print a row for each shape."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print("| batch | in | out | size | torch, ms | kept | expected | anew | expected | train |\n|" + "---|" * 10)
     for batch, in_ch, out_ch, size in SHAPES:
         x, grad = torch.randn(batch, in_ch, size, size), torch.randn(batch, out_ch, size, size)
@@ -51,16 +53,16 @@ def main() -> None:
             "channels last": partial(F.conv2d, last, weight, bias, padding=1),
             "kept": partial(convolve_3x3, last, weight, bias, cache=True),
             "anew": partial(convolve_3x3, last, weight, bias),
-            "torch's training": partial(torchs, x, weight, bias, grad),
-            "torch's, channels last": partial(torchs, last, weight, bias, grad_last),
-            "train": partial(ours, last, weight, bias, grad_last),
+            "torch's training": partial(call_torch, x, weight, bias, grad),
+            "torch's, channels last": partial(call_torch, last, weight, bias, grad_last),
+            "train": partial(call_ours, last, weight, bias, grad_last),
         }
         for call in calls.values():
             call()
-        times = fastest(calls, rounds=3, at_least=0.05)
+        times = measure_seconds(calls, rounds=3, min_seconds=0.05)
         forward = min(times["contiguous"], times["channels last"])
         training = min(times["torch's training"], times["torch's, channels last"])
-        kept, anew = (winograd_share(in_ch, out_ch, x.shape, is_kept) for is_kept in (True, False))
+        kept, anew = (winograd_time_ratio(in_ch, out_ch, x.shape, is_kept) for is_kept in (True, False))
         shares = (times["kept"] / forward, kept, times["anew"] / forward, anew, times["train"] / training)
         columns = (batch, in_ch, out_ch, size, f"{forward * 1e3:.2f}", *(f"{share:.2f}" for share in shares))
         print(f"| {' | '.join(map(str, columns))} |", flush=True)

@@ -1,6 +1,6 @@
-"""The demo: train on handwritten digits with the command line, generate new ones, and measure how good they are.
+"""Train on handwritten digits with the command line, generate new ones, and measure how good they are.
 
-Leaves runs/digits/samples.png (one row a class) and runs/digits/report.txt.
+Writes runs/digits/samples.png (one row per class) and runs/digits/report.txt.
 """
 
 import subprocess
@@ -22,37 +22,38 @@ SAMPLES = 500
 
 
 def command(arguments: str) -> float:
-    """Run a command of unet-denoiser; the seconds it took."""
+    """Run a command of unet-denoiser; return the seconds it took."""
     print(f"$ unet-denoiser {arguments}", flush=True)
     start = time.perf_counter()
     subprocess.run([sys.executable, "-m", "unet_denoiser", *arguments.split()], check=True)
     return time.perf_counter() - start
 
 
-def nearest(images: np.ndarray, others: np.ndarray) -> float:
-    """Mean Euclidean distance from each image to the nearest of the others, pixels in [-1, 1]."""
+def mean_distance(images: np.ndarray, others: np.ndarray) -> float:
+    """Return the mean Euclidean distance from each image to the nearest of the others; pixels in [-1, 1]."""
     return float(torch.cdist(torch.tensor(images).flatten(1), torch.tensor(others).flatten(1)).amin(1).mean())
 
 
 def main() -> None:
     seconds = {"training": command(TRAIN), "the picture": command(SAMPLE)}
     start = time.perf_counter()
-    run = Run.load(RUN)
-    labels = run.labels(SAMPLES)
+    pipeline = Run.load(RUN).load_pipeline()
+    labels = pipeline.labels(SAMPLES)
     options = {"seeds": range(1000, 1000 + SAMPLES), "guidance_scale": 2.0, "class_labels": labels}
-    images = sample(run.load_model(), run.process, **options).numpy()
+    images = sample(pipeline.model, pipeline.process, **options).numpy()
     seconds[f"{SAMPLES} samples"] = time.perf_counter() - start
 
     (seen, seen_labels), (held_out, held_out_labels) = digits(), digits(held_out=True)
     judge = SVC(C=10).fit(seen.reshape(len(seen), -1), seen_labels)
     asked = judge.predict(images.reshape(SAMPLES, -1)) == labels.numpy()
     real = judge.predict(held_out.reshape(len(held_out), -1)) == held_out_labels
+    distances = mean_distance(images, seen), mean_distance(held_out, seen)
     report = f"""
 {len(seen)} digits to train on, {len(held_out)} held out; {SAMPLES} samples, guidance 2, 25 steps of dpm++
 
                                                samples   held-out digits
 classified as asked (SVC on the training digits) {asked.mean():6.1%}            {real.mean():6.1%}
-mean distance to the nearest training digit      {nearest(images, seen):6.2f}            {nearest(held_out, seen):6.2f}
+mean distance to the nearest training digit      {distances[0]:6.2f}            {distances[1]:6.2f}
 
 """ + "\n".join(f"{value:6.0f} s  {name}" for name, value in seconds.items())
     print(report)

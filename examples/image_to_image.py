@@ -1,8 +1,8 @@
-"""Variations of a picture, from close to free: a trained run, a picture file, three strengths.
+"""Make variations of an image, from close to free, with a trained run.
 
-    python examples/image_to_image.py runs/digits picture.png
+    python examples/image_to_image.py runs/digits image.png
 
-Leaves image_to_image.png: the picture, then three variations a row at strength 0.3, 0.6 and 0.9.
+Writes image_to_image.png, a row for each strength 0.3, 0.6 and 0.9: the image, then three variations.
 """
 
 import sys
@@ -15,13 +15,14 @@ STRENGTHS, SEEDS = (0.3, 0.6, 0.9), range(3)
 
 
 def main(directory: str, file: str) -> None:
-    run = Run.load(directory)
-    model, picture = run.load_model(), run.read_picture(file)
+    pipeline = Run.load(directory).load_pipeline()
+    image = pipeline.read_image(file)
+    x = pipeline.encode(image)
     rows = []
     for strength in STRENGTHS:
-        made = image_to_image(model, run.process, run.encode(picture), seeds=SEEDS, strength=strength)
-        rows += [picture, run.decode(made)]
-    print(save_grid(torch.cat(rows), "image_to_image.png", columns=1 + len(SEEDS), data_range=run.picture_range))
+        variations = image_to_image(pipeline.model, pipeline.process, x, seeds=SEEDS, strength=strength)
+        rows += [image, pipeline.decode(variations)]
+    print(save_grid(torch.cat(rows), "image_to_image.png", columns=1 + len(SEEDS), data_range=pipeline.image_range))
 
 
 if __name__ == "__main__":

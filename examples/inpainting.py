@@ -1,8 +1,8 @@
-"""Paint the lower half of a picture anew, and what may lie to its right, with any trained run.
+"""Fill in the lower half of an image, and extend it to the right, with any trained run.
 
-    python examples/inpainting.py runs/digits picture.png
+    python examples/inpainting.py runs/digits image.png
 
-Leaves inpainting.png and outpainting.png, one picture a seed; what was known is unchanged in them.
+Writes inpainting.png and outpainting.png, one image per seed; the known pixels are unchanged.
 """
 
 import sys
@@ -15,15 +15,15 @@ OPTIONS = {"seeds": range(8), "resample": 4, "sampler": "ddim", "num_inference_s
 
 
 def main(directory: str, file: str) -> None:
-    run = Run.load(directory)
-    model, picture = run.load_model(), run.read_picture(file)
-    mask = torch.zeros(1, 1, *picture.shape[2:], dtype=torch.bool)
-    mask[..., picture.shape[2] // 2 :, :] = True  # where to paint
-    painted = inpaint(model, run.process, picture, mask, **OPTIONS)
-    print(save_grid(painted, "inpainting.png", data_range=run.picture_range))
-    margins = (0, picture.shape[3] // 2, 0, 0)  # top, right, bottom, left
-    wider = outpaint(model, run.process, picture, margins, **OPTIONS)
-    print(save_grid(wider, "outpainting.png", data_range=run.picture_range))
+    pipeline = Run.load(directory).load_pipeline()
+    model, process, image = pipeline.model, pipeline.process, pipeline.read_image(file)
+    mask = torch.zeros(1, 1, *image.shape[2:], dtype=torch.bool)
+    mask[..., image.shape[2] // 2 :, :] = True  # what to fill in
+    painted = inpaint(model, process, image, mask, **OPTIONS)
+    print(save_grid(painted, "inpainting.png", data_range=pipeline.image_range))
+    margins = (0, image.shape[3] // 2, 0, 0)  # top, right, bottom, left
+    wider = outpaint(model, process, image, margins, **OPTIONS)
+    print(save_grid(wider, "outpainting.png", data_range=pipeline.image_range))
 
 
 if __name__ == "__main__":

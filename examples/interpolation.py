@@ -2,7 +2,7 @@
 
     python examples/interpolation.py runs/digits 3 8
 
-Leaves interpolation.png: the first class between two seeds, one seed between the classes, and both at once.
+Writes interpolation.png, three rows: between two seeds, between the classes, and between both.
 """
 
 import sys
@@ -15,13 +15,14 @@ COUNT, SEEDS = 8, (0, 1)
 
 
 def main(directory: str, first: str, second: str) -> None:
-    run = Run.load(directory)
-    model, both = run.load_model(), run.labels(2, [first, second])
+    pipeline = Run.load(directory).load_pipeline()
+    model, process, both = pipeline.model, pipeline.process, pipeline.labels(2, [first, second])
     rows = [
-        interpolate(model, run.process, seeds=seeds, count=COUNT, class_labels=labels, guidance_scale=2.0)
+        interpolate(model, process, seeds=seeds, count=COUNT, class_labels=labels, guidance_scale=2.0)
         for seeds, labels in ((SEEDS, both[:1]), ((SEEDS[0],) * 2, both), (SEEDS, both))
     ]
-    print(save_grid(run.decode(torch.cat(rows)), "interpolation.png", columns=COUNT, data_range=run.picture_range))
+    images = pipeline.decode(torch.cat(rows))
+    print(save_grid(images, "interpolation.png", columns=COUNT, data_range=pipeline.image_range))
 
 
 if __name__ == "__main__":

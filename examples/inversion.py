@@ -1,8 +1,8 @@
-"""A picture as noise, made again from it, and made again as other classes.
+"""Invert an image to noise, then regenerate it, and variants of it in other classes.
 
-    python examples/inversion.py runs/digits picture.png 4
+    python examples/inversion.py runs/digits image.png 4
 
-Leaves inversion.png: the picture, made again as its own class, then as each other; prints how exactly it came back.
+Writes inversion.png: the image, the regenerated one, one in each other class. Prints how exact the inversion is.
 """
 
 import sys
@@ -13,18 +13,19 @@ from unet_denoiser import Run, invert, regenerate, save_grid
 
 
 def main(directory: str, file: str, name: str) -> None:
-    run = Run.load(directory)
-    model, picture = run.load_model(), run.read_picture(file)
-    own = run.labels(1, [name])
-    plain = invert(model, run.process, picture, class_labels=own, iterations=0)
-    exact = invert(model, run.process, picture, class_labels=own)
-    for label, inversion in (("plain DDIM inversion", plain), ("with fixed-point iterations", exact)):
-        again = regenerate(model, run.process, inversion, class_labels=own)
-        print(f"{label}: off by {(again - picture).abs().max().item():.5f} at most, of a range of 2")
-    names = [name, *[other for other in run.class_names if other != name]]
-    many = exact._replace(noise=exact.noise.expand(len(names), -1, -1, -1))
-    swapped = regenerate(model, run.process, many, class_labels=run.labels(len(names), names), guidance_scale=2.0)
-    print(save_grid(torch.cat([picture, again, swapped[1:]]), "inversion.png", data_range=run.picture_range))
+    pipeline = Run.load(directory).load_pipeline()
+    model, process, image = pipeline.model, pipeline.process, pipeline.read_image(file)
+    label = pipeline.labels(1, [name])
+    plain = invert(model, process, image, class_labels=label, iterations=0)
+    exact = invert(model, process, image, class_labels=label)
+    for method, inversion in (("plain DDIM inversion", plain), ("with fixed-point iterations", exact)):
+        again = regenerate(model, process, inversion, class_labels=label)
+        print(f"{method}: off by {(again - image).abs().max().item():.5f} at most, of a range of 2")
+    names = [name, *[other for other in pipeline.class_names if other != name]]
+    repeated = exact._replace(noise=exact.noise.expand(len(names), -1, -1, -1))
+    labels = pipeline.labels(len(names), names)
+    others = regenerate(model, process, repeated, class_labels=labels, guidance_scale=2.0)
+    print(save_grid(torch.cat([image, again, others[1:]]), "inversion.png", data_range=pipeline.image_range))
 
 
 if __name__ == "__main__":

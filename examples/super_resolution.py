@@ -1,8 +1,8 @@
-"""Enlarge a small picture four times a side with any run trained on pictures, or by the factor a run was trained for.
+"""Upscale a small image with any run, or by the factor that a run was trained for.
 
-    python examples/super_resolution.py runs/pictures small.png 4
+    python examples/super_resolution.py runs/images small.png 4
 
-Leaves super_resolution.png: the picture as large squares, then samples whose averages over the squares it is.
+Writes super_resolution.png: the image with its pixels as squares, then samples whose averages over them it is.
 """
 
 import sys
@@ -13,11 +13,11 @@ from unet_denoiser import Run, save_grid, upscale
 
 
 def main(directory: str, file: str, factor: str = "4") -> None:
-    run, times = Run.load(directory), int(factor)
-    small = run.read_picture(file, as_it_is=True)
-    large = upscale(run.load_model(), run.process, small, times, seeds=range(3), num_inference_steps=50)
-    squares = small.repeat_interleave(times, 2).repeat_interleave(times, 3)
-    print(save_grid(torch.cat([squares, large]), "super_resolution.png", data_range=run.picture_range))
+    pipeline, n = Run.load(directory).load_pipeline(), int(factor)
+    small = pipeline.read_image(file, keep_size=True)
+    large = upscale(pipeline.model, pipeline.process, small, n, seeds=range(3), num_inference_steps=50)
+    squares = small.repeat_interleave(n, 2).repeat_interleave(n, 3)
+    print(save_grid(torch.cat([squares, large]), "super_resolution.png", data_range=pipeline.image_range))
 
 
 if __name__ == "__main__":

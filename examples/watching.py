@@ -1,8 +1,8 @@
-"""Watch samples come about: a picture of x0 as it is predicted, step by step, then a strip and a GIF of the way.
+"""Watch the predicted x0 of samples step by step, then save their trajectory as a strip and as a GIF.
 
     python examples/watching.py runs/digits
 
-Leaves watching.png, rewritten in every step, watching-strip.png and watching.gif.
+Writes watching.png, replaced in every step, watching-strip.png and watching.gif.
 """
 
 import sys
@@ -11,15 +11,15 @@ from unet_denoiser import Run, TrajectoryRecorder, sample_steps, save_grid
 
 
 def main(directory: str) -> None:
-    run = Run.load(directory)
-    film = TrajectoryRecorder(run.decode, run.picture_range)
-    labels = {} if run.class_names is None else {"class_labels": run.labels(16)}
-    for step in sample_steps(run.load_model(), run.process, seeds=range(16), **labels):
-        film(step)
-        save_grid(run.decode(step.x0), "watching.png", data_range=run.picture_range)  # whole at any moment
+    pipeline = Run.load(directory).load_pipeline()
+    recorder = TrajectoryRecorder(pipeline.decode, pipeline.image_range)
+    labels = {} if pipeline.class_names is None else {"class_labels": pipeline.labels(16)}
+    for step in sample_steps(pipeline.model, pipeline.process, seeds=range(16), **labels):
+        recorder(step)
+        save_grid(pipeline.decode(step.x0), "watching.png", data_range=pipeline.image_range)
         print(f"t = {step.t:.0f}")
-    print(film.save_strip("watching-strip.png"))
-    print(film.save_gif("watching.gif"))
+    print(recorder.save_strip("watching-strip.png"))
+    print(recorder.save_gif("watching.gif"))
 
 
 if __name__ == "__main__":

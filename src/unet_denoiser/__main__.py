@@ -1,4 +1,4 @@
-"""The command's entry: what comes before its parser takes half a second, in which it may be interrupted too."""
+"""Entry point of the command; its imports take half a second, in which the user may interrupt it too."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command; 130 where it is interrupted before it has begun."""
+    """Run the command; exit with code 130 if it is interrupted while it is imported."""
     try:
         from unet_denoiser.cli import main as run
     except KeyboardInterrupt:

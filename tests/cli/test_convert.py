@@ -18,8 +18,8 @@ def model():
     return randomise(UNet(**FAMILY)).eval()
 
 
-def test_command(model, tmp_path, capsys, monkeypatch):
-    """There and back through every format that holds this network; the last copy equals the first."""
+def test_there_and_back_through_every_format(model, tmp_path, capsys, monkeypatch):
+    """The last copy equals the first."""
     monkeypatch.chdir(tmp_path)
     model.save_pretrained("ours")
     main(["convert", "ours", "theirs", "--to", "diffusers"])

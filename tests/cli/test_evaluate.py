@@ -8,13 +8,13 @@ import torch
 from PIL import Image
 
 from support.networks import SMALL
-from unet_denoiser import ArrayDataset, Diffusion, Run, TrainingConfig, UNetConfig
+from unet_denoiser import ArrayDataset, Diffusion, Run, TrainingConfig, UNetConfig, load_trainer, train
 from unet_denoiser.cli.app import main
 from unet_denoiser.config.data import DataConfig
 from unet_denoiser.config.sampling import SamplingConfig
 from unet_denoiser.data.load import load_data, with_found_values
 from unet_denoiser.data.sources.arrays import digits
-from unet_denoiser.evaluation.samples import GeneratedSamples, _in_proportion
+from unet_denoiser.evaluation.samples import GeneratedSamples, proportional_labels
 
 FAST = "--num-samples 40 --allow-few --num-inference-steps 2 --extractor pixels --device cpu".split()  # noqa: SIM905
 
@@ -30,9 +30,9 @@ def make_run(path, data, source, **model):
     config = UNetConfig(**SMALL | {"in_channels": data.channels, "out_channels": data.channels} | model)
     training = TrainingConfig(steps=1, batch_size=4, preview_every=10**6, device="cpu")
     run = Run(path, with_found_values(DataConfig(source), data), config, Diffusion(), training)
-    trainer = run.trainer(data)
+    trainer = load_trainer(run, data)
     run.write()
-    for _ in run.train(trainer):
+    for _ in train(run, trainer):
         pass
     return run
 
@@ -85,8 +85,8 @@ def test_conditions_of_a_run_come_from_the_data(tmp_path):
     data = ArrayDataset(images[:50], labels[:50] % 5, vectors=vectors[:50] % 5)
     run = make_run(tmp_path / "run", data, "x.npz", num_classes=5, vector_dim=3)
     made = GeneratedSamples(run, data, 70, config=SamplingConfig(num_inference_steps=1))
-    given = [made._conditions_of(start, start + 35) for start in (0, 35)]
-    found_labels, vectors = (torch.cat([each[name] for each in given]) for name in ("class_labels", "vector"))
+    given = [made.conditions(start, start + 35) for start in (0, 35)]
+    found_labels, vectors = (torch.cat([getattr(each, name) for each in given]) for name in ("class_labels", "vector"))
     assert found_labels.tolist() == made.labels.tolist()
     assert vectors[:, 0].tolist() == found_labels.tolist()  # of one item each
     assert torch.cat(list(made)).shape == (70, 1, 8, 8)
@@ -94,10 +94,10 @@ def test_conditions_of_a_run_come_from_the_data(tmp_path):
         GeneratedSamples(run, load_data("digits"), 9)
 
 
-def test_labels_in_proportion():
+def test_labelsproportional_labels():
     labels = torch.tensor([0] * 70 + [1] * 20 + [2] * 10)
     for count in (10, 100, 1000):
-        found = _in_proportion(labels, count, seed=0)
+        found = proportional_labels(labels, count, seed=0)
         assert (found.bincount() - count * torch.tensor([0.7, 0.2, 0.1])).abs().max() <= 1
     assert found[:100].unique().tolist() == [0, 1, 2]
 

@@ -1,4 +1,4 @@
-"""The sample command on pictures of one's own, and between samples; mistakes are one line."""
+"""The sample command: editing of images, interpolation, guidance, and one line for every mistake."""
 
 import shlex
 from pathlib import Path
@@ -37,7 +37,7 @@ def pictures(tmp_path, monkeypatch):
 
 
 def samples(run, options):
-    """The pictures that a command writes, in [-1, 1]."""
+    """Run the command; return the images that it writes, in [-1, 1]."""
     main(["sample", str(run), "--out", "a.png", "--separate", "--num-inference-steps", "4", *shlex.split(options)])
     files = sorted(Path("a-separate").iterdir())
     arrays = [np.asarray(Image.open(file), np.float32) for file in files]
@@ -65,7 +65,7 @@ def test_image_to_image(run, pictures):
 
 
 @pytest.mark.parametrize("more", ["", "--resample 3", "--resample 2 --sampler ddpm --guidance-scale 2"])
-def test_inpainting_returns_what_was_known(run, pictures, more):
+def test_inpainting_keeps_the_known_pixels(run, pictures, more):
     found = samples(run, f"--image digit.png --mask mask.png --num-images 3 {more}")
     assert torch.equal(found[:, 0, 3:], (torch.from_numpy(pictures).float() / 127.5 - 1)[3:].expand(3, 5, 8))
     assert (found[0, 0, :3] - found[1, 0, :3]).abs().max() > 0.05
@@ -79,7 +79,7 @@ def test_outpainting_and_upscaling(run, pictures):
     assert samples(run, "--image small.png --upscale 4 --num-images 2").shape == (2, 1, 8, 12)
 
 
-def test_inversion_brings_the_picture_back_and_others(run, pictures):
+def test_inversion_brings_the_image_back(run, pictures):
     found = samples(run, "--image digit.png --invert --image-class 0 --class 0 7")
     original = torch.from_numpy(pictures).float() / 127.5 - 1
     close(found[0, 0], original)
@@ -134,7 +134,7 @@ def test_strip_gif_and_preview(run, capsys):
         ("--image digit.png --concat-image digit.png", "the run was trained without concat"),
         ("--negative-class 3", "guidance_scale=1 leads away from nothing"),
         ("--guide-checkpoint 1", "guidance_scale=1 leads away from nothing"),
-        ("--negative-class 3 --guide-checkpoint 1 --guidance-scale 2", "guide and negative both say"),
+        ("--negative-class 3 --guide-checkpoint 1 --guidance-scale 2", "guide and negative"),
         ("--negative-caption red --guidance-scale 2", "caption='red'"),
         ("--guide-checkpoint 7 --guidance-scale 2", "checkpoint='7' is not in"),
         ("--preview-every 0", "preview_every=0 must be at least 1"),
@@ -154,24 +154,24 @@ def test_mistakes(run, capsys, options, message):
     assert not Path("x.png").exists()
 
 
-def test_the_name_says_what_is_written(run, capsys):
+def test_a_suffix_that_does_not_fit_is_refused(run, capsys):
     with pytest.raises(SystemExit):
         main(["sample", str(run), "--out", "x.npy"])
     assert "x.npy: " in capsys.readouterr().err
     assert not Path("x.npy").exists()
 
 
-def test_a_row_is_one_class_however_many_samples_there_are(run):
+def test_each_row_of_the_grid_is_one_class(run):
     grey = torch.linspace(-0.8, 1, 10)
     x = grey[torch.arange(12) % 10].view(12, 1, 1, 1).expand(12, 1, 8, 8)
-    pixels = np.asarray(Image.open(Run.load(run).save_grid(x, Path("grid.png"))), np.float32)
+    pixels = np.asarray(Image.open(Run.load(run).load_pipeline().save_grid(x, Path("grid.png"))), np.float32)
     height, width = pixels.shape[0] / 10, pixels.shape[1] / 2
     tiles = np.array([[pixels[int((i + 0.5) * height), int((j + 0.5) * width)] for j in (0, 1)] for i in range(10)])
     close(torch.from_numpy(tiles[:, 0] / 127.5 - 1), grey)
     close(torch.from_numpy(tiles[:, 1] / 127.5 - 1), torch.cat([grey[:2], torch.full((8,), -1.0)]))
 
 
-def test_what_guidance_leads_away_from(run, monkeypatch):
+def test_negative_class_and_guide_reach_guidance(run, monkeypatch):
     networks = {}
 
     def load(self, checkpoint="latest"):

@@ -1,12 +1,8 @@
-"""The command as a user runs it: whole runs at tiny size, and one line with exit code 2 for every mistake."""
+"""The train command as a user runs it: whole runs at tiny size, and one line with exit code 2 for every mistake."""
 
 import json
-import os
-import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +11,9 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from unet_denoiser import Run, UNet, UNetConfig, sample
-from unet_denoiser.__main__ import main as entry
+from support.commands import TINY, error
+from unet_denoiser import Run, UNet, sample
 from unet_denoiser.cli.app import main
-from unet_denoiser.config.data import DataConfig
-from unet_denoiser.config.training import TrainingConfig
-
-TINY = "--model.model-channels 8 --model.num-res-blocks 1 --batch-size 4 --steps 3 --device cpu".split()  # noqa: SIM905
 
 
 @pytest.fixture(autouse=True)
@@ -36,18 +28,6 @@ def run(tmp_path):
     return tmp_path / "run"
 
 
-def error(capsys, *args):
-    """Run a command that must fail; its message."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit_info:
-        main([str(a) for a in args])
-    assert exit_info.value.code == 2
-    captured = capsys.readouterr()
-    assert captured.err.startswith("unet-denoiser: error: ")
-    assert captured.err.count("\n") == 1
-    return captured.err
-
-
 def test_trains_and_samples_the_digits(run, capsys):
     config = json.loads((run / "config.json").read_text())
     assert (config["training"]["steps"], config["training"]["batch_size"]) == (3, 4)
@@ -59,7 +39,7 @@ def test_trains_and_samples_the_digits(run, capsys):
         assert image.size == (2 * 34 + 2, 10 * 34 + 2)  # a row for each class
 
 
-def test_sample_is_the_library_with_the_seeds_asked_for(run):
+def test_sample_returns_the_same_as_the_library(run):
     args = "--num-images 3 --seed 5 --class 7 2 --num-inference-steps 2 --sampler ddim --guidance-scale 3 --separate"
     main(["sample", str(run), *args.split(), "--out", str(run / "new" / "a.png")])
     files = sorted((run / "new" / "a-separate").iterdir())
@@ -88,21 +68,21 @@ def test_resumes_to_more_steps(run, capsys):
     assert "steps=2" in error(capsys, "train", "--resume", run, "--steps", 2)
 
 
-def test_trains_on_a_folder_of_colour_pictures(tmp_path, capsys):
+def test_trains_on_a_folder_of_colour_images(tmp_path, capsys):
     for name, colour in (("cats", (255, 0, 0)), ("dogs", (0, 0, 255))):
         (tmp_path / "pets" / name).mkdir(parents=True)
         for i in range(3):
             Image.new("RGB", (20, 14), colour).save(tmp_path / "pets" / name / f"{i}.jpg")
     main(["train", "pets", "--image-size", "8", "6", *TINY])
     run = Run.load("runs/pets")
-    assert (run.model.in_channels, run.model.image_size, run.class_names) == (3, (8, 6), ["cats", "dogs"])
+    assert (run.model.in_channels, run.model.image_size, run.data.class_names) == (3, (8, 6), ("cats", "dogs"))
     main(["sample", "runs/pets", "--class", "dogs", "--num-images", "2", "--num-inference-steps", "2"])
     with Image.open("runs/pets/samples.png") as image:
         assert image.mode == "RGB"
     assert "class='cow' is not one of cats, dogs" in error(capsys, "sample", "runs/pets", "--class", "cow")
 
 
-def test_a_run_neither_joins_its_data_nor_takes_up_what_lies_there(tmp_path, capsys):
+def test_a_run_neither_joins_its_data_nor_takes_over_other_files(tmp_path, capsys):
     (tmp_path / "pets").mkdir()
     for i in range(4):
         Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(tmp_path / "pets" / f"{i}.png")
@@ -116,20 +96,20 @@ def test_a_run_neither_joins_its_data_nor_takes_up_what_lies_there(tmp_path, cap
     assert (tmp_path / "run" / ".draft.tmp").exists()
 
 
-def test_single_fields_of_the_network(capsys):
+def test_options_change_single_fields_of_the_network(capsys):
     main(["train", "digits", "--out", "run", *TINY, "--model.num-heads", "2"])
     assert Run.load("run").model.num_heads == 2
     message = error(capsys, "train", "digits", "--out", "other", *TINY, "--model.image-size", "4")
     assert "model.image_size=4: the data have (8, 8); give image_size instead" in message
 
 
-def test_captions_that_are_not_learned_are_told(tmp_path):
+def test_warns_of_captions_that_are_not_learned(tmp_path):
     np.savez("d.npz", images=np.zeros((4, 8, 8), np.uint8), captions=["a", "b", "c", "d"])
     with pytest.warns(UserWarning, match="captions, which are not learned without a text_encoder"):
         main(["train", "d.npz", *TINY])
 
 
-def test_what_training_finds_wrong_is_one_line(tmp_path, capsys):
+def test_errors_of_training_are_one_line(tmp_path, capsys):
     images = np.full((4, 8, 8), 1.4, np.float32)
     images[0] = -1
     np.savez("d.npz", images=images)
@@ -148,7 +128,7 @@ def test_unlabelled_arrays_of_two_channels(tmp_path, capsys):
     assert "trained without classes" in error(capsys, "sample", "runs/d", "--class", "a")
 
 
-def test_learned_variance_and_self_conditioning_need_no_other_option(tmp_path, capsys):
+def test_channels_follow_learned_variance_and_self_conditioning(tmp_path, capsys):
     options = "--process.variance-type learned_range --process.self-conditioning --loss-weighting learned"
     main(["train", "digits", "--out", "run", *TINY, *options.split(), "--noise-offset", "0.1"])
     run = Run.load("run")
@@ -160,21 +140,6 @@ def test_learned_variance_and_self_conditioning_need_no_other_option(tmp_path, c
         main(["sample", "run", *options.split()])
         assert Path(f"{sampler}.png").exists()
     assert "self_conditioning=True" in error(capsys, "convert", "run", "pipeline", "--to", "pipeline")
-
-
-def test_info(run, capsys):
-    main(["info", "ddpm-cifar10", "--diagram", "net.svg"])
-    table = capsys.readouterr().out
-    assert Path("net.svg").read_text().startswith("<svg")
-    assert "give a name that ends in .svg" in error(capsys, "info", "ddpm-cifar10", "--diagram", "net.txt")
-    assert "35,746,307" in table
-    assert [line.split()[:4] for line in table.splitlines() if line.startswith("encoder 1")] == [
-        ["encoder", "1", "16x16", "256"]
-    ]
-    for place in (run, run / "model"):
-        main(["info", str(place)])
-        assert "model_channels=8" in capsys.readouterr().out
-    assert "neither a run or model directory nor a preset: specification" in error(capsys, "info", "sd-9")
 
 
 @pytest.mark.parametrize(
@@ -238,7 +203,7 @@ def test_damaged_runs_are_one_line(run, capsys, tmp_path):
     checkpoint.write_bytes(checkpoint.read_bytes()[:100])
     message = error(capsys, "train", "--resume", run, "--steps", 5)
     assert "step-00000003.safetensors cannot be read" in message
-    assert "delete it to go on" in message
+    assert "delete it to resume" in message
     weights = run / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     assert "model.safetensors is not a readable safetensors file" in error(capsys, "sample", run)
@@ -257,58 +222,3 @@ def test_an_existing_run_is_not_overwritten(run, capsys):
     before = (run / "config.json").read_text()
     assert "already holds a run: train --resume" in error(capsys, "train", "digits", "--out", run, *TINY)
     assert (run / "config.json").read_text() == before
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        ("", r"Expected one of \{train, sample, evaluate, doctor, info, convert\}"),
-        ("paint", "Unrecognized options: paint"),
-        ("sample", r"Missing from unet-denoiser sample: RUN .*\(see unet-denoiser sample --help\)"),
-        ("train digits --bach-size 3", "Unrecognized options: --bach-size, 3; --batch-size is near"),
-        ("train digits --steps x", "--steps: invalid literal for int.*'x'"),
-        ("train digits --image-size", r"image_size=\(\) must be"),
-        ("sample run --sampler foo", "invalid choice 'foo' for argument '--sampler'. Expected one of .*'unipc'"),
-        ("convert a b --to onnx", "invalid choice 'onnx' for argument '--to'. Expected one of .*'ldm'"),
-    ],
-)
-def test_wrong_command_lines_are_one_line(capsys, args, message):
-    assert re.search(message, error(capsys, *args.split()))
-
-
-def test_a_process_exits_with_2():
-    args, utf8 = [sys.executable, "-m", "unet_denoiser", "paint"], os.environ | {"PYTHONIOENCODING": "utf-8"}
-    done = subprocess.run(args, capture_output=True, text=True, check=False, env=utf8)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "unet-denoiser: error: Unrecognized options: paint (see unet-denoiser --help)\n"
-
-
-def test_help_has_every_option_with_its_words(capsys):
-    with pytest.raises(SystemExit) as exit_info:
-        main(["train", "--help"])
-    assert exit_info.value.code == 0
-    text = capsys.readouterr().out
-    for config, prefix in ((UNetConfig, "model."), (TrainingConfig, ""), (DataConfig, "")):
-        for name in config.__dataclass_fields__:
-            if name not in ("_", "source"):
-                assert f"--{prefix}{name.replace('_', '-')}" in text
-    assert "GroupNorm" in text
-
-
-def test_help_does_not_wait_for_torch():
-    code = (
-        "import sys, unet_denoiser.cli as c\ntry: c.main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "False"
-
-
-def test_an_interrupt_before_the_parser_is_there_is_no_traceback(monkeypatch):
-    class Loading:
-        def __getattr__(self, name):
-            raise KeyboardInterrupt
-
-    monkeypatch.setitem(sys.modules, "unet_denoiser.cli", Loading())
-    with pytest.raises(SystemExit) as exit_info:
-        entry()
-    assert exit_info.value.code == 130

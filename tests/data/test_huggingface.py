@@ -1,4 +1,4 @@
-"""Hugging Face data sets: columns, rows that cannot be used, and streams that go on exactly."""
+"""Hugging Face datasets: columns, rows that cannot be used, and streams that resume exactly."""
 
 import io
 import pickle
@@ -16,9 +16,8 @@ from unet_denoiser.data.sources.huggingface import HubDataset, HubStream
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("UNET_DENOISER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+def datasets_cache(cache, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
 
 
 def table(rows=20, first=0, **columns):
@@ -66,7 +65,7 @@ def test_parquet_with_every_condition(shards):
     assert (len(one), one.labels.tolist()[:3]) == (15, [1, 0, 1])
 
 
-def test_columns_by_name_and_a_data_set_from_python(tmp_path):
+def test_columns_by_name_and_datasets_from_python(tmp_path):
     made = table(6).rename_columns({"image": "picture", "text": "title"})
     data = HubDataset(made, image_column="picture", caption_column="title", label_column="label")
     assert data[4]["caption"] == "number 4"
@@ -93,11 +92,11 @@ def test_refuses_columns(options, message):
         HubDataset(table(4), **options)
 
 
-def test_refuses_sources(tmp_path):
+def test_refuses_tables(tmp_path):
     (tmp_path / "d.parquet").write_bytes(b"no table")
-    with pytest.raises(ValueError, match=r"d\.parquet cannot be loaded as a data set"):
+    with pytest.raises(ValueError, match=r"d\.parquet cannot be loaded as a dataset"):
         load_data(tmp_path / "d.parquet")
-    with pytest.raises(ValueError, match=r"hf:no-such/name cannot be loaded as a data set"):
+    with pytest.raises(ValueError, match=r"hf:no-such/name cannot be loaded as a dataset"):
         load_data("hf:no-such/name")
     with pytest.raises(ValueError, match="no column of images"):
         HubDataset(datasets.Dataset.from_dict({"a": [1]}))
@@ -126,7 +125,7 @@ def batches(data, start, stop, **options):
     return list(make_loader(data, 4, seed=5, start=start, stop=stop, **{"num_workers": 0} | options))
 
 
-def test_a_stream_is_shuffled_anew_each_epoch_and_complete(shards):
+def test_stream_has_all_rows_in_a_new_order_each_epoch(shards):
     data = stream(shards, vector_columns=("age",))
     assert isinstance(data, HubStream)
     assert (data.channels, data.image_size, data.class_names, data.vector_dim) == (1, (8, 8), ["even", "odd"], 1)
@@ -140,7 +139,7 @@ def test_a_stream_is_shuffled_anew_each_epoch_and_complete(shards):
 
 
 @pytest.mark.parametrize("workers", [0, 3])
-def test_a_stream_goes_on_exactly(shards, workers):
+def test_stream_resumes_exactly(shards, workers):
     """In the first epoch, in the second, and in either of two processes."""
     straight = values(batches(stream(shards), 0, 15))
     for start in (3, 9):
@@ -150,7 +149,7 @@ def test_a_stream_goes_on_exactly(shards, workers):
     assert joined == straight[8:32]
 
 
-def test_augmentation_of_a_stream_goes_on_exactly(shards):
+def test_stream_augmentation_resumes_exactly(shards):
     wide = [Image.fromarray(np.random.default_rng(i).integers(0, 255, (8, 14), np.uint8)) for i in range(9)]
     table(9, image=wide).to_parquet(shards.parent / "wide.parquet")
     options = {"image_size": 8, "resize_mode": "random_crop", "horizontal_flip": True}

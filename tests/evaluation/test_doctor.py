@@ -6,13 +6,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from unet_denoiser import Diffusion, TrainingConfig, UNet, UNetConfig
+from unet_denoiser import Diffusion, TrainingConfig, UNet, UNetConfig, evaluate
 from unet_denoiser.cli.app import main
 from unet_denoiser.config.data import DataConfig
-from unet_denoiser.data.load import with_found_values
+from unet_denoiser.data.load import load_data, with_found_values
 from unet_denoiser.data.sources.arrays import ArrayDataset
-from unet_denoiser.evaluation.doctor import examine
+from unet_denoiser.evaluation.doctor import diagnose
+from unet_denoiser.evaluation.samples import GeneratedSamples
+from unet_denoiser.training.loop import load_trainer, train
 from unet_denoiser.training.run import Run
 
 TINY = {"model_channels": 8, "channel_mult": (1,), "num_res_blocks": 1, "attention_resolutions": (), "num_heads": 1}
@@ -32,15 +35,15 @@ def make_run(path, data, steps=1, process=None, **options):
     training = TrainingConfig(steps=steps, preview_every=10**6, **options)
     process = process or Diffusion(prediction_type="epsilon", beta_schedule="linear")
     run = Run(path, with_found_values(DataConfig("x.npz"), data), config, process, training)
-    trainer = run.trainer(data)
+    trainer = load_trainer(run, data)
     run.write()
-    for _ in run.train(trainer):
+    for _ in train(run, trainer):
         pass
     return run
 
 
 def look(run, data, **options):
-    return examine(run, data, **{"num_images": 16, "num_samples": 8} | options)
+    return diagnose(run, data, **{"num_images": 16, "num_samples": 8} | options)
 
 
 def names(report):
@@ -66,6 +69,11 @@ def of_flat_images(x, alpha, sigma):
     return (alpha / 3 / (alpha**2 / 3 + sigma**2 / 16) * mean).expand_as(x)
 
 
+def of_independent_pixels(x, alpha, sigma):
+    """The mean of images with pixels of N(0, 0.4^2), given x_t."""
+    return alpha * 0.16 / (alpha**2 * 0.16 + sigma**2) * x
+
+
 def of_these(images):
     """The mean of a training set, given x_t: what a network that has learned it by heart answers."""
 
@@ -78,7 +86,8 @@ def of_these(images):
 
 
 def with_network(run, monkeypatch, network):
-    monkeypatch.setattr(Run, "load_model", lambda self: ideal(network).from_config(self.model).eval())
+    model = ideal(network).from_config(run.model).eval()
+    monkeypatch.setattr(Run, "load_model", lambda self, checkpoint="latest": model)
     for path in run.checkpoints.paths():  # its raw weights are another network's
         path.unlink()
 
@@ -91,11 +100,11 @@ def test_the_best_network_has_nothing_wrong(tmp_path, monkeypatch):
     assert [f for f in report.findings if f.severity != "note"] == []
     assert report.text().startswith("Nothing wrong was found.")
     # closed form: the colour's variance 1/3 seen through 16 pixels of noise, as an error of the noise
-    for level in report.measures["levels"]:
-        alpha, sigma = run.process.alphas[level["t"]], run.process.sigmas[level["t"]]
+    for level in report.measures.levels:
+        alpha, sigma = run.process.alphas[level.t], run.process.sigmas[level.t]
         exact = (alpha / sigma) ** 2 * sigma**2 / 16 / 3 / (alpha**2 / 3 + sigma**2 / 16)
-        assert level["error"] == pytest.approx(float(exact), rel=0.35)
-        assert level["trivial"] == pytest.approx(float(alpha**2 / 3 / (alpha**2 / 3 + sigma**2)), rel=0.1)
+        assert level.error == pytest.approx(float(exact), rel=0.35)
+        assert level.trivial == pytest.approx(float(alpha**2 / 3 / (alpha**2 / 3 + sigma**2)), rel=0.1)
 
 
 def test_copies(tmp_path, monkeypatch):
@@ -106,8 +115,45 @@ def test_copies(tmp_path, monkeypatch):
     report = look(run, data)
     assert names(report)[0] == "copies"
     assert report.text().startswith("The samples are copies")
-    assert report.measures["neighbours"]["ratio"] < 0.1
+    assert report.measures.neighbours.ratio < 0.1
     assert (run.path / "doctor" / "neighbours.png").exists()
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_doctor_and_evaluate_agree_on_copies(tmp_path, monkeypatch, copied):
+    """A network that has learned its training images by heart, and one that makes new ones of their distribution."""
+    images = np.random.default_rng(0).normal(0, 0.4, (200, 1, 4, 4)).clip(-1, 1).astype(np.float32)
+    data = ArrayDataset(images)
+    run = make_run(tmp_path / "run", data)
+    with_network(run, monkeypatch, of_these(torch.from_numpy(images)) if copied else of_independent_pixels)
+    diagnosis = look(run, data, num_samples=64)
+    assert ("copies" in names(diagnosis)) == copied
+    samples = GeneratedSamples(run, data, 64)
+    (comparison,) = evaluate(samples, data, extractor="pixels", allow_few=True).neighbours
+    assert comparison.copies_are_likely == diagnosis.measures.neighbours.copies_are_likely == copied
+
+
+def test_grey_samples_are_not_called_copies_in_the_first_place(tmp_path, monkeypatch):
+    """The mean image is nearer to all training images than they are to each other, but it copies none."""
+    images = np.random.default_rng(0).uniform(-1, 1, (64, 1, 4, 4)).astype(np.float32)
+    data = ArrayDataset(images)
+    run = make_run(tmp_path / "run", data)
+    with_network(run, monkeypatch, lambda x, alpha, sigma: torch.zeros_like(x))
+    diagnosis = look(run, data)
+    assert {f.name: f.severity for f in diagnosis.findings if f.is_symptom} == {"grey": "error", "copies": "note"}
+    assert diagnosis.text().startswith("The samples are grey")
+
+
+def test_images_of_several_sizes(tmp_path):
+    """Samples are compared with the training images of their own size."""
+    for i, (width, height) in enumerate([(8, 4), (4, 8)] * 6):
+        pixels = np.random.default_rng(i).integers(0, 255, (height, width), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    data = load_data(tmp_path, image_size=(8, 8), channels=1, aspect_buckets=True)
+    sizes = [len(bucket) for bucket in data.buckets]
+    run = make_run(tmp_path / "run", data, batch_size=4)
+    measures = look(run, data, num_samples=3).measures
+    assert (len(sizes), measures.neighbours.searched) == (2, 6)
 
 
 def test_too_few_steps(tmp_path):
@@ -162,7 +208,7 @@ def test_averages_that_are_still_the_start(trained):
     averages.write_bytes(kept)
     assert report.findings[0].name in ("averages too young", "undertrained")
     assert "averages too young" in names(report)
-    assert report.measures["ema"]["averaged_over_raw"] > 1.1 > good.measures["ema"]["averaged_over_raw"]
+    assert report.measures.ema.averaged_over_raw > 1.1 > good.measures.ema.averaged_over_raw
     assert "a lower ema_decay than 0.5" in report.text()
 
 
@@ -177,7 +223,7 @@ def test_weights_that_are_no_numbers(trained, capsys):
     averages.write_bytes(kept)
     assert report.findings[0].name == "bad weights"
     assert "output.2.weight (1 tensors)" in report.text()
-    assert report.measures["levels"] == []
+    assert report.measures.levels == []
 
 
 def test_the_loss_curve(trained):

@@ -39,7 +39,7 @@ def test_figures_are_those_of_the_features():
 
 def test_new_images_are_no_copies():
     (found,) = evaluate(NEW, TRAIN, **OPTIONS).neighbours
-    assert not found.looks_copied
+    assert not found.copies_are_likely
     assert found.closer < 0.12
     assert found.median == pytest.approx(found.held_out_median, rel=0.03)
 
@@ -51,7 +51,7 @@ def test_copies_of_training_images_are_found(share):
     samples[:copied] = TRAIN[:copied] + np.random.default_rng(3).normal(0, 0.02, TRAIN[:copied].shape)
     report = evaluate(samples, TRAIN, **OPTIONS)
     (found,) = report.neighbours
-    assert found.looks_copied
+    assert found.copies_are_likely
     assert found.closer == pytest.approx(share + 0.05 * (1 - share), abs=0.05)
     assert "COPIES ARE LIKELY" in report.text()
 
@@ -62,7 +62,7 @@ def test_copies_are_found_where_the_data_have_duplicates():
     options = OPTIONS | {"held_out": held_out}
     (copied,), (new,) = (evaluate(x, TRAIN, **options).neighbours for x in (TRAIN[100:300], held_out))
     assert copied.closer == pytest.approx(0.25)  # of the fifth at no distance, a quarter is within the 5 %
-    assert copied.looks_copied
+    assert copied.copies_are_likely
     assert new.closer == pytest.approx(0.05)
 
 
@@ -110,7 +110,7 @@ def test_features_of_data_are_kept(tmp_path, monkeypatch):
         return evaluate(NEW, load_data(tmp_path / "d.npz"), **options | more)
 
     first = run()
-    monkeypatch.setattr(feature_cache, "stacked", None)  # computing any would fail
+    monkeypatch.setattr(feature_cache, "stack_images", None)  # computing any would fail
     monkeypatch.setattr(evaluation, "_sample_batches", lambda samples: torch.from_numpy(NEW).split(64))
     again = run()
     assert (again.samples, again.held_out) == (first.samples, first.held_out)
@@ -126,10 +126,10 @@ def test_class_accuracy():
     data, held_out = ArrayDataset(seen, labels), ArrayDataset(unseen, unseen_labels)
     options = {"held_out": held_out, "extractor": "pixels", "allow_few": True}
     right = evaluate(unseen, data, labels=torch.from_numpy(unseen_labels), **options)
-    assert right.accuracy["samples"] == right.accuracy["held_out"] > 0.9
-    assert f"{right.accuracy['held_out']:.1%}" in right.text()
+    assert right.accuracy.samples == right.accuracy.held_out > 0.9
+    assert f"{right.accuracy.held_out:.1%}" in right.text()
     wrong = evaluate(unseen, data, labels=torch.from_numpy((unseen_labels + 1) % 10), **options)
-    assert wrong.accuracy["samples"] < 0.1
+    assert wrong.accuracy.samples < 0.1
 
 
 def test_refusals():

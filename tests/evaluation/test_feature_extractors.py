@@ -81,12 +81,12 @@ def test_own_callables_modules_and_torchscript(tmp_path):
 
 def test_samples_count_as_their_files_do():
     """What rounds to the same 8 bits has the same features; pixels are not rounded."""
-    extractor = Extractor("probe", lambda x: x, pictures=True)
+    extractor = Extractor("probe", lambda x: x, rgb=True)
     x = pictures(3, 1, 4, 4)
     assert_close(extractor(x), extractor(rounded(x) + 1e-3), rtol=0, atol=1e-6)
     assert_close(extractor(x)[:, :16], rounded(x).flatten(1))
     assert extractor(x).shape == (3, 48)  # grey is repeated
-    with pytest.raises(ValueError, match=r"extractor=probe takes pictures of 1 or 3 channels, not \(4, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"extractor=probe takes images of 1 or 3 channels, not \(4, 4, 4\)"):
         extractor(pictures(3, 4, 4, 4))
 
 
@@ -114,7 +114,7 @@ def fake_inception(monkeypatch, seen):
 def test_inception_gets_bytes_and_alone_is_called_fid(monkeypatch):
     seen = []
     fake_inception(monkeypatch, seen)
-    monkeypatch.setattr(features, "_check_reachable", lambda url: None)
+    monkeypatch.setattr(features, "_check_available", lambda url: None)
     extractor = load_extractor("inception")
     x = pictures(2, 1, 5, 5)
     extractor(x)

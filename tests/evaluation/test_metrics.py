@@ -6,6 +6,7 @@ import pytest
 import torch
 from prdc import compute_prdc
 from sklearn.metrics import pairwise_distances_argmin_min
+from sklearn.neighbors import NearestNeighbors
 from torch.testing import assert_close
 from torchmetrics.image.kid import poly_mmd
 
@@ -15,7 +16,7 @@ from unet_denoiser.evaluation.metrics import (
     frechet_distance,
     kernel_distance,
     manifold_overlap,
-    nearest,
+    nearest_neighbours,
 )
 
 
@@ -64,7 +65,7 @@ def test_kernel_distance_is_torchmetrics_over_all_samples():
 
 
 def test_kernel_distance_by_a_plain_loop_for_unequal_counts(monkeypatch):
-    monkeypatch.setattr(metrics, "BLOCK", 40)  # several blocks
+    monkeypatch.setattr(metrics, "MAX_BLOCK_ENTRIES", 40)  # several blocks
     x, y = torch.randn(11, 3).double(), torch.randn(8, 3).double()
 
     def k(a, b):
@@ -104,7 +105,7 @@ def shifted():
 
 
 def test_manifold_overlap_is_prdc(monkeypatch):
-    monkeypatch.setattr(metrics, "BLOCK", 1000)
+    monkeypatch.setattr(metrics, "MAX_BLOCK_ENTRIES", 1000)
     real, generated = torch.randn(150, 6), 1.2 * torch.randn(130, 6) + 0.3
     for k in (3, 5):
         theirs = compute_prdc(real.numpy(), generated.numpy(), k)
@@ -124,12 +125,22 @@ def test_manifold_overlap_of_known_points():
 
 def test_nearest_neighbours():
     x, y = torch.randn(40, 5), torch.randn(90, 5)
-    distances, indices = nearest(x, y)
+    distances, indices = nearest_neighbours(x, y)
     theirs, distances_of_theirs = pairwise_distances_argmin_min(x.double().numpy(), y.double().numpy())
     assert indices.tolist() == theirs.tolist()
     assert_close(distances.numpy(), distances_of_theirs, rtol=1e-10, atol=0)
-    distances, indices = nearest(y[7:9] + 0, y)
+    distances, indices = nearest_neighbours(y[7:9] + 0, y)
     assert (distances.tolist(), indices.tolist()) == ([0, 0], [7, 8])  # copies are at no distance at all
+
+
+def test_nearest_neighbours_without_excluded_pairs():
+    """As scikit-learn's second neighbour of a set in itself; infinite where every pair is excluded."""
+    x = torch.randn(30, 4)
+    distances, indices = nearest_neighbours(x, x, exclude=torch.eye(30, dtype=torch.bool))
+    theirs, their_indices = NearestNeighbors(n_neighbors=2).fit(x.double().numpy()).kneighbors(x.double().numpy())
+    assert indices.tolist() == their_indices[:, 1].tolist()
+    assert_close(distances.numpy(), theirs[:, 1], rtol=1e-10, atol=0)
+    assert nearest_neighbours(x[:1], x[:1], exclude=torch.ones(1, 1, dtype=torch.bool))[0].item() == math.inf
 
 
 def test_class_accuracy_of_separable_and_of_meaningless_features():
@@ -141,7 +152,7 @@ def test_class_accuracy_of_separable_and_of_meaningless_features():
     assert 0.15 < found < 0.5
 
 
-@pytest.mark.parametrize("metric", [frechet_distance, kernel_distance, manifold_overlap, nearest])
+@pytest.mark.parametrize("metric", [frechet_distance, kernel_distance, manifold_overlap, nearest_neighbours])
 def test_refusals(metric):
     with pytest.raises(ValueError, match=r"shapes \(9, 2\) and \(9, 3\)"):
         metric(torch.randn(9, 2), torch.randn(9, 3))

@@ -1,4 +1,4 @@
-"""Autoencoders and kept latents, against diffusers' own."""
+"""Autoencoders and cached latents, against diffusers."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def pictures(count=6, channels=1, size=8):
+def random_images(count=6, channels=1, size=8):
     return np.random.default_rng(0).uniform(-1, 1, (count, channels, size, size)).astype(np.float32)
 
 
@@ -35,19 +35,19 @@ def test_kl_is_what_diffusers_computes(name, tmp_path):
     options, scaled = SCALES[name]
     vae = small_kl(**options)
     vae.save_pretrained(tmp_path / "vae")
-    ours, x = Autoencoder(tmp_path / "vae"), torch.from_numpy(pictures())
+    ours, x = Autoencoder(tmp_path / "vae"), torch.from_numpy(random_images())
     with torch.no_grad():
         z = vae.encode(x).latent_dist.mode()
         decoded = vae.decode(z).sample.clamp(-1, 1)
-    assert (ours.factor, ours.channels, ours.picture_channels) == (2, 3, 1)
+    assert (ours.factor, ours.channels, ours.image_channels) == (2, 3, 1)
     torch.testing.assert_close(ours.encode(x), scaled(z))
     torch.testing.assert_close(ours.decode(ours.encode(x), batch_size=4), decoded, rtol=1e-4, atol=1e-5)
 
 
-def test_tiny_and_a_pipelines_folder(tmp_path):
+def test_a_tiny_autoencoder_in_a_pipelines_folder_is_what_diffusers_computes(tmp_path):
     vae = small_tiny()
     vae.save_pretrained(tmp_path / "pipeline" / "vae")
-    ours, x = Autoencoder(tmp_path / "pipeline"), torch.from_numpy(pictures())
+    ours, x = Autoencoder(tmp_path / "pipeline"), torch.from_numpy(random_images())
     with torch.no_grad():
         z = vae.encode(x).latents
         decoded = vae.decode(z).sample.clamp(-1, 1)
@@ -55,7 +55,7 @@ def test_tiny_and_a_pipelines_folder(tmp_path):
     torch.testing.assert_close(ours.decode(2 * z), decoded, rtol=1e-4, atol=1e-5)
 
 
-def test_a_trained_autoencoder_comes_near_the_picture(tmp_path):
+def test_a_trained_autoencoder_reconstructs_the_image(tmp_path):
     """Decoded latents, through the cache's float16 and the measured statistics, are the digits again."""
     from unet_denoiser.data.sources.arrays import digits
 
@@ -85,25 +85,26 @@ def autoencoder(tmp_path):
     return Autoencoder(tmp_path / "vae")
 
 
-def test_kept_latents_and_the_mirrored_ones(autoencoder):
-    images = torch.from_numpy(pictures())
+def test_latents_of_images_and_of_their_mirror_images_are_cached(autoencoder):
+    images = torch.from_numpy(random_images())
     data = LatentDataset(ArrayDataset(images.numpy()), autoencoder, "key", flip=True)
     assert (data.channels, data.image_size, len(data)) == (3, (4, 4), 6)
-    for mirrored, x in ((False, images), (True, images.flip(-1))):
-        kept = torch.stack([(data.store[i, mirrored][0] - data.shift) * data.scale for i in range(6)])
+    latents = torch.tensor(data.latents.array).float()[:, :, 0]  # (6 images, 2 with the mirrored ones, C, h, w)
+    for mirrored, x in enumerate((images, images.flip(-1))):
+        kept = (latents[:, mirrored] - data.shift) * data.scale
         torch.testing.assert_close(kept, autoencoder.encode(x), rtol=2e-3, atol=2e-3)
-    # why both are kept: mirrored latents are not the latents of the mirrored picture
-    assert (data.store[0, False].flip(-1) - data.store[0, True]).abs().max() > 0.01
+    # why both are kept: mirrored latents are not the latents of the mirrored image
+    assert (latents[0, 0].flip(-1) - latents[0, 1]).abs().max() > 0.01
 
 
-def test_pictures_are_encoded_once(autoencoder, monkeypatch):
-    first = LatentDataset(ArrayDataset(pictures()), autoencoder, "key")[3]["image"]
-    monkeypatch.setattr(autoencoder, "raw", lambda x: pytest.fail("encoded again"))
-    assert torch.equal(LatentDataset(ArrayDataset(pictures()), autoencoder, "key")[3]["image"], first)
+def test_images_are_encoded_once(autoencoder, monkeypatch):
+    first = LatentDataset(ArrayDataset(random_images()), autoencoder, "key")[3]["image"]
+    monkeypatch.setattr(autoencoder, "encode_unscaled", lambda x: pytest.fail("encoded again"))
+    assert torch.equal(LatentDataset(ArrayDataset(random_images()), autoencoder, "key")[3]["image"], first)
     with pytest.raises(pytest.fail.Exception):
-        LatentDataset(ArrayDataset(pictures()), autoencoder, "another key")
+        LatentDataset(ArrayDataset(random_images()), autoencoder, "another key")
     with pytest.raises(pytest.fail.Exception):
-        LatentDataset(ArrayDataset(pictures()), autoencoder, "key", flip=True)
+        LatentDataset(ArrayDataset(random_images()), autoencoder, "key", flip=True)
 
 
 @pytest.mark.parametrize(
@@ -113,12 +114,12 @@ def test_pictures_are_encoded_once(autoencoder, monkeypatch):
         ({"channels": 3}, r"channels=3: vae=.* takes 1"),
     ],
 )
-def test_pictures_that_do_not_fit(autoencoder, shape, message):
+def test_images_of_a_wrong_shape_are_refused(autoencoder, shape, message):
     with pytest.raises(ValueError, match=message):
-        LatentDataset(ArrayDataset(pictures(**shape)), autoencoder, "key")
+        LatentDataset(ArrayDataset(random_images(**shape)), autoencoder, "key")
 
 
-def test_wrong_folders(tmp_path):
+def test_a_wrong_folder_or_name_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="is no folder"):
         Autoencoder(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"^vae=no-such-vae cannot be loaded[^\n]*$"):

@@ -137,7 +137,7 @@ def test_command(capsys):
         ("--memory --batch-size 0", "batch_size=0 must be at least 1"),
         ("--memory --batch-size 9 --num-processes 2 --sharding ddp", "batch_size=9 does not divide into 2 parts"),
         ("--memory --num-processes 2", "sharding='none' with num_processes=2"),
-        ("--memory --image-size 4 4 4", "image_size=(4, 4, 4) must be one number, or 2"),
+        ("--memory --image-size 4 4 4", "image_size=(4, 4, 4) must be a positive int, or 2 of them"),
     ],
 )
 def test_mistakes(capsys, options, message):

@@ -7,7 +7,7 @@ import pytest
 
 from support.networks import CONDITIONS, SMALL
 from unet_denoiser import UNet, UNetConfig, preset, summarize
-from unet_denoiser.models.diagram import diagram
+from unet_denoiser.models.diagram import draw_diagram
 
 
 @pytest.mark.parametrize("options", [{}, CONDITIONS, {"upsample": "resblock", "dims": 3}, {"image_size": (8, 5)}])
@@ -33,15 +33,15 @@ def test_rows_of_ddpm_cifar10():
 
 
 def test_the_picture_in_the_documents_is_in_step():
-    picture = Path(__file__).parents[2] / "docs" / "unet.svg"
-    assert picture.read_text() == diagram(preset("specification"))
+    picture = Path(__file__).parents[2] / "docs" / "images" / "unet.svg"
+    assert picture.read_text() == draw_diagram(preset("specification"))
 
 
 @pytest.mark.parametrize("name", ["specification", "sdxl-base", "adm-512-cond"])
 def test_diagram_shows_the_built_network(name):
     """Well-formed, with every level's size, width, heads and parameters, and all skips."""
     config = preset(name)
-    root = ElementTree.fromstring(diagram(config))
+    root = ElementTree.fromstring(draw_diagram(config))
     texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
     for part in summarize(config)[1:]:
         assert f"{part.name}: {part.size}, {part.width} channels" in texts

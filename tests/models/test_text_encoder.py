@@ -1,4 +1,4 @@
-"""Text encoders: against transformers itself, and what is kept on disk."""
+"""Text encoders: against transformers, and the tokens cached on disk."""
 
 import multiprocessing
 import shutil
@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+from support.processes import put_token_sum
 from unet_denoiser.data.wrappers.captions import TokenStore
 from unet_denoiser.models import text_encoder as text
 from unet_denoiser.models.text_encoder import TextEncoder
@@ -60,7 +61,7 @@ def test_minilm_is_what_transformers_computes(minilm):
 
 
 @pytest.mark.parametrize("kind", ["clip text", "clip", "t5"])
-def test_other_encoders(kind, tmp_path):
+def test_clip_and_t5_are_what_transformers_computes(kind, tmp_path):
     tokenizer, model = small(kind, tmp_path / "encoder")
     encoder = TextEncoder(tmp_path / "encoder", max_length=6)
     context, mask = encoder(CAPTIONS)
@@ -81,7 +82,7 @@ def test_a_caption_does_not_depend_on_its_neighbours(minilm):
         torch.testing.assert_close(together[i][mask[i]], alone[0], rtol=1e-3, atol=1e-3)
 
 
-def test_kept_tokens_are_the_encoders(minilm):
+def test_cached_tokens_equal_the_encoders(minilm):
     store = TokenStore(minilm, [*CAPTIONS, *CAPTIONS])
     context, mask = minilm(CAPTIONS)
     for i, caption in enumerate(CAPTIONS):
@@ -103,12 +104,12 @@ def test_captions_are_encoded_once(minilm, monkeypatch, cache):
     assert len([p for p in (cache / "text").iterdir() if p.is_dir()]) == 3
 
 
-def test_another_encoder_has_another_place(tmp_path, minilm):
+def test_a_copy_of_an_encoder_has_another_key(tmp_path, minilm):
     shutil.copytree(MINILM, tmp_path / "copy")
     assert TextEncoder(tmp_path / "copy").key != minilm.key
 
 
-def test_an_interrupted_encoding_is_not_taken(minilm, monkeypatch, cache):
+def test_an_interrupted_encoding_leaves_no_cache(minilm, monkeypatch, cache):
     monkeypatch.setattr(minilm, "tokens", lambda captions: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         TokenStore(minilm, CAPTIONS)
@@ -118,34 +119,30 @@ def test_an_interrupted_encoding_is_not_taken(minilm, monkeypatch, cache):
     assert TokenStore(minilm, CAPTIONS)[CAPTIONS[0]][0].any()
 
 
-def _read(store, queue):
-    queue.put(store["spells acid"][0].sum().item())
-
-
-def test_the_store_goes_to_a_spawned_process(minilm):
+def test_the_token_store_works_in_a_spawned_process(minilm):
     store = TokenStore(minilm, CAPTIONS)
     expected = store["spells acid"][0].sum().item()
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    process = context.Process(target=_read, args=(store, queue))
+    process = context.Process(target=put_token_sum, args=(store, "spells acid", queue))
     process.start()
     assert queue.get(timeout=60) == pytest.approx(expected)
     process.join()
 
 
 @pytest.mark.parametrize("name", ["/nowhere", "./nowhere", "no-such-encoder-anywhere"])
-def test_wrong_names(name):
+def test_a_wrong_name_is_refused_in_one_line(name):
     with pytest.raises((ValueError, FileNotFoundError), match=rf"^text_encoder={name}[^\n]*$"):
         TextEncoder(name)
 
 
-def test_a_folder_without_an_encoder(tmp_path):
+def test_a_folder_without_an_encoder_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="cannot be loaded"):
         TextEncoder(tmp_path)
 
 
-def test_values_that_do_not_fit(minilm, monkeypatch):
+def test_values_beyond_float16_are_refused(minilm, monkeypatch):
     minilm(["warm"])
     huge = type("Output", (), {"last_hidden_state": torch.full((1, 3, 384), 1e6)})
     monkeypatch.setattr(minilm, "_model", lambda **inputs: huge)
@@ -153,7 +150,7 @@ def test_values_that_do_not_fit(minilm, monkeypatch):
         minilm(["warm"])
 
 
-def test_without_transformers(monkeypatch):
+def test_without_transformers_the_error_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
-    with pytest.raises(ImportError, match=r"unet-denoiser\[text\]"):
+    with pytest.raises(ImportError, match=r"^text_encoder=.* needs transformers: pip install 'unet-denoiser\[text\]'"):
         text.TextEncoder(MINILM)

@@ -1,4 +1,4 @@
-"""What all parity tests share."""
+"""Fixtures of all parity tests."""
 
 import pytest
 
@@ -8,4 +8,4 @@ from unet_denoiser.models.layers import recompute
 @pytest.fixture(autouse=True)
 def _recompute_all(monkeypatch):
     """Small networks compute again what large ones do, so that the gradients that are compared are those."""
-    monkeypatch.setattr(recompute, "_SMALL", 0)
+    monkeypatch.setattr(recompute, "_MIN_RECOMPUTE_NUMEL", 0)

@@ -66,7 +66,7 @@ def options(**more):
     } | more
 
 
-def test_text_to_image(tmp_path):
+def test_text_to_image_pipeline(tmp_path):
     peer, ours = peer_and_ours(tmp_path, **SHAPE)
 
     def run(unet):
@@ -75,7 +75,7 @@ def test_text_to_image(tmp_path):
     assert_same_images(run, peer, ours)
 
 
-def test_image_to_image(tmp_path):
+def test_image_to_image_pipeline(tmp_path):
     peer, ours = peer_and_ours(tmp_path, **SHAPE)
     image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(4))
     kind = diffusers.StableDiffusionImg2ImgPipeline
@@ -86,7 +86,7 @@ def test_image_to_image(tmp_path):
     assert_same_images(run, peer, ours)
 
 
-def test_inpainting(tmp_path):
+def test_inpainting_pipeline(tmp_path):
     peer, ours = peer_and_ours(tmp_path, **SHAPE | {"in_channels": 9})
     generator = torch.Generator().manual_seed(4)
     inputs = {"image": torch.rand(1, 3, 8, 8, generator=generator), "mask_image": torch.ones(1, 1, 8, 8)}
@@ -99,7 +99,7 @@ def test_inpainting(tmp_path):
     assert_same_images(run, peer, ours)
 
 
-def test_controlnet(tmp_path):
+def test_controlnet_pipeline(tmp_path):
     peer, ours = peer_and_ours(tmp_path, **SHAPE)
     control = randomise(
         diffusers.ControlNetModel.from_unet(peer, conditioning_embedding_out_channels=(16,)), seed=5
@@ -113,7 +113,7 @@ def test_controlnet(tmp_path):
     assert_same_images(run, peer, ours)
 
 
-def test_stable_diffusion_xl(tmp_path):
+def test_stable_diffusion_xl_pipeline(tmp_path):
     peer, ours = peer_and_ours(tmp_path, **SHAPE | ADDED | {"use_linear_projection": True})
     pooled = torch.randn(1, 20, generator=torch.Generator().manual_seed(6))
     inputs = embeds() | {"pooled_prompt_embeds": pooled, "negative_pooled_prompt_embeds": -pooled}
@@ -130,7 +130,7 @@ def test_stable_diffusion_xl(tmp_path):
     assert_same_images(run, peer, ours)
 
 
-def test_unconditional(tmp_path):
+def test_unconditional_pipeline(tmp_path):
     shape = {"sample_size": 8, "layers_per_block": 1, "block_out_channels": (32, 64), "attention_head_dim": 8}
     blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
     peer, ours = peer_and_ours(tmp_path, diffusers.UNet2DModel, **shape, **blocks)
@@ -143,7 +143,7 @@ def test_unconditional(tmp_path):
     assert_same_images(run, peer, ours)
 
 
-def test_refuses_what_it_has_no_counterpart_for(tmp_path):
+def test_arguments_without_a_counterpart_are_refused(tmp_path):
     _, ours = peer_and_ours(tmp_path, **SHAPE)
     x, context = torch.randn(1, 4, 8, 8), torch.randn(1, 3, 24)
     with pytest.raises(ValueError, match="cross_attention_kwargs has no counterpart"):

@@ -18,7 +18,7 @@ from unet_denoiser.convert.checkpoint import export_state_dict
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_output_gradients_and_the_file_back(name, tmp_path, monkeypatch):
+def test_an_adm_file_gives_its_output_and_gradients_and_comes_back(name, tmp_path, monkeypatch):
     """Output and all gradients of the network in a file, and the file's tensors again, bit for bit."""
     options, upsampler = SMALL | CASES[name], "-up-" in name
     # theirs are always 32; with one channel per group, the time embedding would have no effect

@@ -33,7 +33,7 @@ def call(peer, x, config):
 
 
 @pytest.mark.parametrize("name", DIFFUSERS)
-def test_diffusers_folder(name, tmp_path):
+def test_a_diffusers_folder_gives_its_output_and_gradients_and_comes_back(name, tmp_path):
     """Loaded from a folder alone: output, all gradients, and the folder back, bit for bit and opened by diffusers."""
     kind, options = DIFFUSERS[name]
     peer = randomise(kind(**options)).eval()
@@ -67,7 +67,7 @@ def test_diffusers_folder(name, tmp_path):
         ({"safe_serialization": False}, "diffusion_pytorch_model.bin"),
     ],
 )
-def test_folders_that_are_sharded_variants_or_pickled(how, file, tmp_path):
+def test_a_folder_of_shards_variants_or_pickles_is_loaded(how, file, tmp_path):
     kind, options = DIFFUSERS["sd-1"]
     peer = randomise(kind(**options))
     peer.save_pretrained(tmp_path, **how)
@@ -79,7 +79,7 @@ def test_folders_that_are_sharded_variants_or_pickled(how, file, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["ldm-cin256", "sd-1", "sd-2", "x4", "sdxl", "sdxl-refiner"])
-def test_ldm_file(name, tmp_path):
+def test_an_ldm_file_is_what_diffusers_converter_reads(name, tmp_path):
     """Our names in the LDM layout are what diffusers' own converter reads, and a single file comes back to us."""
     kind, options = DIFFUSERS[name]
     peer = randomise(kind(**options)).eval()
@@ -126,7 +126,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_names_and_shapes(name):
+def test_presets_have_the_published_names_and_shapes(name):
     """Every tensor of the published networks, by name and shape, in diffusers' and the LDM layout."""
     count, options = PUBLISHED[name]
     with torch.device("meta"):
@@ -139,15 +139,15 @@ def test_published_names_and_shapes(name):
 
 
 @pytest.mark.parametrize("name", ["adm-64-cond", "ddpm-cifar10", "sd-1.5", "sdxl-base", "ldm-churches", "adm-512-cond"])
-def test_known_networks_need_no_options(name, tmp_path):
+def test_a_published_network_is_recognised_without_options(name, tmp_path):
     """Names and shapes of a published file are enough: heads and order come from the preset it equals."""
     layout = "ddpm" if name.startswith("ddpm") else "compvis"
     with torch.device("meta"):
         theirs = export_state_dict(UNet.from_preset(name).state_dict(), preset(name), layout)
     shapes = {key: tuple(p.shape) for key, p in theirs.items()}
     assert detect_layout(shapes) == layout
-    bones = detect_structure(layout, shapes)
-    config, known = fill_from_preset(infer_options(layout, shapes, bones), {})
+    structure = detect_structure(layout, shapes)
+    config, known = fill_from_preset(infer_options(layout, shapes, structure), {})
     levels = range(len(config.widths))
     assert known == name
     assert [config.heads(i) for i in levels] == [preset(name).heads(i) for i in levels]

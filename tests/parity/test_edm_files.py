@@ -78,7 +78,7 @@ def make_state(augment=0, classes=CLASSES):
 
 
 def oracle(state, x, t, labels=None, augment=None):
-    """What DhariwalUNet computes from these tensors; names are visited in the order in which it was built."""
+    """Compute the output of DhariwalUNet with these tensors; names are visited in the order in which it was built."""
 
     def norm(name, h):
         return F.group_norm(h, min(32, h.shape[1] // 4), state[f"{name}.weight"], state[f"{name}.bias"], 1e-5)
@@ -128,7 +128,7 @@ def oracle(state, x, t, labels=None, augment=None):
 
 @pytest.mark.parametrize("prefix", ["", "model."])
 @pytest.mark.parametrize(("classes", "augment"), [(CLASSES, 0), (0, 9)])
-def test_the_same_numbers_and_tensors(classes, augment, prefix, tmp_path):
+def test_an_edm_file_gives_its_output_and_comes_back(classes, augment, prefix, tmp_path):
     torch.manual_seed(0)
     state = make_state(augment, classes)
     torch.save({prefix + name: tensor for name, tensor in state.items()}, tmp_path / "edm.pt")
@@ -158,13 +158,13 @@ def test_the_same_numbers_and_tensors(classes, augment, prefix, tmp_path):
         ("dec.8x8_in0.qkv.bias", torch.zeros(3), r"dec.8x8_in0.qkv.bias \(3,\), not \(768,\)"),
     ],
 )
-def test_refuses_what_it_is_not(name, value, message, tmp_path):
+def test_other_networks_of_edm_are_refused(name, value, message, tmp_path):
     torch.save(make_state() | {name: value}, tmp_path / "edm.pt")
     with pytest.raises(ValueError, match=message):
         UNet.from_pretrained(tmp_path / "edm.pt")
 
 
-def test_the_published_network_is_recognised():
+def test_the_published_edm_network_is_recognised():
     """Names and shapes of the ImageNet-64 file come from the preset and lead back to it."""
     from unet_denoiser import preset
     from unet_denoiser.convert.architecture import detect_layout, detect_structure, infer_options

@@ -22,7 +22,7 @@ LISTS = Path(find_spec("sd_mecha").origin).parent / "extensions" / "builtin" / "
         ("sdxl-diffusers_unet_only", "sdxl-base", "diffusers", "", 1680),
     ],
 )
-def test_real_checkpoints(file, name, layout, prefix, count):
+def test_presets_have_the_keys_of_the_real_checkpoints(file, name, layout, prefix, count):
     components = yaml.safe_load((LISTS / f"{file}.yaml").read_text())["components"]
     part = next(key for key in components if "diffuser" in key or "unet" in key)
     real = {key: tuple(entry["shape"]) for key, entry in components[part].items() if key.startswith(prefix)}

@@ -82,7 +82,7 @@ def outputs(peer, ours):
 @pytest.mark.parametrize(
     ("naming", "alpha"), [("diffusers", None), ("kohya", None), ("kohya", 1.0), ("kohya-ldm", None), ("kohya-ldm", 1.0)]
 )
-def test_merged_equals_diffusers(options, naming, alpha, tmp_path):
+def test_a_merged_lora_equals_diffusers_own_merge(options, naming, alpha, tmp_path):
     """diffusers reads the same names with its own code and fuses the updates."""
     peer, ours = pair(options, tmp_path)
     before = {name: p.clone() for name, p in ours.state_dict().items()}
@@ -100,7 +100,7 @@ def test_merged_equals_diffusers(options, naming, alpha, tmp_path):
         assert_close(p, before[name], rtol=0, atol=1e-6)
 
 
-def test_the_ldm_layouts_names_mean_the_same_weights(ours):
+def test_names_of_the_ldm_layout_change_the_same_weights(ours):
     """kohya's SDXL files name modules as the LDM layout does: the same update, by either name, is the same weight."""
     down, up = torch.randn(2, 32), torch.randn(32, 2)
     block = "transformer_blocks_0_attn1_to_q"
@@ -116,7 +116,7 @@ def test_the_ldm_layouts_names_mean_the_same_weights(ours):
     assert_close(changed[0][name] - ours.state_dict()[name], up @ down, rtol=1e-4, atol=1e-5)
 
 
-def test_refuses_what_does_not_fit(ours):
+def test_an_update_that_fits_no_weight_is_refused(ours):
     a, b = torch.zeros(2, 32), torch.zeros(32, 2)
     key = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1"
     with pytest.raises(ValueError, match=r"to_nowhere.*fits no weight"):
@@ -129,7 +129,7 @@ def test_refuses_what_does_not_fit(ours):
         merge_lora(ours, {"lora_unet_x.hada_w1": a})
 
 
-def test_peft_trains_our_network():
+def test_peft_trains_only_the_adapter_and_merges_it():
     """peft finds our layers by name; only the adapter learns, and merging it keeps the output."""
     model = small(attention="transformer", context_dim=6)
     x, t, context = torch.randn(2, 3, 8, 8), torch.tensor([5, 9]), torch.randn(2, 3, 6)
@@ -148,7 +148,7 @@ def test_peft_trains_our_network():
     assert relative_error(wrapped.merge_and_unload()(x, t, context), changed) < 1e-5
 
 
-def test_the_alpha_of_diffusers_own_files_is_in_their_header(tmp_path):
+def test_alpha_is_read_from_the_header_that_diffusers_writes(tmp_path):
     torch.manual_seed(0)
     kind = diffusers.UNet2DConditionModel
     peer = randomise(kind(**SD1)).eval()
@@ -163,7 +163,7 @@ def test_the_alpha_of_diffusers_own_files_is_in_their_header(tmp_path):
     assert relative_error(*outputs(peer, ours)) < 2e-6
 
 
-def test_the_alpha_of_pefts_own_files_is_beside_them(tmp_path):
+def test_alpha_is_read_from_the_config_that_peft_writes(tmp_path):
     peer = randomise(diffusers.UNet2DConditionModel(**SD1)).eval()
     peer.save_pretrained(tmp_path / "unet")
     config = peft.LoraConfig(r=4, lora_alpha=16, target_modules=["to_q", "conv1"], use_rslora=True)
@@ -197,7 +197,7 @@ def test_a_refused_lora_changes_nothing(name, tmp_path):
     assert all(torch.equal(tensor, before[key]) for key, tensor in ours.state_dict().items())
 
 
-def test_loras_of_the_time_embedding_and_of_old_names(tmp_path):
+def test_loras_of_the_time_embedding_and_with_old_names_are_merged(tmp_path):
     torch.manual_seed(0)
     peer = randomise(diffusers.UNet2DConditionModel(**SD1)).eval()
     peer.save_pretrained(tmp_path)
@@ -235,7 +235,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("name", DAMAGES)
 @pytest.mark.parametrize("naming", ["diffusers", "kohya"])
-def test_a_damaged_tensor_is_named_and_nothing_is_merged(naming, name, ours):
+def test_a_damaged_tensor_is_named_and_nothing_merged(naming, name, ours):
     before = {key: p.clone() for key, p in ours.state_dict().items()}
     lora = lora_for(export_state_dict(before, ours.config, "diffusers"), naming, 4.0)
     damage, message = DAMAGES[name]
@@ -251,7 +251,7 @@ def test_a_damaged_tensor_is_named_and_nothing_is_merged(naming, name, ours):
 
 
 @pytest.mark.parametrize("alpha", [torch.zeros(2), torch.tensor(torch.nan), torch.tensor(1j), torch.zeros(0)])
-def test_an_alpha_is_one_finite_number(alpha, ours):
+def test_an_alpha_that_is_not_one_finite_number_is_refused(alpha, ours):
     lora = {f"{TO_Q}.to_q.lora_down.weight": torch.ones(2, 32), f"{TO_Q}.to_q.lora_up.weight": torch.ones(32, 2)}
     with pytest.raises(ValueError, match=r"to_q\.alpha must be one finite number, and is "):
         merge_lora(ours, lora | {f"{TO_Q}.to_q.alpha": alpha})
@@ -283,7 +283,7 @@ def test_a_malformed_header_is_named(header, ours, tmp_path):
 
 
 @pytest.mark.parametrize("rank_stabilised", [True, False])
-def test_the_strength_of_an_update(rank_stabilised, ours, tmp_path):
+def test_an_update_is_scaled_by_alpha_and_rank(rank_stabilised, ours, tmp_path):
     """alpha / r, or alpha / sqrt(r) (Kalajdzievski 2023, arXiv 2312.03732)."""
     lora = {f"{TO_Q}.to_q.lora_A.weight": torch.ones(4, 32), f"{TO_Q}.to_q.lora_B.weight": torch.ones(32, 4)}
     header = {"unet.lora_alpha": 16, "unet.use_rslora": rank_stabilised, "text_encoder.lora_alpha": "left alone"}
@@ -294,7 +294,7 @@ def test_the_strength_of_an_update(rank_stabilised, ours, tmp_path):
     assert_close(weight - before, torch.full((32, 32), 0.5 * 4 * 16 / (2 if rank_stabilised else 4)), atol=1e-4, rtol=0)
 
 
-def test_refuses_a_lora_that_is_none(ours, tmp_path):
+def test_a_file_that_is_no_lora_is_refused(ours, tmp_path):
     down, up = torch.zeros(2, 32), torch.zeros(32, 2)
     for lora in ({}, {"text_encoder.x.lora_A.weight": down}):
         with pytest.raises(ValueError, match="nothing for a U-Net"):

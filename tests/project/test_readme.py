@@ -1,68 +1,81 @@
-"""The README's commands and example, as printed; only the amount of training is cut."""
+"""The README's commands and examples, as printed; only the amount of training and sampling is cut."""
 
+import json
 import re
-import shlex
-from dataclasses import replace
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
-from safetensors.torch import save_file
 
+from support.documents import ROOT, blocks, commands, table_commands
 from support.networks import randomise
-from unet_denoiser import UNet, preset
 from unet_denoiser.cli.app import main
-from unet_denoiser.convert.checkpoint import export_checkpoint, export_state_dict
 
-ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = ROOT / "README.md"
+TEXT = README.read_text(encoding="utf-8")
+PACKAGE = ROOT / "src" / "unet_denoiser"
 SHORT = {
-    "train": "--steps 2 --batch-size 2 --image-size 8 --device cpu",
+    "train": "--steps 2 --batch-size 2 --device cpu",
     "--resume": "--steps 3 --device cpu",
     "sample": "--num-inference-steps 2 --device cpu",
+    "evaluate": "--num-samples 6 --num-inference-steps 2 --extractor pixels --allow-few --device cpu",
     "doctor": "--num-images 2 --num-samples 2 --device cpu",
     "info": "",
 }
+CUT = re.compile(r"--(steps|batch-size|num-inference-steps) \d+")
+MISSING_HERE = ("--text-encoder", "--vae", "--init", "convert")  # they need files of other projects
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def run_shortened(arguments: list[str]) -> None:
+    """Run a command with fewer steps."""
+    short = SHORT["--resume" if "--resume" in arguments else arguments[0]]
+    main([*CUT.sub("", " ".join(arguments)).split(), *short.split()])
 
 
-def test_checkpoint_examples(tmp_path, monkeypatch):
-    """The second Python block and the conversions, on a small file in the layout of Stable Diffusion 1."""
-    monkeypatch.chdir(tmp_path)
-    config = replace(preset("sd-1.5"), model_channels=32, context_dim=8)
-    state = randomise(UNet.from_config(config)).state_dict()
-    export_checkpoint(state, config, Path("stable-diffusion-v1-5/unet"), "diffusers")
-    theirs = {f"model.diffusion_model.{name}": p for name, p in export_state_dict(state, config, "compvis").items()}
-    torch.save({"state_dict": theirs}, "v1-5-pruned.ckpt")
-    name = "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q"
-    save_file(
-        {f"{name}.lora_{k}.weight": torch.ones(s) for k, s in (("down", (2, 128)), ("up", (128, 2)))},
-        "style.safetensors",
-    )
-    for line in blocks("python")[1].splitlines():
-        heads = "" if "unet" in line else ", num_heads=8"  # a published file would need no help
-        exec(line.split("#")[0].rstrip()[:-1] + heads + ")", {"UNet": UNet})
-    everything = "\n".join(blocks("bash"))
-    lines = [line for line in everything.splitlines() if line.startswith("unet-denoiser convert")]
-    assert len(lines) == 4
-    for line in lines:
-        args = shlex.split(line, comments=True)[1:]
-        main(args + (["--num-heads", "8"] if args[1].endswith("ckpt") else []))
-    assert Path("sd15/config.json").exists()
-    assert Path("sd15-diffusers/config.json").exists()
-    plain, styled = UNet.from_pretrained("sd15"), UNet.from_pretrained("sd15-style")
-    assert [name for name, p in plain.named_parameters() if not torch.equal(p, styled.get_parameter(name))] == [
-        "bottleneck.1.transformer_blocks.0.attn1.to_q.weight"
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder with the files that the README's commands name, as the working directory."""
+    folder = tmp_path_factory.mktemp("readme")
+    places = [
+        *(f"photos/{name}/{i}" for name in ("cats", "dogs") for i in range(8)),
+        *(f"unseen/{i}" for i in range(8)),
     ]
+    sizes = dict.fromkeys(places, (8, 8)) | {"mine": (8, 8), "mask": (8, 8), "small": (4, 4)}
+    for i, (name, (height, width)) in enumerate(sizes.items()):
+        pixels = np.random.default_rng(i).integers(0, 255, (height, width, 3), np.uint8)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
+        yield folder
 
 
-def test_python_example(tmp_path, monkeypatch, capsys):
-    code = blocks("python")[0]
+def test_quick_start_on_the_command_line(photos, capsys):
+    """All commands in their order."""
+    listed = [line for block in blocks(README, "bash") for line in commands(block)]
+    assert len(listed) == 7
+    for arguments in listed:
+        run_shortened(arguments)
+    assert Path("runs/digits/samples.png").exists()
+    assert Path("runs/photos/samples.png").exists()
+    assert "35,746,307" in capsys.readouterr().out
+
+
+def test_commands_of_the_table(photos):
+    """On the run of the quick start; a task that trains has a run of its own."""
+    listed = [arguments for arguments in table_commands(README) if not {*MISSING_HERE} & {*arguments}]
+    assert len(listed) == 8
+    for arguments in listed:
+        run_shortened([*arguments, "--out", "runs/other"] if arguments[0] == "train" else arguments)
+
+
+def test_quick_start_in_python(tmp_path, monkeypatch, capsys):
+    code = blocks(README, "python")[0]
     assert len([line for line in code.splitlines() if line.strip()]) <= 18
     monkeypatch.chdir(tmp_path)
     short = code.replace("steps=100, batch_size=32", "steps=3, batch_size=4")
@@ -73,42 +86,82 @@ def test_python_example(tmp_path, monkeypatch, capsys):
         assert image.size == (5 * 34 + 2, 4 * 34 + 2)
 
 
-def test_commands(tmp_path, monkeypatch, capsys):
-    """All commands in their order, on a folder with the classes they name."""
+def tiny_stable_diffusion(folder: Path) -> None:
+    """Save a Stable Diffusion pipeline with small random networks and a tokenizer of single letters."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    vocabulary = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    Path("vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
+    Path("merges.txt").write_text("#version: 0.2\n")
+    tokenizer = transformers.CLIPTokenizer("vocab.json", "merges.txt", model_max_length=16)
+    layers = {"num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 16}
+    ends = {"bos_token_id": 52, "eos_token_id": 53}
+    text = transformers.CLIPTextConfig(
+        vocab_size=len(vocabulary), hidden_size=24, intermediate_size=32, **layers, **ends
+    )
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=24,
+    )
+    vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4, sample_size=8)
+    off = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    diffusers.StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=transformers.CLIPTextModel(text),
+        tokenizer=tokenizer,
+        unet=randomise(unet),
+        scheduler=diffusers.DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False),
+        **off,
+    ).save_pretrained(folder)
+
+
+@pytest.mark.filterwarnings("ignore:norm_groups:UserWarning")
+def test_published_checkpoint_in_a_diffusers_pipeline(tmp_path, monkeypatch):
+    """The image is the one that the pipeline makes with its own network."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    for name in ("cats", "dogs"):
-        (tmp_path / "pictures" / name).mkdir(parents=True)
-        for i in range(2):
-            pixels = np.random.default_rng(i).integers(0, 255, (10, 12, 3), np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "pictures" / name / f"{i}.png")
-    lines = [line for line in blocks("bash")[1].splitlines() if line.startswith("unet-denoiser ")]
-    assert len(lines) == 7
-    for line in lines:
-        _, command, *args = shlex.split(line, comments=True)
-        short = SHORT["--resume" if "--resume" in args else command]
-        main([command, *re.sub(r"--steps \d+", "", " ".join(args)).split(), *short.split()])
-    assert Path("runs/pictures/samples.png").exists()
-    assert "35,746,307" in capsys.readouterr().out
+    torch.manual_seed(0)
+    tiny_stable_diffusion(Path("stable-diffusion-v1-5"))
+    code = blocks(README, "python")[1]
+    ours = [line for line in code.splitlines() if "DiffusersUNet(" in line]
+    assert len(code.splitlines()) <= 5
+    assert len(ours) == 1
+    images = []
+    for lines in (code, code.replace(ours[0], "")):
+        torch.manual_seed(1)
+        exec(compile(lines, "README.md", "exec"), {})
+        with Image.open("dragon.png") as image:
+            images.append(np.asarray(image).astype(int))
+    assert images[0].std() > 5
+    assert abs(images[0] - images[1]).max() <= 1
 
 
-@pytest.mark.parametrize("command", ["make demo", "make test"])
+@pytest.mark.parametrize("command", ["make demo", "make test", "make docs"])
 def test_make_commands_exist(command):
-    """CI runs these two themselves (.ci/run)."""
-    assert command in README
+    """CI runs them itself (.ci/run)."""
+    assert command in TEXT
     target = command.split()[1]
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     assert command in (ROOT / ".ci" / "run").read_text()
 
 
-def test_file_trees_are_complete():
-    """README and docs/architecture.md name every module."""
-    modules = {p.name for p in (ROOT / "src" / "unet_denoiser").glob("*.py")} - {"__init__.py", "__main__.py"}
-    for text in (README, (ROOT / "docs" / "architecture.md").read_text()):
-        assert set(re.findall(r"(?:^  |; )(\w+\.py)[ :]", text, flags=re.MULTILINE)) - {"speed.py"} >= modules
+def test_is_short():
+    assert len(TEXT.splitlines()) <= 170
 
 
-def test_links_lead_somewhere():
-    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md"):
-        for link in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
-            assert (document.parent / link).exists(), f"{document.name}: {link}"
+def test_names_every_package_in_the_order_of_imports():
+    """Each package of the table imports only from those below it, as the linter's layers say."""
+    named = re.findall(r"^\| `(\w+)/` \|", TEXT, flags=re.MULTILINE)
+    layers = re.search(r"^layers = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)[1]
+    assert named == re.findall(r"\w+", layers)
+    assert set(named) == {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+
+
+def test_lines_of_the_tour():
+    """True to within 10 %."""
+    tour = re.findall(r"^\| \[`[\w/.]+`\]\(([\w/.]+)\) \| (\d+) \|", TEXT, flags=re.MULTILINE)
+    counts = {path: (int(said), len((ROOT / path).read_text().splitlines())) for path, said in tour}
+    assert len(counts) == 6
+    assert not {path: pair for path, pair in counts.items() if abs(pair[0] - pair[1]) > 0.1 * pair[1]}

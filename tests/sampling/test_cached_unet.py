@@ -7,6 +7,7 @@ import torch
 
 from support.networks import CONDITIONS, inputs, randomise, small
 from unet_denoiser import Diffusion, UNet
+from unet_denoiser.models.conditions import Conditions
 from unet_denoiser.models.layers.attention import CrossAttention
 from unet_denoiser.models.layers.conv import plain_convolutions
 from unet_denoiser.sampling import cached_unet as module
@@ -38,7 +39,7 @@ def test_shallow_and_deep_parts_make_the_network_at_every_depth(options, size):
     x, t, conditions = args.pop("x"), args.pop("t"), args
     with torch.no_grad():
         expected = model(x, t, **conditions)
-        added, context = model.embed_conditions(2, conditions, None, {})
+        added, context = model.embed_conditions(2, Conditions(**conditions), {})
         emb = sum(added, start=model.embed_time(t))
         for depth in range(1, len(model.decoder)):
             skips = model.encode_shallow(x, emb, context, depth)

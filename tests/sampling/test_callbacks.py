@@ -44,7 +44,7 @@ def test_a_gif_of_bounded_length(tmp_path, steps):
 
 
 def test_a_gif_wants_pictures(tmp_path):
-    with pytest.raises(ValueError, match="a GIF shows uint8 pictures of 1, 3 or 4 channels"):
+    with pytest.raises(ValueError, match="a GIF shows uint8 images of 1, 3 or 4 channels"):
         save_gif([torch.zeros(2, 4, 4, dtype=torch.uint8)], tmp_path / "a.gif")
     assert not (tmp_path / "a.gif").exists()
 

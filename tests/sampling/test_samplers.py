@@ -234,10 +234,10 @@ def test_two_seeds_draw_different_noise_on_the_way(name):
     [
         ({"sampler": "plms"}, "sampler='plms' is not one of 'ddpm'"),
         ({"eta": 1.5, "sampler": "ddim"}, r"eta=1.5 must be 0 \(deterministic\) to 1"),
-        ({"eta": 0.5}, r"eta=0.5: sampler='dpm\+\+' has none; use 'ddim'"),
+        ({"eta": 0.5}, r"eta=0.5: sampler='dpm\+\+' does not take it; use 'ddim'"),
         ({"timestep_spacing": "even"}, "timestep_spacing='even' is not one of 'trailing'"),
         ({"sigma_schedule": "beta"}, "sigma_schedule='beta' is not one of 'karras', 'exponential'"),
-        ({"sigma_schedule": "karras", "timestep_spacing": "leading"}, "timestep_spacing='leading' has no say with"),
+        ({"sigma_schedule": "karras", "timestep_spacing": "leading"}, "timestep_spacing='leading' has no effect with"),
     ],
 )
 def test_refuses_options(options, message):

@@ -1,18 +1,10 @@
-"""Networks of ADM's code, small, that several tests share."""
+"""Options of small networks of ADM's code."""
 
 SMALL = {"image_size": 16, "model_channels": 32, "channel_mult": (1, 2), "num_res_blocks": 1}
 SMALL |= {"in_channels": 3, "out_channels": 6, "attention_resolutions": (1, 2), "use_scale_shift_norm": True}
-
-
 ADM = {"resblock_updown": True, "num_head_channels": 16}
-
-
 ADM_4 = {"resblock_updown": True, "num_heads": 4}
-
-
 LDM = {"use_scale_shift_norm": False, "num_head_channels": 32, "out_channels": 3}
-
-
 CLASSES = {"num_classes": 7}
 
 

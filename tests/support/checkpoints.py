@@ -1,7 +1,9 @@
-"""Checkpoints of other code that several tests share."""
+"""Small checkpoints of other code, and comparisons of tensors."""
 
 import diffusers
 import torch
+
+from unet_denoiser import UNet
 
 # 8 channels or more per group, as in the published networks: with one, the time embedding would have no effect
 LEVELS = {"layers_per_block": 1, "block_out_channels": (32, 64), "norm_num_groups": 4}
@@ -68,6 +70,18 @@ CONDITIONAL = {
 }
 DIFFUSERS = {name: (diffusers.UNet2DModel, LEVELS | options) for name, options in PLAIN.items()}
 DIFFUSERS |= {name: (diffusers.UNet2DConditionModel, LEVELS | options) for name, options in CONDITIONAL.items()}
+
+
+def load_adm(state, tmp_path, **options):
+    """The network of a file of ADM's layout; one head, unless the options say otherwise."""
+    torch.save(state, tmp_path / "m.pt")
+    return UNet.from_pretrained(tmp_path / "m.pt", **{"num_heads": 1} | options)
+
+
+def shapes_of(config):
+    """Names and shapes of our parameters."""
+    with torch.device("meta"):
+        return {name: p.shape for name, p in UNet.from_config(config).state_dict().items()}
 
 
 def assert_same_tensors(found, expected):

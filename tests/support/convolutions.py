@@ -10,7 +10,7 @@ from torch import nn
 from support.networks import SMALL, inputs, randomise
 from unet_denoiser import ResBlock, UNet
 from unet_denoiser.models.layers.conv import plain_convolutions
-from unet_denoiser.models.layers.recompute import recomputed
+from unet_denoiser.models.layers.recompute import recompute_input
 
 # networks whose first level is large enough for Winograd's filtering, by the parts that the presets are made of
 WIDE = SMALL | {"model_channels": 64, "norm_groups": 32, "image_size": 32, "attention_resolutions": (16,)}
@@ -62,14 +62,14 @@ def assert_same(actual, expected, tolerance=1e-5):
 
 
 def recomputed_steps(out):
-    """The number of `recomputed` in what autograd has recorded."""
+    """The number of `recompute_input` in what autograd has recorded."""
     seen, nodes = set(), [out.grad_fn]
     while nodes:
         node = nodes.pop()
         if node is not None and node not in seen:
             seen.add(node)
             nodes += [following for following, _ in node.next_functions]
-    return sum(node.name() == "_RecomputedBackward" for node in seen)
+    return sum(node.name() == "_RecomputeInputBackward" for node in seen)
 
 
 def block_and_args(in_ch=4, out_ch=6, size=(8, 6), dtype=torch.float64, batch=2, dropout=0.0, **options):
@@ -86,7 +86,7 @@ class AfterSiLU(nn.Module):
         self.conv, self.again = convolution, again
 
     def forward(self, x):
-        return recomputed(F.silu, self.conv, x) if self.again else self.conv(F.silu(x))
+        return recompute_input(F.silu, self.conv, x) if self.again else self.conv(F.silu(x))
 
 
 class Twice(nn.Module):

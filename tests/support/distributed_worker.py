@@ -1,6 +1,6 @@
-"""What tests/test_distribution.py runs in two processes: DDP, going on exactly with DDP, and FSDP2.
+"""Run in two processes by tests/training/test_distributed.py: DDP, resuming with DDP, and FSDP2.
 
-On CPUs Accelerate does not shard; here its own way of doing so is switched on all the same.
+Accelerate does not shard on CPUs; here its code for that is switched on all the same.
 """
 
 import shutil
@@ -14,8 +14,9 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.tensor import DTensor
 
 from unet_denoiser import Run
-from unet_denoiser.training import distributed as distribution
-from unet_denoiser.training.checkpoints import step_of
+from unet_denoiser.training import distributed
+from unet_denoiser.training.checkpoints import parse_step
+from unet_denoiser.training.loop import load_trainer, train
 
 
 def sharding(**options):
@@ -30,10 +31,10 @@ def finish(path, start):
     run = Run.load(path)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-    assert [step_of(file) for file in run.checkpoints.paths()] == [start]
-    trainer = run.trainer()
+    assert [parse_step(file) for file in run.checkpoints.paths()] == [start]
+    trainer = load_trainer(run)
     assert trainer.accelerator.num_processes == 2
-    for _ in run.train(trainer):
+    for _ in train(run, trainer):
         pass
     trainer.accelerator.wait_for_everyone()
     return trainer
@@ -47,7 +48,7 @@ if __name__ == "__main__":
     if first.accelerator.is_main_process:
         shutil.copy(Run.load(folder / "ddp").checkpoints.find("3"), folder / "again" / "checkpoints")
     finish(folder / "again", 3)
-    distribution.Accelerator = sharding
+    distributed.Accelerator = sharding
     sharded = finish(folder / "fsdp", 2)
     assert all(isinstance(p, DTensor) for p in sharded.model.parameters())
     assert all(isinstance(a, DTensor) for a in sharded.ema.averages().values())

@@ -1,7 +1,7 @@
-"""Kills a training with SIGKILL at random moments, lets it go on each time, and compares its end with one left alone.
+"""Kill a training with SIGKILL at random moments, resume it each time, and compare its end with an undisturbed one.
 
-A checkpoint is written at every other step, so that many of the kills fall into the writing of one. Run it by hand with
-more kills than `test_faults.py` has the time for:
+Every other step writes a checkpoint, so that many kills interrupt a write. By hand, run it with more kills than
+`test_faults.py` has time for:
 
     python tests/support/kills.py 30
 """
@@ -19,7 +19,7 @@ import torch
 
 from unet_denoiser import Run, UNet, load_data
 from unet_denoiser.cli.app import main
-from unet_denoiser.training.checkpoints import read_checkpoint, step_of
+from unet_denoiser.training.checkpoints import parse_step, read_checkpoint
 
 NETWORK = ["--model.model-channels", "8", "--model.num-res-blocks", "1", "--model.channel-mult", "1"]
 SAVING = ["--checkpoint-every", "2", "--preview-every", "1000", "--keep-best"]
@@ -27,7 +27,7 @@ OPTIONS = [*NETWORK, *SAVING, "--batch-size", "8", "--gradient-accumulation-step
 
 
 def train(args, log):
-    """Start the command in a copy of this process, which has everything imported already; its process id."""
+    """Run the command in a copy of this process, which has everything imported already; return its process id."""
     child = os.fork()
     if child:
         return child
@@ -43,36 +43,36 @@ def train(args, log):
 
 
 def wait_for(names, child):
-    """Until there is a file that was not there before, or the training has ended."""
+    """Wait until there is a new file, or the training has ended."""
     before = names()
     while not names() - before and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         time.sleep(0.0005)
 
 
 def check_readable(path):
-    """Whatever moment a run was killed at, all that is in it can be read; its latest step."""
+    """Check that every file of a run can be read, whenever it was killed; return its latest step."""
     if not (path / "config.json").exists():
         return 0
     checkpoints = Run.load(path).checkpoints.paths()
     for file in checkpoints:
-        tensors, facts = read_checkpoint(file)
-        assert facts["step"] == step_of(file)
+        tensors, metadata = read_checkpoint(file)
+        assert metadata["step"] == parse_step(file)
         assert all(torch.isfinite(tensors[name]).all() for name in tensors)
     if (path / "model" / "model.safetensors").exists():
         UNet.from_pretrained(path / "model")
-    return step_of(checkpoints[-1]) if checkpoints else 0
+    return parse_step(checkpoints[-1]) if checkpoints else 0
 
 
 def contents(path):
-    """All that two equal trainings have in common, to the bit."""
-    tensors, facts = read_checkpoint(Run.load(path).checkpoints.find("latest"))
+    """Return everything that two equal trainings have in common, bit for bit."""
+    tensors, metadata = read_checkpoint(Run.load(path).checkpoints.find("latest"))
     metrics = re.sub(r', "data_wait": [0-9.]+', "", (path / "metrics.jsonl").read_text())
     weights = (path / "model" / "model.safetensors").read_bytes()
-    return {name: tensors[name].numpy().tobytes() for name in tensors}, facts, metrics, weights
+    return {name: tensors[name].numpy().tobytes() for name in tensors}, metadata, metrics, weights
 
 
 def run(folder, kills, steps, longest, seed=0):
-    """Train once without and once with so many kills, each after at most `longest` seconds; where these fell."""
+    """Train undisturbed, then with kills, each after at most `longest` seconds; return (step, leftovers) of each."""
     load_data("digits")  # imports what children then have
     draw, log, fell = random.Random(seed), folder / "log", []
     straight, killed = folder / "straight", folder / "killed"

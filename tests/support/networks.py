@@ -39,6 +39,14 @@ SMALL = {
 CONDITIONS = {"num_classes": 5, "vector_dim": 3, "context_dim": 6}
 
 
+ODD_AND_EVEN_SIZES = [(1,), (6,), (7,), (1, 1), (8, 6), (7, 4), (5, 9), (4, 3, 5)]
+
+
+def half_size(size):
+    """Half of a spatial size, rounded up."""
+    return [(n + 1) // 2 for n in size]
+
+
 def small(seed=0, **options):
     """A small network in evaluation mode, without conditions, with random weights."""
     return randomise(UNet(**SMALL | options), seed).eval()
@@ -59,6 +67,12 @@ def inputs(config, batch=2, size=None, seed=0, tokens=3):
     if config.context_dim:
         args["context"] = torch.randn(batch, tokens, config.context_dim, generator=g)
     return args
+
+
+def count_parameters(config):
+    """Number of parameters of a network, which is built without storage."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in UNet.from_config(config).parameters())
 
 
 def relative_error(actual, expected):

@@ -1,4 +1,4 @@
-"""What tests/test_shards.py runs in two processes: samples as files, and as one picture."""
+"""Run in two processes by tests/sampling/pipeline/test_npz_shards.py: samples as files, and as one picture."""
 
 import sys
 

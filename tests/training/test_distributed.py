@@ -1,4 +1,4 @@
-"""Two processes: the same training as one, by DDP and by FSDP2, from each other's checkpoints."""
+"""Two processes train as one does, with DDP and FSDP2, and resume from each other's checkpoints."""
 
 import json
 import shutil
@@ -13,6 +13,7 @@ from support.trainings import NET, two_classes, without_times
 from unet_denoiser import DataConfig, Diffusion, Run, TrainingConfig, UNet
 from unet_denoiser.data.dataloader import make_loader
 from unet_denoiser.training.checkpoints import read_checkpoint
+from unet_denoiser.training.loop import load_trainer, train
 
 OPTIONS = {"steps": 6, "batch_size": 8, "gradient_accumulation_steps": 2, "checkpoint_every": 1, "keep_last": 9}
 
@@ -34,7 +35,7 @@ def folder(tmp_path_factory):
     np.savez(folder / "two.npz", images=data.images[:, 0].numpy(), labels=data.labels.numpy())
     config = UNet(**NET | {"num_classes": 2, "dropout": 0.0}).config
     one = new_run(folder / "one", folder / "two.npz", config)
-    list(one.train(one.trainer()))
+    list(train(one, load_trainer(one)))
     for name in ("ddp", "fsdp", "again"):
         other = new_run(folder / name, folder / "two.npz", config)
         if name != "again":
@@ -47,9 +48,9 @@ def folder(tmp_path_factory):
 
 
 def end(path):
-    """Tensors and facts of a run's sixth step."""
-    tensors, facts = read_checkpoint(Run.load(path).checkpoints.find("6"))
-    return {name: tensors[name] for name in tensors}, facts
+    """Return tensors and metadata of the checkpoint of step 6."""
+    tensors, metadata = read_checkpoint(Run.load(path).checkpoints.find("6"))
+    return {name: tensors[name] for name in tensors}, metadata
 
 
 def largest_difference(a, b):
@@ -60,29 +61,29 @@ def largest_difference(a, b):
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_two_processes_train_as_one(folder, engine):
     """Weights, averages and moments of the optimizer, and the logged losses; the order of float32 sums differs."""
-    one, facts = end(folder / "one")
-    two, two_facts = end(folder / engine)
+    one, metadata = end(folder / "one")
+    two, two_metadata = end(folder / engine)
     assert largest_difference(one, two) < 1e-6
-    assert facts["step"] == two_facts["step"] == 6
+    assert metadata["step"] == two_metadata["step"] == 6
     lines = [json.loads((folder / name / "metrics.jsonl").read_text().splitlines()[-1]) for name in ("one", engine)]
     for name in ("loss", "grad_norm", "learning_rate", "loss_per_level"):
         assert lines[1][name] == pytest.approx(lines[0][name], rel=1e-6)
 
 
-def test_two_processes_go_on_bit_for_bit(folder):
-    (straight, facts), (resumed, resumed_facts) = end(folder / "ddp"), end(folder / "again")
+def test_two_processes_resume_bit_for_bit(folder):
+    (straight, metadata), (resumed, resumed_metadata) = end(folder / "ddp"), end(folder / "again")
     assert largest_difference(straight, resumed) == 0
-    assert facts == resumed_facts
+    assert metadata == resumed_metadata
     lines = [without_times((folder / name / "metrics.jsonl").read_text()) for name in ("ddp", "again")]
     assert lines[0] == lines[1]
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
-def test_one_process_goes_on_from_two(folder, engine):
+def test_one_process_resumes_from_two(folder, engine):
     source = Run.load(folder / engine)
     back = new_run(folder / f"back-{engine}", folder / "two.npz", source.model)
     shutil.copy(source.checkpoints.find("4"), back.checkpoints.folder)
-    list(back.train(back.trainer()))
+    list(train(back, load_trainer(back)))
     assert largest_difference(end(folder / "one")[0], end(back.path)[0]) < 1e-6
 
 

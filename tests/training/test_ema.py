@@ -1,4 +1,4 @@
-"""The averaged weights: against torch's own averaging, swapped in and always out again."""
+"""Averaged weights: equal to torch's, swapped in, and always swapped out again."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def test_warm_up():
     assert ema.state_dict()["averages"]["weight"].item() == pytest.approx(expected)
 
 
-def test_swaps_in_and_comes_back_bit_equal():
+def test_weights_return_bit_equal_after_a_swap():
     model = net()
     ema = EMA(model)
     step(model)
@@ -57,7 +57,7 @@ def test_swaps_in_and_comes_back_bit_equal():
     assert storages == [p.data_ptr() for p in model.parameters()]
 
 
-def test_comes_back_after_an_exception():
+def test_weights_return_after_an_exception():
     model = net()
     ema = EMA(model)
     step(model)
@@ -90,7 +90,7 @@ def test_half_precision_is_averaged_in_float32():
         assert model[0].weight.dtype == torch.bfloat16
 
 
-def test_state_comes_back():
+def test_state_is_restored():
     model = net()
     ema = EMA(model)
     step(model)

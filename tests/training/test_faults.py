@@ -1,4 +1,4 @@
-"""What goes wrong around a training: kills, signals, full and read-only disks, numbers that are not finite."""
+"""Faults in a training: kills, signals, full and read-only disks, NaN and infinity."""
 
 import errno
 import os
@@ -17,6 +17,7 @@ from support.trainings import make_trainer, steps_kept, two_classes, weights
 from unet_denoiser import ArrayDataset, DataConfig, Diffusion, Run
 from unet_denoiser.config.training import TrainingConfig
 from unet_denoiser.training.checkpoints import Checkpoints, read_checkpoint
+from unet_denoiser.training.loop import save, train
 from unet_denoiser.training.tracking import MetricsLog
 from unet_denoiser.utils.files import check_writable, write_atomically
 from unet_denoiser.utils.finite import NonFiniteError, first_nonfinite_module
@@ -29,7 +30,7 @@ def test_kills_at_random_moments_change_nothing(tmp_path):
 
 
 def start(tmp_path, *options, limit=None):
-    """The command in a process of its own, once it has written its first checkpoint."""
+    """Start the command in a new process; return that once it has written its first checkpoint."""
     command = [sys.executable, "-m", "unet_denoiser", "train", "digits", "--out", "run", "--steps", "100000"]
     limits = None if limit is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -54,7 +55,7 @@ def test_signals_write_a_checkpoint_and_end(tmp_path, number, code):
     assert message.endswith("to go on: unet-denoiser train --resume run")
 
 
-def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path):
+def test_a_full_disk_is_one_line_and_changes_no_file(tmp_path):
     """Files may not grow beyond 64 KiB, less than a checkpoint: the system refuses the write, as a full disk does."""
     process = start(tmp_path, limit=2**16)
     _, errors = process.communicate(timeout=60)
@@ -65,7 +66,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path):
     assert {p.name for p in (tmp_path / "run").rglob("*") if p.is_file()} == {".lock", "config.json", "metrics.jsonl"}
 
 
-def test_a_disk_without_a_path_in_its_error_gets_one(tmp_path):
+def test_disk_errors_name_the_path(tmp_path):
     def fail(path):
         path.write_text("half")
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -75,7 +76,7 @@ def test_a_disk_without_a_path_in_its_error_gets_one(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_where_nothing_can_be_written_is_told_beforehand(tmp_path):
+def test_unwritable_folders_are_refused_beforehand(tmp_path):
     check_writable(tmp_path / "new" / "newer")
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").write_text("")
@@ -86,20 +87,20 @@ def test_where_nothing_can_be_written_is_told_beforehand(tmp_path):
 def test_one_process_trains_in_a_directory(tmp_path):
     trainer = make_trainer({"steps": 3})
     run = Run(tmp_path, DataConfig("two"), trainer.model.config, trainer.process, trainer.config)
-    steps = run.train(trainer)
+    steps = train(run, trainer)
     next(steps)
     with pytest.raises(ValueError, match="another process trains in it"):
-        next(run.with_training(steps=9).train(make_trainer({"steps": 9})))
+        next(train(run.with_training(steps=9), make_trainer({"steps": 9})))
     assert Run.load(tmp_path).training.steps == 3  # what was refused has changed nothing
     assert [step.step for step in steps] == [2, 3]
-    assert not list(run.train(trainer))
+    assert not list(train(run, trainer))
 
 
 # ---- not finite ------------------------------------------------------------------------------------------------------
 
 
 class Poisoned(ArrayDataset):
-    """Images of which some are NaN."""
+    """Two classes with some images of NaN."""
 
     def __init__(self, bad):
         data = two_classes()
@@ -159,19 +160,19 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     run = Run(tmp_path, DataConfig("two"), trainer.model.config, trainer.process, trainer.config)
     metrics = MetricsLog(tmp_path / "metrics.jsonl", 1000)
     next(trainer.steps())
-    run.save(trainer, metrics)
+    save(run, trainer, metrics)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     trainer.step = 2
     trainer.model.input_conv.weight.data[0, 0, 0, 0] = float("nan")
     with pytest.raises(NonFiniteError, match=r"model.input_conv.weight is not finite"):
-        run.save(trainer, metrics)
+        save(run, trainer, metrics)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def test_which_checkpoints_are_kept(tmp_path):
+def test_prune_keeps_the_last_the_best_and_every_nth(tmp_path):
     checkpoints, config = Checkpoints(tmp_path), TrainingConfig(keep_last=2, keep_every=4, keep_best=True)
     for step, loss in enumerate([5.0, 4.0, 1.0, 3.0, 3.0, 3.0, 2.0, 2.0, 2.0], start=1):
         checkpoints.write({"x": torch.ones(1) * step}, {"step": step, "smoothed_loss": loss})
@@ -183,22 +184,22 @@ def test_which_checkpoints_are_kept(tmp_path):
         checkpoints.find("7")
 
 
-def test_a_checkpoint_that_does_not_read_back_is_found_out(tmp_path):
+def test_verify_finds_a_damaged_checkpoint(tmp_path):
     checkpoints = Checkpoints(tmp_path)
-    tensors, facts = {"x": torch.ones(3)}, {"step": 1}
-    path = checkpoints.write(tensors, facts)
-    checkpoints.verify(path, tensors, facts)
+    tensors, metadata = {"x": torch.ones(3)}, {"step": 1}
+    path = checkpoints.write(tensors, metadata)
+    checkpoints.verify(path, tensors, metadata)
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(OSError, match="does not read back"):
-        checkpoints.verify(path, tensors, facts)
+        checkpoints.verify(path, tensors, metadata)
 
 
 def test_a_checkpoint_of_the_run_can_be_loaded_by_its_step(tmp_path):
     trainer = make_trainer({"steps": 4, "checkpoint_every": 1, "keep_last": 9})
     run = Run(tmp_path, DataConfig("two"), trainer.model.config, trainer.process, trainer.config)
-    for step in run.train(trainer):
+    for step in train(run, trainer):
         if step.step == 2:
             expected = {name: a.clone() for name, a in trainer.ema.averages().items()}
     found = run.load_model("2").state_dict()

@@ -1,4 +1,4 @@
-"""Starting from a checkpoint: what is loaded and what is said of it; LoRA against peft and diffusers' names."""
+"""Training from a checkpoint: the weights that load and the report; LoRA against peft and diffusers' names."""
 
 import json
 
@@ -11,6 +11,7 @@ from support.trainings import Vectors, make_trainer, two_classes, weights
 from unet_denoiser import DataConfig, Diffusion, Run, UNet, merge_lora
 from unet_denoiser.cli.app import main
 from unet_denoiser.training.finetuning import load_matching, with_image_size
+from unet_denoiser.training.loop import train
 
 TINY = ["--batch-size", "4", "--device", "cpu", "--num-workers", "0"]
 NETWORK = ["--model.model-channels", "8", "--model.num-res-blocks", "1"]
@@ -31,10 +32,10 @@ def test_other_classes_and_more_channels():
     del given["class_labels"]  # the null class was loaded
     expected = start(**given)
     given["x"] = torch.cat([given["x"], torch.randn(2, 2, *given["x"].shape[2:])], 1)
-    assert_close(model(**given), expected)  # channels more are not seen at first
+    assert_close(model(**given), expected)  # the new channels have no effect at first
 
 
-def test_more_outputs_begin_with_zeros():
+def test_additional_outputs_begin_with_zeros():
     start = small()
     model = UNet(**SMALL | {"out_channels": 6, "dropout": 0.0}).eval()
     assert "output.2.weight (3x8x3x3 there, 6x8x3x3 here)" in str(load_matching(model, start))
@@ -88,7 +89,7 @@ def test_lora_trains_alone_resumes_and_is_read_back(tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(run.load_model().parameters(), merged.parameters(), strict=True))
 
 
-def test_a_lora_is_refused_where_it_would_leave_something_untrained(tmp_path, monkeypatch, capsys):
+def test_a_lora_is_refused_if_it_leaves_new_weights_untrained(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     randomise(UNet(**SMALL, in_channels=1, out_channels=1, num_classes=3)).save_pretrained("base")
     with pytest.raises(SystemExit) as exit_:
@@ -104,7 +105,7 @@ def _header(path):
         return file.read(int.from_bytes(file.read(8), "little"))
 
 
-def test_lora_of_a_network_that_diffusers_has_not(tmp_path):
+def test_lora_of_a_network_unknown_to_diffusers(tmp_path):
     """Self- and cross-attention side by side: under our own names."""
     net = {"context_dim": 5, "attention_resolutions": (4,)}
     data = two_classes()
@@ -116,7 +117,7 @@ def test_lora_of_a_network_that_diffusers_has_not(tmp_path):
     randomise(trainer.model)
     base = {n.replace(".base_layer.", "."): t for n, t in weights(trainer.model).items() if "lora_" not in n}
     run = Run(tmp_path, DataConfig("two"), trainer.model.config, Diffusion(), trainer.config)
-    list(run.train(trainer))
+    list(train(run, trainer))
     again = UNet.from_config(trainer.model.config)
     again.load_state_dict(base)
     assert merge_lora(again, tmp_path / "lora.safetensors") > 0

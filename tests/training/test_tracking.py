@@ -1,4 +1,4 @@
-"""What is recorded: the means, their state, the picture, and TensorBoard's own reading of what it was told."""
+"""Records of a training: means, their state, the plot, and what TensorBoard reads back."""
 
 import json
 
@@ -10,6 +10,7 @@ from PIL import Image
 from support.trainings import make_trainer
 from unet_denoiser import DataConfig, Run
 from unet_denoiser.diffusion.loss import Losses
+from unet_denoiser.training.loop import train
 from unet_denoiser.training.tracking import MetricsLog, plot
 from unet_denoiser.training.trainer import TrainingStep
 
@@ -38,7 +39,7 @@ def test_lines_are_means_without_the_skipped_steps(tmp_path):
     assert metrics.state()["smoothed_loss"] == pytest.approx((2 * 0.999 + 3.5) / 1.999)
 
 
-def test_state_goes_on_in_the_middle_of_a_line(tmp_path):
+def test_state_restores_in_the_middle_of_a_line(tmp_path):
     straight, first, second = (MetricsLog(tmp_path / name, 1000) for name in ("straight", "first", "second"))
     for one in STEPS:
         straight.add(one)
@@ -58,7 +59,7 @@ def test_lines_after_a_checkpoint_and_half_lines_are_cut(tmp_path):
     assert metrics.path.read_text() == '{"step": 10}\n'
 
 
-def test_the_picture_shows_the_lines(tmp_path):
+def test_the_plot_shows_the_lines(tmp_path):
     line = {"step": 10, "loss": 1.0, "grad_norm": 2.0, "loss_per_level": [1.0, None, 3.0]}
     pictures = []
     for lines in ([], [line], [line | {"step": 10 * i, "loss": 1 / i} for i in range(1, 30)]):
@@ -69,12 +70,12 @@ def test_the_picture_shows_the_lines(tmp_path):
     assert (pictures[0] != pictures[2]).any()
 
 
-def test_tensorboard_is_told_every_line(tmp_path):
+def test_tensorboard_gets_every_line(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     trainer = make_trainer({"track": "tensorboard", "steps": 12, "preview_every": 100})
     run = Run(tmp_path, DataConfig("two"), trainer.model.config, trainer.process, trainer.config)
-    list(run.train(trainer))
+    list(train(run, trainer))
     (file,) = tmp_path.rglob("events.out.tfevents.*")
     events = EventAccumulator(str(file.parent))
     events.Reload()

@@ -1,4 +1,4 @@
-"""Training: it learns, its schedule and averages are right, previews and saves leave it alone, it goes on exactly."""
+"""The trainer: it learns, its schedule and averages are right, it resumes exactly, it refuses what cannot work."""
 
 import json
 import math
@@ -9,18 +9,11 @@ import torch
 from torch.testing import assert_close
 
 from support.networks import relative_error
-from support.trainings import NET, Vectors, make_trainer, steps_kept, two_classes, weights, without_times
-from unet_denoiser import DataConfig, Diffusion, Run, TrainingConfig, UNet, sample, training_losses
-from unet_denoiser.training.run import check_new
-from unet_denoiser.training.tracking import MetricsLog
+from support.trainings import NET, Vectors, assert_equal, make_trainer, two_classes, weights
+from unet_denoiser import Diffusion, TrainingConfig, UNet, sample, training_losses
 
 
-def assert_equal(a, b):
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[name], b[name]) for name in a)
-
-
-def test_trainings_of_several_precisions_in_one_process_do_not_disturb_each_other():
+def test_trainings_of_several_precisions_in_one_process_are_independent():
     alone, first = make_trainer(), make_trainer()
     list(alone.steps())
     steps = first.steps()
@@ -59,7 +52,7 @@ def test_learning_rate_warms_up_and_decays():
 
 
 @pytest.mark.parametrize("width", [8, 16])
-def test_learning_rate_follows_the_width_unless_it_is_chosen(width):
+def test_learning_rate_follows_the_width_unless_it_is_given(width):
     for chosen, expected in ((None, 0.032 / width), (3e-4, 3e-4)):
         options = {"steps": 3, "warmup_steps": 0, "learning_rate": chosen}
         trainer = make_trainer(options, net={"model_channels": width, "norm_groups": 4})
@@ -93,7 +86,7 @@ def test_one_step_is_adamw_on_clipped_gradients(monkeypatch):
             assert_close(p, trainer.model.get_parameter(name), rtol=1e-4, atol=1e-6)
 
 
-def test_conditions_are_dropped_at_the_asked_rate(monkeypatch):
+def test_conditions_are_dropped_with_the_given_probability(monkeypatch):
     trainer = make_trainer({"steps": 40, "batch_size": 100, "condition_dropout": 0.3})
     dropped = []
 
@@ -119,25 +112,10 @@ def test_averages_move_and_differ_from_the_weights():
     assert trainer.ema.updates == 6
 
 
-def test_previews_and_saves_do_not_change_training(tmp_path):
-    plain = make_trainer()
-    list(plain.steps())
-    watched = make_trainer()
-    data = DataConfig("two", class_names=("low", "high"))
-    run = Run(tmp_path, data, watched.model.config, watched.process, watched.config)
-    for _ in watched.steps():
-        before = weights(watched.model)
-        run.preview(watched)
-        run.save(watched, MetricsLog(tmp_path / "metrics.jsonl", 1000))
-        assert_equal(weights(watched.model), before)
-    assert_equal(weights(watched.model), weights(plain.model))
-    assert_equal(watched.ema.state_dict()["averages"], plain.ema.state_dict()["averages"])
-
-
 @pytest.mark.parametrize("cut", [1, 5])
 @pytest.mark.parametrize("parts", [1, 3])
-def test_goes_on_bit_for_bit(cut, parts):
-    """N + M steps are N steps, a state, a new process's worth of objects, a restore, and M steps."""
+def test_resumes_bit_for_bit(cut, parts):
+    """N + M steps equal N steps, a state, new objects as in a new process, a restore, and M steps."""
     # the batch does not divide the data: batches run over the end of an epoch
     options = {"batch_size": 12, "gradient_accumulation_steps": parts}
     straight = make_trainer(options)
@@ -146,31 +124,31 @@ def test_goes_on_bit_for_bit(cut, parts):
     for step in first.steps():
         if step.step == cut:
             break
-    tensors, facts = first.state()
+    tensors, metadata = first.state()
     torch.manual_seed(99)
     second = make_trainer(options | {"seed": 0})
-    second.restore(tensors, json.loads(json.dumps(facts)))
+    second.restore(tensors, json.loads(json.dumps(metadata)))
     rest = [float(step.loss) for step in second.steps()]
     assert rest == losses[cut:]
     assert_equal(weights(second.model), weights(straight.model))
     assert_equal(second.ema.state_dict()["averages"], straight.ema.state_dict()["averages"])
 
 
-def all_of_an_objective(**options):
+def make_full_objective_trainer(**options):
     """A trainer with learned weighting, learned variance, self-conditioning and offset noise: all states and draws."""
     process = Diffusion(variance_type="learned_range", self_conditioning=True, prediction_type="v_prediction")
     options = {"loss_weighting": "learned", "noise_offset": 0.1} | options
     return make_trainer(options, process, process.channels(1) | {"dropout": 0.0})
 
 
-def test_all_of_an_objective_goes_on_bit_for_bit():
-    straight, first, second = (all_of_an_objective(batch_size=5) for _ in range(3))
+def test_a_full_objective_resumes_bit_for_bit():
+    straight, first, second = (make_full_objective_trainer(batch_size=5) for _ in range(3))
     losses = [float(step.loss) for step in straight.steps()]
     for step in first.steps():
         if step.step == 3:
             break
-    tensors, facts = first.state()
-    second.restore(tensors, json.loads(json.dumps(facts)))
+    tensors, metadata = first.state()
+    second.restore(tensors, json.loads(json.dumps(metadata)))
     assert [float(step.loss) for step in second.steps()] == losses[3:]
     assert_equal(weights(second.model), weights(straight.model))
     learned = straight.weighting.uncertainty.weight
@@ -178,16 +156,16 @@ def test_all_of_an_objective_goes_on_bit_for_bit():
     assert learned.abs().max() > 0
 
 
-def test_a_batch_in_parts_is_the_same_objective():
+def test_micro_batches_do_not_change_the_objective():
     """Which samples see an estimate, and what is drawn, depends on the sample alone."""
-    whole, parts = all_of_an_objective(), all_of_an_objective(gradient_accumulation_steps=4)
+    whole, parts = make_full_objective_trainer(), make_full_objective_trainer(gradient_accumulation_steps=4)
     losses = [float(step.loss) for step in whole.steps()]
     assert [float(step.loss) for step in parts.steps()] == pytest.approx(losses, rel=1e-4)
     assert_close(parts.weighting.uncertainty.weight, whole.weighting.uncertainty.weight, rtol=1e-2, atol=1e-4)
 
 
 @pytest.mark.parametrize("option", [{"loss_weighting": "p2"}, {"noise_offset": 0.5}])
-def test_an_objectives_options_reach_the_loss(option):
+def test_options_of_the_objective_reach_the_loss(option):
     plain, other = make_trainer(), make_trainer(option)
     assert float(next(plain.steps()).loss) != float(next(other.steps()).loss)
 
@@ -205,7 +183,7 @@ def test_workers_give_the_same_batches():
         assert torch.equal(a["image"], b["image"])
 
 
-def test_a_data_set_of_ones_own_brings_any_conditions():
+def test_a_custom_dataset_provides_any_conditions():
     data = two_classes()
     own = Vectors(data.images.numpy(), data.labels.numpy())
     trainer = make_trainer(net={"vector_dim": 3, "context_dim": 5}, data=own)
@@ -263,113 +241,3 @@ def test_refuses_options(options, message):
 def test_refuses_a_missing_gpu():
     with pytest.raises(ValueError, match="device='cuda' is not available here"):
         make_trainer({"device": "cuda"})
-
-
-# ---- the run directory -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def run(tmp_path):
-    """A run on a small .npz, not yet trained."""
-    data = two_classes()
-    np.savez(tmp_path / "two.npz", images=data.images[:, 0].numpy(), labels=data.labels.numpy())
-    options = {"steps": 25, "batch_size": 4, "checkpoint_every": 10, "preview_every": 20, "device": "cpu"}
-    chosen = DataConfig(str(tmp_path / "two.npz"), (4, 4), 1, ("low", "high"))
-    config = UNet(**NET | {"num_classes": 2}).config
-    run = Run(tmp_path / "run", chosen, config, Diffusion(), TrainingConfig(**options))
-    run.write()
-    return run
-
-
-def test_run_directory_describes_itself(run):
-    trainer = run.trainer()
-    assert [step.step for step in run.train(trainer)] == list(range(1, 26))
-    files = {str(p.relative_to(run.path)) for p in run.path.rglob("*") if p.is_file() and "checkpoints" not in p.parts}
-    assert files == {
-        ".lock",
-        "config.json",
-        "loss.png",
-        "metrics.jsonl",
-        "model/class_names.json",
-        "model/config.json",
-        "model/model.safetensors",
-        "model/scheduler_config.json",
-        "samples/step-00000020.png",
-        "samples/step-00000025.png",
-    }
-    assert steps_kept(run) == [20, 25]  # the latest two
-    again = Run.load(run.path)
-    assert (again.data, again.model, again.training) == (run.data, run.model, run.training)
-    assert again.process.to_dict() == run.process.to_dict()
-    assert again.class_names == json.loads((run.path / "model" / "class_names.json").read_text()) == ["low", "high"]
-    with trainer.ema.swapped():  # model/ has the averages
-        assert_equal(weights(UNet.from_pretrained(run.path / "model")), weights(trainer.model))
-    logged = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in logged] == [10, 20, 25]
-    assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in logged)
-
-
-def test_runs_of_before_the_data_had_options_are_read(run):
-    path = run.path / "config.json"
-    config = json.loads(path.read_text())
-    config["data"] = {name: config["data"][name] for name in ("source", "image_size", "channels", "class_names")}
-    path.write_text(json.dumps(config))
-    assert Run.load(run.path).data == run.data
-    path.write_text(json.dumps(config | {"data": config["data"] | {"colour": 1}}))
-    with pytest.raises(ValueError, match="unknown option of the data 'colour'"):
-        Run.load(run.path)
-
-
-def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(run, tmp_path):
-    straight = run.trainer()
-    list(run.train(straight))
-    expected, metrics = weights(straight.model), (run.path / "metrics.jsonl").read_text()
-    other = Run(tmp_path / "other", run.data, run.model, run.process, run.training)
-    other.write()
-    for step in other.train(other.trainer()):
-        if step.step == 17:  # a checkpoint at 10, metrics up to 10, then lost
-            break
-    resumed = Run.load(other.path)
-    trainer = resumed.trainer()
-    assert trainer.step == 10
-    list(resumed.train(trainer))
-    assert_equal(weights(trainer.model), expected)
-    assert without_times((other.path / "metrics.jsonl").read_text()) == without_times(metrics)
-
-
-def test_a_failed_save_leaves_the_last_checkpoint(run, monkeypatch):
-    trainer = run.trainer()
-    steps = run.train(trainer)
-    while next(steps).step < 10:
-        pass
-    before = {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
-
-    def fail(tensors, path, metadata):
-        path.write_text("half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("safetensors.torch.save_file", fail)
-    with pytest.raises(OSError, match="No space left"):
-        run.save(trainer, MetricsLog(run.path / "metrics.jsonl", 1000))
-    assert {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()} == before
-    monkeypatch.undo()
-    assert run.trainer().step == 10
-
-
-def test_labels(run):
-    assert run.labels(5).tolist() == [0, 1, 0, 1, 0]
-    assert run.labels(3, ["high"]).tolist() == [1, 1, 1]
-    with pytest.raises(ValueError, match="class='cat' is not one of low, high"):
-        run.labels(3, ["cat"])
-
-
-def test_refuses_directories(run, tmp_path):
-    with pytest.raises(FileExistsError, match="already holds a run: train --resume"):
-        check_new(run.path)
-    with pytest.raises(FileNotFoundError, match="holds no run"):
-        Run.load(tmp_path / "nothing")
-    with pytest.raises(FileNotFoundError, match="no model yet"):
-        run.load_model()
-    (run.path / "config.json").write_text('{"model": {}}')
-    with pytest.raises(ValueError, match="lacks data, process, training"):
-        Run.load(run.path)

@@ -1,3 +1,3 @@
-"""The command line: one file a command."""
+"""The command line: one file per command."""
 
 from unet_denoiser.cli.app import main as main

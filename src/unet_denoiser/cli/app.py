@@ -1,4 +1,4 @@
-"""The command `unet-denoiser`: parsing and printing."""
+"""The command `unet-denoiser` and its sub-commands."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Entry point of the command."""
+    """Run the command with these arguments (default: those of the process)."""
     if "OMP_WAIT_POLICY" not in os.environ:
-        # torch's threads on a CPU wait for each other in a busy loop. On cores that something else uses too, a small
-        # network's training step then took 5.5 s instead of 0.6 s with this limit; on free cores it is the same
+        # torch's CPU threads wait for each other in a busy loop. On cores that are also used by something else, a
+        # training step of a small network takes 5.5 s without this limit and 0.6 s with it; on free cores no difference
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     before, warnings.formatwarning = warnings.formatwarning, one_line_warning
-    what = "Train a diffusion model on your images, sample from it, look at networks and convert them."
+    description = "Train a diffusion model on your images, sample from it, look at networks and convert them."
     try:
-        parse_command(COMMANDS, what, args)()
+        parse_command(COMMANDS, description, args)()
     finally:
         warnings.formatwarning = before

@@ -1,4 +1,4 @@
-"""The command that measures a run."""
+"""unet-denoiser doctor: why are samples grey, noisy or copies?"""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def doctor(
 
     Args:
         run: a run directory.
-        data: the data it was trained on, where they are now (default: as trained).
-        num_images: images that the loss per noise level is measured on.
+        data: where its training data are now (default: as trained).
+        num_images: images that the loss at each noise level is measured on.
         num_samples: samples to make and to look for among the training images.
         device: "auto" takes a GPU where there is one.
     """
@@ -33,14 +33,14 @@ def doctor(
 
     with one_line_errors():
         from unet_denoiser.data.load import load_data
-        from unet_denoiser.evaluation.doctor import SAMPLING_STEPS, examine
+        from unet_denoiser.evaluation.doctor import NUM_SAMPLING_STEPS, diagnose
         from unet_denoiser.training.run import Run
         from unet_denoiser.utils.device import resolve_device
 
         loaded = Run.load(run)
         images = None if data is None else load_data(loaded.with_data(source=str(data)).data)
-        with tqdm(total=num_samples * SAMPLING_STEPS, unit="step", disable=None) as bar:
-            report = examine(
+        with tqdm(total=num_samples * NUM_SAMPLING_STEPS, unit="step", disable=None) as bar:
+            diagnosis = diagnose(
                 loaded,
                 images,
                 num_images=num_images,
@@ -48,4 +48,4 @@ def doctor(
                 device=resolve_device(device),
                 on_step=lambda step: bar.update(len(step.x)),
             )
-    print(report.text())
+    print(diagnosis.text())

@@ -1,4 +1,4 @@
-"""How the command ends where it cannot go on: one line and an exit code, no traceback."""
+"""Errors of a command as one line and an exit code, without a traceback."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 def one_line_errors(
     kinds: tuple[type[Exception], ...] = (ValueError, TypeError, OSError, ImportError),
 ) -> Iterator[None]:
-    """Print what the user can mend as one line and exit with code 2; leave anything else alone."""
+    """Print errors that the user can fix as one line and exit with code 2; let others pass."""
     try:
         yield
     except kinds as error:
@@ -32,8 +32,8 @@ def one_line_errors(
 
 
 @contextmanager
-def one_line_ends(path: Path) -> Iterator[None]:
-    """The ways in which training may end before its last step: asked to, in trouble, or without a disk."""
+def one_line_training_errors(path: Path) -> Iterator[None]:
+    """Print why a training ended before its last step as one line: a signal, NaN, or what `one_line_errors` prints."""
     from unet_denoiser.utils.finite import NonFiniteError
     from unet_denoiser.utils.signals import TrainingInterrupted
 
@@ -47,7 +47,7 @@ def one_line_ends(path: Path) -> Iterator[None]:
 
 
 def one_line_warning(message: Warning | str, *where: Any, **more: Any) -> str:
-    """A warning as `warnings.formatwarning` makes one, without the place in our code."""
+    """Format a warning as `warnings.formatwarning` does, in one line and without the place in our code."""
     return f"unet-denoiser: warning: {' '.join(str(message).split())}\n"
 
 

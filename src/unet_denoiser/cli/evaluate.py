@@ -1,4 +1,4 @@
-"""The command that measures samples."""
+"""unet-denoiser evaluate: metrics of samples, and a search for copies."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ def evaluate(
 
     Args:
         run: a run directory; may be left out with --samples and --data.
-        data: what it was trained on, as for `train` (default: as trained).
+        data: its training data, as for `train` (default: as trained).
         held_out: images it was not trained on, likewise; "digits:held-out" are those of digits (default: half of the
-            images of DATA that are used are taken for them).
+            images of DATA that are used stand in for them).
         held_out_split: the split of DATA, where it is hf:NAME or Parquet files, that has the held-out images.
-        samples: measure these instead of making samples: a folder of pictures or of .npz files, an .npz or an .npy,
+        samples: measure these instead of making samples: a folder of images or of .npz files, an .npz or an .npy,
             of any model.
         num_samples: how many samples to make (default: 10,000).
         num_data: how many images of DATA are used for features, in a random order; 0 takes all.
-        extractor: what features are compared: "inception" (the FID's), "efficientnet-lite0", "pixels",
+        extractor: the features that are compared: "inception" (the FID's), "efficientnet-lite0", "pixels",
             "transformers:NAME" for an image encoder, or a TorchScript file; "auto" is inception where its weights can
             be had, else efficientnet-lite0.
         allow_few: go on with fewer than 2,000 samples, whose figures are mostly bias and noise.
@@ -59,52 +59,51 @@ def evaluate(
     with one_line_errors():
         if run is None and (samples is None or data is None):
             raise ValueError("give a RUN; or --samples and --data, for samples of any other model")
-        of_samples = {"num_samples": num_samples, "seed": seed, "batch_size": batch_size, "checkpoint": checkpoint}
+        generation = {"num_samples": num_samples, "seed": seed, "batch_size": batch_size, "checkpoint": checkpoint}
         for name, value, least in (("num_data", num_data, 0), ("batch_size", batch_size, 1), ("seed", seed, 0)):
             if value is not None and value < least:
                 raise ValueError(f"{name}={value} must be at least {least}")
-        given = [*sampling, *(name for name, value in of_samples.items() if value is not None)]
-        if samples is not None and given:
-            raise ValueError(f"{given[0]} means nothing with --samples, which are made already; leave it out")
+        given: dict[str, Any] = {name: value for name, value in generation.items() if value is not None}
+        if samples is not None and (useless := [*sampling, *given]):
+            raise ValueError(f"{useless[0]} means nothing with --samples, which are made already; leave it out")
         if out is not None and out.is_file():
             raise ValueError(f"out={out} is a file; give a folder")
         config = SamplingConfig(**sampling)
         from unet_denoiser.evaluation.evaluator import check_count
-        from unet_denoiser.evaluation.evaluator import evaluate as measure
-        from unet_denoiser.evaluation.samples import GeneratedSamples, conditioned_data, evaluated_data, read_samples
+        from unet_denoiser.evaluation.evaluator import evaluate as evaluate_samples
+        from unet_denoiser.evaluation.samples import (
+            GeneratedSamples,
+            load_compared_data,
+            load_conditioned_data,
+            read_samples,
+        )
         from unet_denoiser.training.run import Run
         from unet_denoiser.utils.device import resolve_device
         from unet_denoiser.utils.files import check_writable
 
-        count = 10_000 if num_samples is None else num_samples
+        count = given.pop("num_samples", 10_000)
         if samples is None:
             check_count(count, allow_few)
-        loaded, place = None if run is None else Run.load(run), resolve_device(device)
-        folder = out or _folder(run, samples)
+        loaded, resolved = None if run is None else Run.load(run), resolve_device(device)
+        folder = out or _default_folder(run, samples)
         check_writable(folder)
-        data_config, images, unseen = evaluated_data(loaded, data, held_out, held_out_split)
-        made: Any
+        data_config, images, unseen = load_compared_data(loaded, data, held_out, held_out_split)
+        source: Any
         if samples is not None:
-            made, about = read_samples(samples, images), {"source": str(samples)}
+            source, about = read_samples(samples, images), {"source": str(samples)}
         else:
             assert loaded is not None
-            options: dict[str, Any] = {
-                "seed": seed or 0,
-                "batch_size": batch_size or 64,
-                "checkpoint": checkpoint or "latest",
-                "device": place,
-            }
-            conditioned = conditioned_data(data_config, images)
-            made = GeneratedSamples(loaded, conditioned, count, config=config, **options)
-            about = made.about
-        report = measure(
-            made,
+            conditioned = load_conditioned_data(data_config, images)
+            source = GeneratedSamples(loaded, conditioned, count, config=config, device=resolved, **given)
+            about = source.about
+        report = evaluate_samples(
+            source,
             images,
             held_out=unseen,
             extractor=extractor,
             num_data=num_data,
             allow_few=allow_few,
-            device=place,
+            device=resolved,
             folder=folder,
             about=about,
         )
@@ -112,7 +111,7 @@ def evaluate(
     print(folder / "report.json")
 
 
-def _folder(run: Path | None, samples: Path | None) -> Path:
+def _default_folder(run: Path | None, samples: Path | None) -> Path:
     if run is not None:
         return run / "evaluation"
     assert samples is not None

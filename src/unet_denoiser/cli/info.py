@@ -1,4 +1,4 @@
-"""The commands that look at networks and convert them."""
+"""The command that shows a network."""
 
 from __future__ import annotations
 
@@ -28,39 +28,38 @@ def info(
     Args:
         name: a preset's name, a run directory, or a directory with a saved model.
         diagram: also draw the network into this .svg file.
-        memory: estimate the memory and the operations of a training step instead; the options below describe it, and
-            a run has its own defaults for them.
-        device: what it would be trained on; "auto" is a GPU where there is one here.
+        memory: show instead the estimated memory and operations of a training step; the options below describe it
+            (default: those of the run, if there is one).
+        device: the device of the training; "auto" is a GPU if this machine has one.
     """
     if memory:
         return _show_memory(name, step, device)
     with one_line_errors():
         if step:
             raise ValueError(f"{next(iter(step))}: the options of a training step need --memory")
-        config, _ = _network(name)
+        config, _ = _find_network(name)
         if diagram is not None:
             if diagram.suffix != ".svg":
                 raise ValueError(f"diagram={diagram}: give a name that ends in .svg")
-            from unet_denoiser.models.diagram import diagram as draw
+            from unet_denoiser.models.diagram import draw_diagram
             from unet_denoiser.utils.files import write_atomically
 
-            write_atomically(diagram, lambda path: path.write_text(draw(config), encoding="utf-8"))
-    from unet_denoiser.models.summary import summarize, table
+            write_atomically(diagram, lambda path: path.write_text(draw_diagram(config), encoding="utf-8"))
+    from unet_denoiser.models.summary import format_summary, summarize
 
-    print(table(summarize(config)))
+    print(format_summary(summarize(config)))
     print("\n" + ", ".join(f"{k}={show(v)}" for k, v in asdict(config).items()))
 
 
-def _network(name: str) -> tuple[UNetConfig, Any]:
-    """The architecture that a name means, and the run it is of, if any."""
+def _find_network(name: str) -> tuple[UNetConfig, Any]:
+    """Return the architecture of a preset, run or model directory, and the run if it is one."""
     from unet_denoiser.config.presets import PRESETS, preset
     from unet_denoiser.training.run import Run
     from unet_denoiser.utils.files import read_json
 
     if name in PRESETS:
         return preset(name), None
-    if (Path(name) / "model").is_dir() or (Path(name) / "metrics.jsonl").exists():
-        run = Run.load(name)
+    if (run := Run.find(name)) is not None:
         return run.model, run
     if (Path(name) / "config.json").is_file():
         return UNetConfig.from_dict(read_json(Path(name) / "config.json")), None
@@ -69,14 +68,14 @@ def _network(name: str) -> tuple[UNetConfig, Any]:
 
 def _show_memory(name: str, options: dict[str, Any], device: DeviceName) -> None:
     with one_line_errors():
-        from unet_denoiser.models.memory_estimate import estimate, table
+        from unet_denoiser.models.memory_estimate import estimate, format_estimate
         from unet_denoiser.utils.device import resolve_device
 
-        config, run = _network(name)
+        config, run = _find_network(name)
         shared = ("batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "mixed_precision")
-        given = {} if run is None else {key: getattr(run.training, key) for key in shared}
-        about = MemoryConfig(**given | options)
+        defaults = {} if run is None else {key: getattr(run.training, key) for key in shared}
+        step = MemoryConfig(**defaults | options)
         place = resolve_device("auto") if device == "auto" else device
-        print(table(estimate(config, about, place), about, place))
+        print(format_estimate(estimate(config, step, place), step, place))
         if run is not None and run.training.lora_rank:
             print("This is for training all weights; a LoRA needs less, by most of the gradients' and optimizer's.")

@@ -1,4 +1,4 @@
-"""The options of the command line, made from the configurations' fields and docstrings."""
+"""Options of the command line, from the fields and docstrings of the configurations."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from unet_denoiser.config.training import TrainingConfig
 from unet_denoiser.config.unet import UNetConfig
 
 
-def options_of(config: type, without: tuple[str, ...] = ()) -> Any:
-    """The fields of a configuration class as options that are there only when given, with its docstring's words."""
-    words = {p.arg_name: " ".join((p.description or "").split()) for p in parse(config.__doc__ or "").params}
+def make_options(config: type, without: tuple[str, ...] = ()) -> Any:
+    """Return a configuration's fields as a TypedDict for tyro, which has a key only for each option that was given."""
+    help_texts = {p.arg_name: " ".join((p.description or "").split()) for p in parse(config.__doc__ or "").params}
     parameters, hints = inspect.signature(config).parameters, get_type_hints(config)
     options = {
         name: Annotated[
-            hints[name], tyro.conf.arg(help=words[name], help_behavior_hint=f"(default: {show(p.default)})")
+            hints[name], tyro.conf.arg(help=help_texts[name], help_behavior_hint=f"(default: {show(p.default)})")
         ]
         for name, p in parameters.items()
         if name not in without
@@ -40,40 +40,41 @@ def options_of(config: type, without: tuple[str, ...] = ()) -> Any:
 
 
 def show(value: object) -> str:
+    """Format a value as it is typed on the command line."""
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def parse_command(
     commands: Mapping[str, Callable[..., None]], description: str, args: Sequence[str] | None
 ) -> Callable[[], None]:
-    """The command that a command line asks for, with its options; a mistake prints one line and exits with code 2."""
+    """Return a command bound to its arguments; a mistake prints one line and exits with code 2."""
 
-    def bound(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+    def bind_later(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
         return wraps(command)(lambda *args, **options: partial(command, *args, **options))
 
-    bounds, said = {name: bound(command) for name, command in commands.items()}, io.StringIO()
+    parsers, errors = {name: bind_later(command) for name, command in commands.items()}, io.StringIO()
     try:
-        with redirect_stderr(said):
+        with redirect_stderr(errors):
             call: Callable[[], None] = tyro.extras.subcommand_cli_from_dict(
-                bounds, prog="unet-denoiser", description=description, args=args
+                parsers, prog="unet-denoiser", description=description, args=args
             )
         return call
     except SystemExit as end:
         if end.code:
-            print(f"unet-denoiser: error: {_in_one_line(said.getvalue())}", file=sys.stderr)
+            print(f"unet-denoiser: error: {_shorten(errors.getvalue())}", file=sys.stderr)
         raise
 
 
-def _in_one_line(box: str) -> str:
-    """What tyro says in its box, or between rules where the terminal has no lines to draw one; without the rest."""
-    drawn = "╭" in box
-    lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
+def _shorten(text: str) -> str:
+    """Reduce tyro's error message to one line; it stands in a box, or between rules if the terminal has no box."""
+    boxed = "╭" in text
+    lines = [line.strip("│ ") for line in text.splitlines() if not line.startswith(("╭", "╰"))]
     sections = re.split(r"\n[─-]+\n", "\n".join(lines))
-    said = " ".join((sections[0] if drawn else sections[min(1, len(sections) - 1)]).split())
-    similar = re.search(r"(?:similar to .*|you meant):\s+(--\S+)", box.replace("│", ""))
-    helps = re.findall(r"unet-denoiser(?: \w+)? --help", box)
+    message = " ".join((sections[0] if boxed else sections[min(1, len(sections) - 1)]).split())
+    similar = re.search(r"(?:similar to .*|you meant):\s+(--\S+)", text.replace("│", ""))
+    helps = re.findall(r"unet-denoiser(?: \w+)? --help", text)
     hint = f"; {similar[1]} is near" if similar else ""
-    return f"{said}{hint} (see {helps[-1] if helps else 'unet-denoiser --help'})"
+    return f"{message}{hint} (see {helps[-1] if helps else 'unet-denoiser --help'})"
 
 
 if TYPE_CHECKING:
@@ -85,13 +86,13 @@ if TYPE_CHECKING:
     SamplingOptions: TypeAlias = dict[str, Any]
     EditingOptions: TypeAlias = dict[str, Any]
 else:
-    DataOptions = Annotated[options_of(DataConfig, without=("source",)), tyro.conf.OmitArgPrefixes]
-    TrainingOptions = Annotated[options_of(TrainingConfig), tyro.conf.OmitArgPrefixes]
-    ProcessOptions = options_of(DiffusionConfig)
-    ModelOptions = options_of(UNetConfig)
-    MemoryOptions = Annotated[options_of(MemoryConfig), tyro.conf.OmitArgPrefixes]
-    SamplingOptions = Annotated[options_of(SamplingConfig), tyro.conf.OmitArgPrefixes]
-    EditingOptions = Annotated[options_of(EditingConfig), tyro.conf.OmitArgPrefixes]
+    DataOptions = Annotated[make_options(DataConfig, without=("source",)), tyro.conf.OmitArgPrefixes]
+    TrainingOptions = Annotated[make_options(TrainingConfig), tyro.conf.OmitArgPrefixes]
+    ProcessOptions = make_options(DiffusionConfig)
+    ModelOptions = make_options(UNetConfig)
+    MemoryOptions = Annotated[make_options(MemoryConfig), tyro.conf.OmitArgPrefixes]
+    SamplingOptions = Annotated[make_options(SamplingConfig), tyro.conf.OmitArgPrefixes]
+    EditingOptions = Annotated[make_options(EditingConfig), tyro.conf.OmitArgPrefixes]
 OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 OptionalSize = Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="INT [INT]", help_behavior_hint="")]
 OptionalNumber = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]

@@ -1,4 +1,4 @@
-"""Every option of the project, one dataclass a file. Standard library only, so that `--help` is quick."""
+"""All options of the project, one dataclass per file. Imports the standard library only, so `--help` is quick."""
 
 from unet_denoiser.config.data import DataConfig as DataConfig
 from unet_denoiser.config.diffusion import DiffusionConfig as DiffusionConfig

@@ -1,4 +1,4 @@
-"""What is chosen where nothing is said."""
+"""Defaults that depend on the dataset: the architecture and the learning rate."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from unet_denoiser.config.base import halve
 from unet_denoiser.config.unet import UNetConfig
+
+# image size up to which a row applies: (model_channels, channel_mult)
+_WIDTHS = {8: (32, (1, 2)), 16: (64, (1, 2, 2)), 32: (64, (1, 2, 2, 2)), 64: (96, (1, 2, 3, 4))}
+_LARGEST_WIDTHS = (128, (1, 1, 2, 3, 4))
 
 
 def architecture_for(
@@ -14,18 +19,19 @@ def architecture_for(
     image_size: Sequence[int],
     num_classes: int | None,
     options: dict[str, Any],
+    *,
     base: UNetConfig | None = None,
     network_channels: Mapping[str, int] | None = None,
     on_cpu: bool = False,
 ) -> UNetConfig:
-    """The network to train on a data set: what was asked for, and a choice by size for the rest.
+    """Return the architecture of a network to train on a dataset.
 
     Args:
-        channels, image_size, num_classes, concat_channels: the data's.
-        options: fields of `UNetConfig` that were chosen; they win.
-        base: what the rest comes from, instead of the choice by size: a preset, or a checkpoint's.
-        network_channels: `in_channels` and `out_channels`, where they are not the data's (see `Diffusion.channels`).
-        on_cpu: choose a network that learns something in the time one has on a CPU.
+        channels, image_size, num_classes: of the dataset.
+        options: fields of `UNetConfig` that the user chose; they win.
+        base: a preset or a checkpoint's architecture for the other fields, instead of defaults by image size.
+        network_channels: `in_channels` and `out_channels`, if they differ from `channels` (see `Diffusion.channels`).
+        on_cpu: choose a network that is small enough to train on a CPU.
     """
     data = {
         **(network_channels or {"in_channels": channels, "out_channels": channels}),
@@ -33,7 +39,7 @@ def architecture_for(
         "dims": len(image_size),
         "num_classes": num_classes,
     }
-    rest = _by_size(max(image_size), options, on_cpu) if base is None else base.to_dict() | {"context_dim": None}
+    rest = _defaults_for(max(image_size), options, on_cpu) if base is None else base.to_dict() | {"context_dim": None}
     if "head_dim" in options and "num_heads" not in options:
         options = {"num_heads": None, **options}
     if options.get("num_heads") is not None and "head_dim" not in options:
@@ -41,11 +47,10 @@ def architecture_for(
     return UNetConfig.from_dict(rest | data | options)
 
 
-def _by_size(size: int, options: dict[str, Any], on_cpu: bool) -> dict[str, Any]:
-    """Levels down to about 4 pixels, and attention where there are at most 16 per axis."""
-    widths = {8: (32, (1, 2)), 16: (64, (1, 2, 2)), 32: (64, (1, 2, 2, 2)), 64: (96, (1, 2, 3, 4))}
-    model_channels, mults = next((v for limit, v in widths.items() if size <= limit), (128, (1, 1, 2, 3, 4)))
-    small = on_cpu and size > 8  # in the same time a wider one gets too few steps (docs/quality.md)
+def _defaults_for(size: int, options: dict[str, Any], on_cpu: bool) -> dict[str, Any]:
+    """Choose levels down to about 4 pixels, with attention where an axis has at most 16."""
+    model_channels, mults = next((row for limit, row in _WIDTHS.items() if size <= limit), _LARGEST_WIDTHS)
+    small = on_cpu and size > 8  # a wider one takes too few steps in the same time (docs/results/quality.md)
     model_channels = 32 if small else model_channels
     levels = len(options.get("channel_mult", mults))
     width = options.get("model_channels", model_channels)
@@ -53,19 +58,20 @@ def _by_size(size: int, options: dict[str, Any], on_cpu: bool) -> dict[str, Any]
         "model_channels": model_channels,
         "channel_mult": mults,
         "num_res_blocks": 1 if small else 2,
-        "attention_resolutions": tuple(r for r in (-(-size // 2**level) for level in range(levels)) if r <= 16),
+        "attention_resolutions": tuple(r for r in (halve(size, level) for level in range(levels)) if r <= 16),
         "num_heads": None,
         "head_dim": math.gcd(width, 32),
         "context_dim": None,
         "upsample": "nearest",
-        "norm_groups": max(1, min(32, width // 4)),  # with one channel per group, the time embedding would be lost
-        "dropout": 0.0,  # it costs time and, until the data are learned by heart, distance; see docs/quality.md
+        "norm_groups": max(1, min(32, width // 4)),  # one channel per group would cancel the time embedding
+        "dropout": 0.0,  # it costs time and, before overfitting begins, quality (docs/results/quality.md)
     }
 
 
 def default_learning_rate(model_channels: int) -> float:
-    """What suits a network of this width: Adam's best rate falls as the inverse of the width (Yang et al. 2022).
+    """Return AdamW's learning rate for a width: the best rate is proportional to 1 / width (Yang et al. 2022).
 
-    1e-3 at 32 channels is measured (docs/quality.md); DDPM's 2e-4 at 128 and Stable Diffusion's 1e-4 at 320 are near.
+    1e-3 at 32 channels is measured (docs/results/quality.md); the rule comes near DDPM's 2e-4 at 128 and Stable
+    Diffusion's 1e-4 at 320.
     """
     return 0.032 / model_channels

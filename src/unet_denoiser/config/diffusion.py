@@ -5,29 +5,27 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from unet_denoiser.config.base import BetaSchedule, PredictionType, VarianceType, check_choice
+from unet_denoiser.config.base import BetaSchedule, PredictionType, VarianceType, check_choice, check_minimum
 
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """A forward process, and what a network learns of it.
+    """The forward process, and what the network predicts.
 
     Args:
-        num_train_timesteps: T; timesteps are 0 (almost clean) to T - 1 (almost noise).
+        num_train_timesteps: T; timesteps go from 0 (almost clean) to T - 1 (almost pure noise).
         beta_schedule: "linear" (DDPM), "scaled_linear" (Stable Diffusion), "squaredcos_cap_v2" (cosine) or "sigmoid".
-        beta_start: the first beta; the cosine schedule has none.
-        beta_end: the last beta.
-        prediction_type: what the network outputs: "epsilon" (the noise; Ho et al. 2020), "v_prediction"
+        beta_start: the first beta; the cosine schedule ignores it.
+        beta_end: the last beta; the cosine schedule ignores it.
+        prediction_type: what the network predicts: "epsilon" (the noise; Ho et al. 2020), "v_prediction"
             (alpha eps - sigma x0; Salimans and Ho 2022) or "sample" (x0).
-        clip_sample_range: r, when the data lie in [-r, r] and predicted x0 are clipped to it; None for unbounded data
-            (latents).
-        rescale_betas_zero_snr: make the last timestep pure noise (Lin et al. 2023); not with "epsilon", which tells
-            nothing of x0 there.
-        variance_type: the variance of a step of the ddpm sampler: "fixed_small" (the posterior's), "fixed_large" (beta)
-            or "learned_range": the network predicts it in a second half of its output channels (Nichol and Dhariwal
+        clip_sample_range: r for data in [-r, r], to which predicted x0 are clipped; None for unbounded data (latents).
+        rescale_betas_zero_snr: make the last timestep pure noise (Lin et al. 2023); not with "epsilon", which does not
+            determine x0 there.
+        variance_type: variance of a step of the ddpm sampler: "fixed_small" (the posterior's), "fixed_large" (beta) or
+            "learned_range" (the network predicts it in a second half of its output channels; Nichol and Dhariwal
             2021).
-        self_conditioning: the network sees its previous estimate of x0 too, in further input channels (Chen et al.
-            2022).
+        self_conditioning: feed the network its previous estimate of x0 in additional input channels (Chen et al. 2022).
 
     Raises:
         ValueError: an option that cannot work, with its name, its value and a valid one.
@@ -47,8 +45,7 @@ class DiffusionConfig:
         check_choice("beta_schedule", self.beta_schedule, BetaSchedule)
         check_choice("prediction_type", self.prediction_type, PredictionType)
         check_choice("variance_type", self.variance_type, VarianceType)
-        if self.num_train_timesteps < 1:
-            raise ValueError(f"num_train_timesteps={self.num_train_timesteps} must be at least 1, for example 1000")
+        check_minimum(self, 1, "num_train_timesteps")
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(f"beta_start={self.beta_start} and beta_end={self.beta_end} must be 0 < start <= end < 1")
         if self.clip_sample_range is not None and not 0 < self.clip_sample_range < math.inf:
@@ -57,8 +54,8 @@ class DiffusionConfig:
             )
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise ValueError(
-                "prediction_type='epsilon' with rescale_betas_zero_snr=True: predicted noise tells nothing of x0 at "
-                "the last timestep; use 'v_prediction' or 'sample'"
+                "prediction_type='epsilon' with rescale_betas_zero_snr=True: at the last timestep, predicted noise "
+                "does not determine x0; use 'v_prediction' or 'sample'"
             )
         if self.variance_type == "learned_range" and self.num_train_timesteps < 2:
             raise ValueError(

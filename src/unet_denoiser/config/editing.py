@@ -1,11 +1,13 @@
-"""What is made of an existing picture, or between two samples: the options, checked. Standard library only."""
+"""The options of image editing and interpolation."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-# what excludes each other
+from unet_denoiser.config.base import check_minimum
+
+# at most one of these may be given
 TASKS = (
     "strength",
     "mask",
@@ -21,26 +23,27 @@ DEFAULT_STRENGTH = 0.6
 
 @dataclass(frozen=True)
 class EditingConfig:
-    """What to make of an existing picture, or between two samples.
+    """Editing of an existing image, or interpolation between two samples.
 
     Args:
-        image: the picture to change; alone, samples that resemble it (image to image).
-        strength: how far from the picture they may go: its share of the noise levels is added and taken away again; 1
-            forgets the picture (default: 0.6).
-        mask: a picture, white where to paint; every other pixel of the image comes back exactly.
+        image: the image to edit; without further options, generate variations of it (image to image).
+        strength: share of the noise levels that is added to the image and removed again: more changes it more, 1
+            ignores it (default: 0.6).
+        mask: a mask image, white where to paint (inpainting); all other pixels stay exactly the same.
         outpaint: pixels to add at the top, right, bottom and left, and to paint.
-        resample: how often each step is repeated with new noise while painting, so that old and new fit each other
-            (RePaint); with the samplers ddim, ddpm, euler and euler_a.
-        upscale: make the image this many times as large; the result's means over the old pixels are the image.
-        invert: find the noise that the image comes from, and generate from it again, with other conditions if you like.
-        image_class: the image's own class, with --invert (default: the one to generate).
-        image_caption: the image's own caption, likewise.
-        interpolate_seeds: two seeds; the images go from the one's sample to the other's.
-        interpolate_classes: two classes, likewise.
-        interpolate_captions: two captions, likewise.
+        resample: how often each step is repeated with new noise, so that painted and given pixels fit each other
+            (RePaint, Lugmayr et al. 2022); with the samplers ddim, ddpm, euler and euler_a.
+        upscale: enlarge the image by this factor; averaged over the old pixels, the result equals the image.
+        invert: find the noise that generates the image (DDIM inversion) and sample from it again, for example with
+            another class or caption.
+        image_class: class of the image, for --invert (default: the class to generate).
+        image_caption: caption of the image, for --invert (default: the caption to generate).
+        interpolate_seeds: two seeds, between whose samples to interpolate.
+        interpolate_classes: two classes to interpolate between.
+        interpolate_captions: two captions to interpolate between.
 
     Raises:
-        ValueError: options that cannot work, alone or together, by their names.
+        ValueError: options that cannot work, alone or together, with their names.
     """
 
     image: Path | None = None
@@ -65,19 +68,17 @@ class EditingConfig:
         for seed in self.interpolate_seeds or ():
             if not -(2**63) <= seed < 2**63:
                 raise ValueError(f"interpolate_seeds={self.interpolate_seeds}: {seed} does not fit 64 bits")
-        if self.resample < 1:
-            raise ValueError(f"resample={self.resample} must be at least 1")
-        if self.upscale is not None and self.upscale < 2:
-            raise ValueError(f"upscale={self.upscale} must be at least 2")
+        check_minimum(self, 1, "resample")
+        check_minimum(self, 2, "upscale")
 
     def _check_exclusions(self) -> None:
         given = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
         tasks = [name for name in given if name in TASKS]
-        if self.image is None and (lonely := [name for name in given if not name.startswith("interpolate_")]):
-            raise ValueError(f"{lonely[0]}={getattr(self, lonely[0])} needs an image")
+        if self.image is None and (dependent := [name for name in given if not name.startswith("interpolate_")]):
+            raise ValueError(f"{dependent[0]}={getattr(self, dependent[0])} needs an image")
         if self.image is not None and self.interpolates:
             tasks.insert(0, "image")
-        elif "interpolate_seeds" in tasks:  # goes with any condition
+        elif "interpolate_seeds" in tasks:  # seeds go with classes or captions
             tasks.remove("interpolate_seeds")
         if len(tasks) > 1:
             raise ValueError(f"{tasks[0]} and {tasks[1]} exclude each other; give one of them")
@@ -89,5 +90,5 @@ class EditingConfig:
 
     @property
     def interpolates(self) -> bool:
-        """Whether the samples are on the way from one to another."""
+        """Return True if the task is an interpolation."""
         return bool(self.interpolate_seeds or self.interpolate_classes or self.interpolate_captions)

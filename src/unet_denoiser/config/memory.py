@@ -1,11 +1,11 @@
-"""The options of the memory estimate. Standard library only."""
+"""The options of the memory estimate."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from unet_denoiser.config.base import MixedPrecision, check_choice
+from unet_denoiser.config.base import MixedPrecision, check_choice, check_minimum
 
 Sharding = Literal["none", "ddp", "fsdp"]
 
@@ -15,16 +15,16 @@ class MemoryConfig:
     """The training step whose memory is estimated.
 
     Args:
-        batch_size: images per step, over all processes together.
-        gradient_accumulation_steps: parts that a process computes its share of the batch in, one after the other.
-        image_size: one number or height and width, if not the network's own.
-        context_tokens: tokens of text that a network with cross-attention sees.
+        batch_size: images per optimizer step, over all processes.
+        gradient_accumulation_steps: micro-batches that each process splits its share of the batch into.
+        image_size: one number, or height and width (default: the network's).
+        context_tokens: tokens of the context, for a network with cross-attention.
         mixed_precision: "no" (float32), "bf16" or "fp16" (autocast: the weights stay float32).
-        gradient_checkpointing: less memory for more time.
-        sharding: "none" (one process), "ddp" (a full copy on each) or "fsdp" (FSDP2: each holds a share).
+        gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
+        sharding: "none" (one process), "ddp" (a copy on each GPU) or "fsdp" (FSDP2: a share on each GPU).
         num_processes: GPUs, over all machines.
-        optimizer_states: numbers that the optimizer keeps for each parameter: 2 for AdamW, 0 for plain SGD.
-        ema: whether averaged weights are kept.
+        optimizer_states: numbers that the optimizer keeps per parameter: 2 for AdamW, 0 for plain SGD.
+        ema: keep averaged weights (an exponential moving average).
 
     Raises:
         ValueError: an option that cannot work, with its name, its value and a valid one.
@@ -44,17 +44,14 @@ class MemoryConfig:
     def __post_init__(self) -> None:
         check_choice("mixed_precision", self.mixed_precision, MixedPrecision)
         check_choice("sharding", self.sharding, Sharding)
-        for name in ("batch_size", "gradient_accumulation_steps", "context_tokens", "num_processes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.optimizer_states < 0:
-            raise ValueError(f"optimizer_states={self.optimizer_states} must be at least 0")
+        check_minimum(self, 1, "batch_size", "gradient_accumulation_steps", "context_tokens", "num_processes")
+        check_minimum(self, 0, "optimizer_states")
         if self.image_size is not None and min(self.image_size, default=0) < 1:
             raise ValueError(f"image_size={self.image_size} must be a positive int, or one per axis")
         if (self.sharding == "none") != (self.num_processes == 1):
             raise ValueError(
-                f"sharding={self.sharding!r} with num_processes={self.num_processes}: one process has nothing to share "
-                "('none'); several need 'ddp' or 'fsdp'"
+                f"sharding={self.sharding!r} with num_processes={self.num_processes}: one process needs 'none', "
+                "several need 'ddp' or 'fsdp'"
             )
         parts = self.num_processes * self.gradient_accumulation_steps
         if self.batch_size % parts:

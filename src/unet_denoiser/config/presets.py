@@ -1,4 +1,4 @@
-"""Architectures by name, as data, and the one that is chosen for a data set."""
+"""Published architectures by name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from unet_denoiser.config.unet import UNetConfig
 
 Options = dict[str, Any]
 
-# What each family shares. A published network has no learned null: absent conditions are the caller's (empty text).
+# The options that each family shares. Published networks have no learned null: an empty caption stands for no text.
 _PUBLISHED: Options = {"context_dim": None, "learned_null": False, "upsample": "nearest"}
 _DDPM: Options = _PUBLISHED | {
     "num_heads": 1,
@@ -204,12 +204,12 @@ PRESETS: dict[str, Options] = {
 
 
 def list_presets() -> list[str]:
-    """The names that `preset` knows."""
+    """Return the names of the published architectures."""
     return list(PRESETS)
 
 
 def preset(name: str) -> UNetConfig:
-    """The architecture of a name; ValueError with the valid ones for any other."""
+    """Return a published architecture by its name; ValueError for an unknown name."""
     if name not in PRESETS:
         raise ValueError(f"preset={name!r} is not one of {', '.join(PRESETS)}")
     return UNetConfig(**PRESETS[name])

@@ -1,4 +1,4 @@
-"""How samples are made, as data: every option once, checked when it is built. Standard library only."""
+"""The options of the reverse process."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from unet_denoiser.config.base import check_choice
+from unet_denoiser.config.base import check_choice, check_minimum
 
 SamplerName = Literal[
     "ddpm", "ddim", "pndm", "ipndm", "dpm++", "dpm++3m", "dpm++2s", "dpm++3s", "dpm++sde", "unipc", "deis", "sa",
@@ -18,30 +18,32 @@ SigmaSchedule = Literal["karras", "exponential"]
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How samples are made.
+    """How the reverse process makes samples.
 
     Args:
-        sampler: the sampler (docs/sampling.md has a table); ddpm wants hundreds of steps, the others tens.
-        num_inference_steps: steps of the reverse process: more is slower and more exact.
-        eta: share of the noise of ddpm that ddim draws: 0 is deterministic, 1 is ddpm's (Song et al. 2021, equation
-            16); only with ddim.
-        timestep_spacing: "trailing" counts back from the last timestep, which is pure noise; "linspace" visits the
-            first and the last; "leading" leaves out the last ones (Lin et al. 2023, table 2).
-        sigma_schedule: choose the noise levels by sigma / alpha instead of by timesteps: "karras" (Karras et al. 2022,
-            equation 5, with rho = 7) or "exponential" (evenly in its logarithm), from at most 80 down.
-        guidance_scale: how strongly to follow class, caption, numbers and picture; 1 is off, 2 to 5 are usual.
+        sampler: the sampler (docs/reference/samplers.md has a table); ddpm needs hundreds of steps, the others tens.
+        num_inference_steps: steps of the reverse process: more are slower and more exact.
+        eta: noise of ddim relative to ddpm: 0 is deterministic, 1 is ddpm's (Song et al. 2021, equation 16); only with
+            ddim.
+        timestep_spacing: "trailing" counts back from the last timestep, which is pure noise; "linspace" includes the
+            first and the last; "leading" omits the last ones (Lin et al. 2023, table 2).
+        sigma_schedule: space the noise levels by sigma / alpha instead of by timesteps: "karras" (Karras et al. 2022,
+            equation 5, with rho = 7) or "exponential" (evenly in the logarithm), starting from at most 80.
+        guidance_scale: weight of classifier-free guidance by class, caption, numbers and image; 1 is off, 2 to 5 are
+            usual.
         guidance_interval: guide only where sigma / alpha (sigma in the units of Karras et al. 2022) is above the first
-            number and at most the second, and compute one half elsewhere (Kynkaanniemi et al. 2024, equation 5).
-        guidance_rescale: 0 to 1, how far to bring the spread of guided outputs back to that of unguided ones, against
+            number and at most the second; elsewhere half of the computation is saved (Kynkaanniemi et al. 2024,
+            equation 5).
+        guidance_rescale: 0 to 1: how far to rescale guided outputs to the standard deviation of unguided ones, against
             overexposed images (Lin et al. 2023, section 3.4, who use 0.7).
-        dynamic_threshold: instead of clipping predicted clean images, scale each by this percentile of its absolute
-            values where that exceeds the data's range, as 0.995 (Saharia et al. 2022, section 2.3); for pixels.
-        clip_sample: clip each predicted clean image to the data's range. Without it the first steps, which divide by
-            an alpha near zero, can leave the data far behind when the network predicts noise.
-        reuse: compute the deep part of the network in every so many of its calls only, and forecast it in the others,
-            after Ma et al. 2023 (DeepCache): with 50 steps 5 takes some 0.35 of the time; fewer steps want less.
-        compile: run the network through torch.compile. The first call takes half a minute to several minutes (32 s of a
-            1.2M-parameter network on one core), for each batch size anew; it pays for thousands of images.
+        dynamic_threshold: instead of clipping predicted x0, scale each by this percentile of its absolute values where
+            that exceeds the data range, for example 0.995 (Saharia et al. 2022, section 2.3); for pixels.
+        clip_sample: clip each predicted x0 to the data range. Without it a network that predicts noise can diverge in
+            the first steps, which divide by an alpha near zero.
+        reuse: compute the deep layers in every so many network calls only and forecast their features in the others
+            (after DeepCache, Ma et al. 2023): with 50 steps, 5 takes some 0.35 of the time; fewer steps need less.
+        compile: run the network through torch.compile. The first call takes half a minute to several minutes (32 s for
+            1.2M parameters on one core), again for each batch size; it pays for thousands of images.
 
     Raises:
         ValueError: an option that cannot work, with its name, its value and a valid one.
@@ -62,24 +64,21 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         check_choice("sampler", self.sampler, SamplerName)
-        if self.num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps={self.num_inference_steps} must be at least 1, for example 25")
+        check_minimum(self, 1, "num_inference_steps", "reuse")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta={self.eta} must be 0 (deterministic) to 1 (as random as ddpm)")
         if self.eta > 0 and self.sampler != "ddim":
-            raise ValueError(f"eta={self.eta}: sampler={self.sampler!r} has none; use 'ddim', or leave it out")
+            raise ValueError(f"eta={self.eta}: sampler={self.sampler!r} does not take it; use 'ddim', or leave it out")
         check_choice("timestep_spacing", self.timestep_spacing, TimestepSpacing)
         if self.sigma_schedule is not None:
             check_choice("sigma_schedule", self.sigma_schedule, SigmaSchedule)
             if self.timestep_spacing != "trailing":
                 raise ValueError(
-                    f"timestep_spacing={self.timestep_spacing!r} has no say with sigma_schedule="
-                    f"{self.sigma_schedule!r}, which chooses the noise levels; leave out one of them"
+                    f"timestep_spacing={self.timestep_spacing!r} has no effect with sigma_schedule="
+                    f"{self.sigma_schedule!r}; leave out one of them"
                 )
         if not math.isfinite(self.guidance_scale):
             raise ValueError(f"guidance_scale={self.guidance_scale} must be a finite number; 1 is off")
-        if self.reuse is not None and self.reuse < 1:
-            raise ValueError(f"reuse={self.reuse} must be at least 1, for example 3; None and 1 are off")
         if self.guidance_interval is not None and not 0 <= self.guidance_interval[0] < self.guidance_interval[1]:
             raise ValueError(
                 f"guidance_interval={self.guidance_interval} must be two numbers, 0 <= low < high, in units of sigma / "
@@ -97,5 +96,5 @@ class SamplingConfig:
                 raise ValueError(f"dynamic_threshold={self.dynamic_threshold} must be above 0 to 1, for example 0.995")
             if not self.clip_sample:
                 raise ValueError(
-                    f"dynamic_threshold={self.dynamic_threshold} clips x0, clip_sample=False does not; leave out one"
+                    f"dynamic_threshold={self.dynamic_threshold} clips x0, but clip_sample=False; leave out one"
                 )

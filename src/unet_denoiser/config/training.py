@@ -1,11 +1,18 @@
-"""How a network is trained, as data: every option once, checked when it is built. Standard library only."""
+"""The options of training."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from unet_denoiser.config.base import DeviceName, LossWeightingName, MixedPrecision, TrackerName, check_choice
+from unet_denoiser.config.base import (
+    DeviceName,
+    LossWeightingName,
+    MixedPrecision,
+    TrackerName,
+    check_choice,
+    check_minimum,
+)
 
 
 @dataclass(frozen=True)
@@ -13,39 +20,39 @@ class TrainingConfig:
     """How a network is trained.
 
     Args:
-        steps: optimizer steps in all, resumed ones included.
-        batch_size: images per optimizer step, over all processes and accumulated parts together.
-        gradient_accumulation_steps: parts that a batch is computed in, one after the other, to save memory; their
-            number does not change the training.
-        learning_rate: of AdamW, after the warm-up (default: 0.032 / model_channels, so 1e-3 for a network 32 channels
-            wide and 1e-4 for Stable Diffusion's 320).
-        warmup_steps: steps over which the learning rate rises from zero; it falls to zero along a cosine after them.
-        weight_decay: of AdamW.
-        max_grad_norm: gradients are scaled down to this norm.
-        loss_weighting: of the noise levels: "constant" (that of the squared error of the network's output), "min_snr"
+        steps: optimizer steps in total, including those before a resume.
+        batch_size: images per optimizer step, over all processes and micro-batches.
+        gradient_accumulation_steps: micro-batches that each batch is split into, to save memory; the number does not
+            change the training.
+        learning_rate: peak learning rate of AdamW, after the warm-up (default: 0.032 / model_channels, so 1e-3 for a
+            network 32 channels wide and 1e-4 for Stable Diffusion's 320).
+        warmup_steps: steps over which the learning rate rises from zero; after them it falls to zero along a cosine.
+        weight_decay: weight decay of AdamW.
+        max_grad_norm: gradients with a larger norm are scaled down to it.
+        loss_weighting: weights of the noise levels: "constant" (the squared error of the network's output), "min_snr"
             (Hang et al. 2023), "p2" (Choi et al. 2022), "truncated_snr" (Salimans and Ho 2022; not with "epsilon") or
-            "learned" (each level's loss divided by its own size; Karras et al. 2024).
-        min_snr_gamma: gamma of "min_snr": up to this signal-to-noise ratio the error of the noise counts alike at all
-            levels, above it that of x0.
-        p2_gamma: gamma of "p2": how much less the almost clean levels count.
-        noise_offset: size of a draw that all pixels of a channel share, added to the noise, so that very dark and very
-            bright images are learned; 0.05 to 0.1 is usual, 0 is off (Guttenberg 2023).
-        ema_decay: decay of the averaged weights, which are the ones that are saved and sampled from.
-        condition_dropout: share of samples whose conditions are dropped, so that guidance works.
-        seed: of weights, data order, noise and previews.
-        gradient_checkpointing: less memory for more time.
+            "learned" (each noise level's loss divided by its learned size; Karras et al. 2024).
+        min_snr_gamma: gamma of "min_snr": up to this signal-to-noise ratio all noise levels weight the error of the
+            noise alike, above it the error of x0.
+        p2_gamma: gamma of "p2": larger values give the almost clean noise levels less weight.
+        noise_offset: standard deviation of an offset per sample and channel that is added to the noise, so that very
+            dark and very bright images are learned; 0.05 to 0.1 is usual, 0 is off (Guttenberg 2023).
+        ema_decay: decay of the averaged weights (EMA), which are saved and sampled from.
+        condition_dropout: probability of dropping a sample's conditions, which classifier-free guidance needs.
+        seed: seed of weights, data order, noise and previews.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
         mixed_precision: "bf16" or "fp16" (GPUs only) for convolutions and matrix products; weights, norms, softmax,
             embeddings and loss stay in float32.
-        max_bad_steps: a step whose loss or gradients are not finite changes nothing; after this many in a row
-            training stops and says where they come from.
-        lora_rank: train a LoRA of this rank on the attention's projections instead of all weights; with --init.
-        checkpoint_every: steps between checkpoints; the first and the last step always make one.
-        keep_last: how many of the latest checkpoints are kept.
-        keep_every: also keep those of every so many steps.
-        keep_best: also keep the one with the lowest training loss, averaged over about the last 1000 steps.
-        preview_every: steps between pictures of samples; the last step always makes one.
+        max_bad_steps: a step whose loss or gradients are not finite is skipped; after this many in a row, training
+            stops and reports where they come from.
+        lora_rank: train a LoRA of this rank on the attention projections instead of all weights; needs --init.
+        checkpoint_every: steps between checkpoints; the first and the last step always write one.
+        keep_last: number of latest checkpoints to keep.
+        keep_every: also keep the checkpoints at multiples of this number of steps.
+        keep_best: also keep the checkpoint with the lowest training loss, averaged over about the last 1000 steps.
+        preview_every: steps between previews (pictures of samples); the last step always makes one.
         num_workers: processes that load data (default: none for data in memory, else up to 4).
-        device: "auto" takes a GPU where there is one.
+        device: "auto" uses a GPU if there is one.
         track: also log to "tensorboard" or "wandb".
 
     Raises:
@@ -85,13 +92,9 @@ class TrainingConfig:
         check_choice("mixed_precision", self.mixed_precision, MixedPrecision)
         if self.track is not None:
             check_choice("track", self.track, TrackerName)
-        counts = ("steps", "batch_size", "gradient_accumulation_steps", "max_bad_steps", "keep_last")
-        for name in (*counts, "checkpoint_every", "preview_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("keep_every", "lora_rank"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1, or None")
+        check_minimum(self, 1, "steps", "batch_size", "gradient_accumulation_steps", "max_bad_steps", "keep_last")
+        check_minimum(self, 1, "checkpoint_every", "preview_every", "keep_every", "lora_rank")
+        check_minimum(self, 0, "num_workers")
         if self.batch_size % self.gradient_accumulation_steps:
             parts = self.gradient_accumulation_steps
             raise ValueError(f"batch_size={self.batch_size} cannot be divided into {parts} equal parts")
@@ -107,11 +110,9 @@ class TrainingConfig:
         for name in ("ema_decay", "condition_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
-        if self.num_workers is not None and self.num_workers < 0:
-            raise ValueError(f"num_workers={self.num_workers} must be at least 0")
 
 
-# what a resumed training may be told anew, as it does not change what is learned, but for steps and precision
+# options that `--resume` may change: none but steps and mixed_precision changes what is learned
 _SPEED = ("gradient_accumulation_steps", "gradient_checkpointing", "mixed_precision", "num_workers", "device")
 _SAVING = ("checkpoint_every", "keep_last", "keep_every", "keep_best", "preview_every", "track")
 TRAINING_CHANGEABLE = frozenset(["steps", "max_bad_steps", *_SPEED, *_SAVING])

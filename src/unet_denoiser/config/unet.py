@@ -1,4 +1,4 @@
-"""The architecture of a `UNet` as data: every option once, checked when it is built. Standard library only."""
+"""The options of a `UNet`: its architecture."""
 
 from __future__ import annotations
 
@@ -8,46 +8,47 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, asdict, dataclass, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from unet_denoiser.config.base import per_axis
+from unet_denoiser.config.base import halve, per_axis
 
-# every condition, and the option of a network that is built for it
+# each condition that can be dropped, and the option that builds a network for it
 CONDITIONS = {"class_labels": "num_classes", "vector": "vector_dim", "context": "context_dim"}
 
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Every architectural option of a `UNet`, in one frozen, hashable record.
+    """The architecture of a `UNet`; frozen and hashable.
 
-    "Per level" means one value for all levels or a tuple with one value for each entry of `channel_mult`.
-    A level's resolution is `image_size` halved once per level above it, rounded up.
+    "Per level" means one value for all resolution levels, or a tuple with one value for each entry of `channel_mult`.
+    The resolution of a level is `image_size`, halved once per level above it and rounded up.
 
     Args:
-        in_channels: channels of the noisy input.
+        in_channels: channels of the noisy input, including those concatenated to it.
         model_channels: width that `channel_mult` multiplies, >= 2; also the width of the sinusoidal time embedding.
         out_channels: channels of the prediction (twice `in_channels` when a variance is learned with it).
         num_res_blocks: residual blocks per encoder level; the decoder has one more per level.
-        attention_resolutions: resolutions of the levels that have attention; the bottleneck always has it.
+        attention_resolutions: resolutions of the levels with attention; the bottleneck always has it.
         channel_mult: width of each level in units of `model_channels`, from the finest level to the coarsest.
-        num_heads: attention heads, per level; None when `head_dim` is given.
-        context_dim: width of the tokens that cross-attention attends to (text), or None for no cross-attention.
-        image_size: size the network is meant for, one int or one per axis (the longest counts). It places attention
-            and nothing else: forward takes any size.
-        dims: spatial axes: 1 (signals), 2 (images) or 3 (volumes).
+        num_heads: attention heads, per level; None if `head_dim` is given.
+        context_dim: width of the context tokens (text) for cross-attention, or None for no cross-attention.
+        image_size: size of the training images, one int or one per axis (the longest counts). It only decides which
+            levels have attention: forward takes any size.
+        dims: number of spatial axes: 1 (signals), 2 (images) or 3 (volumes).
         head_dim: channels per attention head, per level; needs num_heads=None.
         num_classes: number of classes to condition on, or None.
-        vector_dim: width of one continuous conditioning vector per sample, or None.
+        vector_dim: width of a conditioning vector of numbers per sample, or None.
         time_cond_dim: width of an embedding that is projected and added to the sinusoids before the time MLP (the
-            guidance scale of consistency models), or None.
-        learned_null: learn what stands in for an absent condition, so that each can be dropped or left out.
+            guidance scale of latent consistency models), or None.
+        learned_null: learn an embedding for the absence of each condition, so that it can be dropped or left out.
         attention: "plain" (self-attention, then cross-attention) or "transformer" (the spatial transformer of
             Stable Diffusion).
-        transformer_depth: transformer blocks per attention place, per level; with attention="transformer".
-        only_cross_attention: the transformer's first attention sees the context too, not the features; per level.
-        modulation: how the time embedding acts: "add", or "scale_shift" (norm, then * (1 + scale) + shift).
+        transformer_depth: transformer blocks in each spatial transformer, per level; with attention="transformer".
+        only_cross_attention: the transformer's first attention attends to the context, not to the features; per level.
+        modulation: how residual blocks use the time embedding: "add", or "scale_shift" (norm, then * (1 + scale) +
+            shift).
         stem_channels: channels after the input convolution, or None for `model_channels`.
         downsample: "conv" (stride 2), "conv_asymmetric" (pads right and bottom only), "avgpool" or "resblock".
         upsample: "conv_transpose", "nearest" (nearest, then conv) or "resblock".
-        norm_groups: groups of each GroupNorm: the largest divisor of its width that is at most this.
+        norm_groups: maximum of groups of each GroupNorm; it has the largest number that divides its width.
         norm_eps: epsilon of each GroupNorm.
         dropout: dropout probability inside the residual blocks, in [0, 1).
         time_frequencies: spacing of the sinusoids: "endpoint" (the last is 1/10000; DDPM) or "half" (ADM, SD).
@@ -85,7 +86,7 @@ class UNetConfig:
     time_frequencies: Literal["endpoint", "half"] = "endpoint"
 
     def __post_init__(self) -> None:
-        for field in fields(self):  # lists (JSON, the specification's snippets) become tuples
+        for field in fields(self):  # JSON has lists
             value = getattr(self, field.name)
             if isinstance(value, list):
                 object.__setattr__(self, field.name, tuple(value))
@@ -95,60 +96,59 @@ class UNetConfig:
         self._check_levels()
         self._check_heads()
 
-    # ---- what follows from the options -----------------------------------------------------------------------------
+    # ---- derived values --------------------------------------------------------------------------------------------
 
     @property
     def conditions(self) -> tuple[str, ...]:
-        """Names of the conditions that the network is built for, of `CONDITIONS`."""
+        """Return the names in `CONDITIONS` that the network is built for."""
         return tuple(name for name, option in CONDITIONS.items() if getattr(self, option) is not None)
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """`image_size`, one int per axis."""
+        """Return `image_size` as one int per axis."""
         return per_axis(self.image_size, self.dims)
 
     @property
     def time_dim(self) -> int:
-        """Width of the time embedding after its MLP."""
+        """Return the width of the time embedding after its MLP."""
         return 4 * self.model_channels
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Channels of each level."""
+        """Return the channels of each resolution level."""
         return tuple(int(mult * self.model_channels) for mult in self.channel_mult)
 
     @property
     def resolutions(self) -> tuple[int, ...]:
-        """Resolution of each level: the longest axis of `image_size`, halved (rounding up) once per level."""
-        size = max(self.image_size) if isinstance(self.image_size, tuple) else self.image_size
-        return tuple(-(-size // 2**level) for level in range(len(self.channel_mult)))
+        """Return the resolution of each level, of the longest axis."""
+        return tuple(halve(max(self.sizes), level) for level in range(len(self.channel_mult)))
 
     def has_attention(self, level: int) -> bool:
-        """Whether the residual blocks of `level` are each followed by attention."""
+        """Return True if attention follows each residual block of `level`."""
         return self.resolutions[level] in self.attention_resolutions
 
     def heads(self, level: int) -> int:
-        """Number of attention heads of `level`; the bottleneck has the last level's."""
+        """Return the number of attention heads of `level`; the bottleneck has those of the last level."""
         if self.head_dim is not None:
             return self.widths[level] // _at(self.head_dim, level)
         return _at(self.num_heads, level)
 
     @property
     def stem_width(self) -> int:
-        """Channels after the input convolution."""
+        """Return the channels after the input convolution."""
         return self.model_channels if self.stem_channels is None else self.stem_channels
 
     def depth(self, level: int) -> int:
-        """Transformer blocks at each attention place of `level`; the bottleneck has the last level's."""
+        """Return the transformer blocks in each spatial transformer of `level`; the bottleneck is as the last level."""
         return _at(self.transformer_depth, level)
 
     def cross_only(self, level: int) -> bool:
-        """Whether the transformers of `level` have no self-attention; the bottleneck's have the last level's."""
+        """Return True if the transformers of `level` have no self-attention; the bottleneck is as the last level."""
         return bool(_at(self.only_cross_attention, level))
 
     @property
     def skip_levels(self) -> tuple[tuple[int, int], ...]:
-        """(level of its size, channels) of every skip connection, in the order the encoder pushes them."""
+        """Return (resolution level, channels) of each skip connection, in the order in which the encoder makes them."""
         skips, last = [(0, self.stem_width)], len(self.widths) - 1
         for level, width in enumerate(self.widths):
             skips += [(level, width)] * self.num_res_blocks + [(level + 1, width)] * (level < last)
@@ -157,12 +157,12 @@ class UNetConfig:
     # ---- JSON ------------------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """All options as plain values for JSON (tuples become lists)."""
+        """Return all options as values for JSON; tuples become lists."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> UNetConfig:
-        """The inverse of `to_dict`; missing options take their defaults, unknown ones raise ValueError."""
+        """Build from the output of `to_dict`; missing options take their defaults, unknown ones raise ValueError."""
         if not isinstance(options, Mapping):
             raise TypeError(f"the U-Net's options are {options!r}; they must be an object of names and values")
         known = {field.name for field in fields(cls)}
@@ -173,7 +173,7 @@ class UNetConfig:
     # ---- checks ----------------------------------------------------------------------------------------------------
 
     def _check_values(self) -> None:
-        """Type and range of each option by itself."""
+        """Check the type and range of each option by itself."""
         for name, hint in get_type_hints(type(self)).items():
             if get_origin(hint) is Literal:
                 value, choices = getattr(self, name), get_args(hint)
@@ -207,7 +207,7 @@ class UNetConfig:
                 )
 
     def _check_levels(self) -> None:
-        """Options with one value per axis or level."""
+        """Check the options with one value per axis or level."""
         sizes = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,) * self.dims
         if len(sizes) != self.dims:
             raise ValueError(
@@ -242,9 +242,8 @@ class UNetConfig:
                 f"levels of {self.resolutions}, so only the bottleneck has attention; () says so without a warning",
                 stacklevel=5,
             )
-
         if self.modulation == "add" and min(self.widths) <= self.norm_groups:
-            # one channel per group: what is added to a whole channel is its mean, which the norm after it takes away
+            # the embedding adds a constant to a whole channel, which a norm over that channel alone subtracts again
             warnings.warn(
                 f"norm_groups={self.norm_groups} leaves one channel per group at {min(self.widths)} channels, "
                 "where the time and class embeddings then have no effect (modulation='add'); "
@@ -253,7 +252,7 @@ class UNetConfig:
             )
 
     def _check_heads(self) -> None:
-        """Heads divide the width of every level that has attention; the bottleneck is the last level's."""
+        """Check that the heads divide the width of each level with attention; the bottleneck is as the last level."""
         if (self.num_heads is None) == (self.head_dim is None):
             raise ValueError(
                 f"num_heads={self.num_heads} and head_dim={self.head_dim}: give exactly one of them, "

@@ -1,174 +1,173 @@
-"""The architecture of a checkpoint, from its names and shapes."""
+"""The architecture of a checkpoint, from the names and shapes of its tensors."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from unet_denoiser.config.base import QKVOrder
 from unet_denoiser.config.presets import PRESETS, preset
 from unet_denoiser.config.unet import UNetConfig
-from unet_denoiser.convert.key_maps import LAYOUTS, BlockStructure
+from unet_denoiser.convert.key_maps import LAYOUTS
+from unet_denoiser.convert.layout import BlockStructure, Layout, Shapes
 
-Shapes = Mapping[str, Sequence[int]]
-
-_SIGNS = {
-    "compvis": "input_blocks.0.0.weight",
-    "ddpm": "temb.dense.0.weight",
-    "diffusers": "time_embedding.linear_1.weight",
-    "edm": "map_layer0.weight",
+# options that names and shapes do not tell, or that change no parameter
+_UNSEEN_OPTIONS = ("num_heads", "head_dim", "dropout", "image_size", "attention_resolutions", "norm_groups")
+# conditions beside the context: the parameter and the axis that tell their width
+_CONDITION_SHAPES = {
+    "num_classes": ("class_embedding.weight", 0),
+    "vector_dim": ("vector_embedding.0.weight", 1),
+    "time_cond_dim": ("time_cond.weight", 1),
 }
-# what a layout tells without a shape
-_MEANT: dict[str, dict[str, Any]] = {
-    "compvis": {"time_frequencies": "half"},
-    "ddpm": {"downsample": "conv_asymmetric", "norm_eps": 1e-6},
-    "diffusers": {},
-    "edm": {"time_frequencies": "half", "num_heads": None, "head_dim": 64},
-}
-# what neither names nor shapes tell, or what does not change the network
-_UNSEEN = ("num_heads", "head_dim", "dropout", "image_size", "attention_resolutions", "norm_groups")
 
 
 def detect_layout(names: Collection[str]) -> str:
-    """The layout of a checkpoint, a key of `LAYOUTS`; ValueError when it is none of them."""
-    for layout, sign in _SIGNS.items():
-        if sign in names:
-            return layout
+    """Return the layout of a checkpoint, a key of `LAYOUTS`; ValueError for tensors of no known layout."""
+    for name, layout in LAYOUTS.items():
+        if layout.marker in names:
+            return name
     if "time_mlp.1.weight" in names:
         raise ValueError("these are this library's own weights; give the directory that has their config.json too")
     some = ", ".join(sorted(names)[:3]) or "no tensors at all"
-    raise ValueError(f"not a U-Net of this family: it has {some}; expected one of {', '.join(_SIGNS.values())}")
+    markers = ", ".join(layout.marker for layout in LAYOUTS.values())
+    raise ValueError(f"not a U-Net of this family: it has {some}; expected one of {markers}")
 
 
 def detect_structure(layout: str, names: Collection[str]) -> BlockStructure:
-    """Count the blocks and levels."""
-    resolution = 0
-    if layout == "compvis":
-        entries = _count(names, r"output_blocks\.(\d+)\.")
-        ends = [i for i in range(entries) if _has_upsampling(names, i)]
-        blocks = ends[0] if ends else entries - 1
-        levels = entries // (blocks + 1) if entries else 0
-    elif layout == "diffusers":
-        blocks, levels = _count(names, r"down_blocks\.0\.resnets\.(\d+)\."), _count(names, r"down_blocks\.(\d+)\.")
-    elif layout == "edm":
-        resolutions = {int(match[1]) for name in names if (match := re.match(r"enc\.(\d+)x\d+_", name))}
-        resolution, levels = max(resolutions, default=0), len(resolutions)
-        blocks = _count(names, rf"enc\.{resolution}x{resolution}_block(\d+)\.")
-    else:
-        blocks, levels = _count(names, r"down\.0\.block\.(\d+)\."), _count(names, r"down\.(\d+)\.")
-    if blocks < 1 or levels < 1:
+    """Count blocks and levels, and find the levels with attention; ValueError for a U-Net that is not complete."""
+    counted = LAYOUTS[layout].count_blocks(names)
+    if counted.blocks < 1 or counted.levels < 1:
         raise ValueError(f"a {layout} checkpoint without encoder blocks: it is not a whole U-Net")
     transformer = any(".transformer_blocks." in name for name in names)
-    bare = BlockStructure(blocks, levels, (True,) * levels, transformer, resolution)
+    everywhere = counted._replace(attended=(True,) * counted.levels, transformer=transformer)
 
-    def attended(level: int) -> bool:
-        entries = range(level * (blocks + 1), level * (blocks + 1) + blocks)
-        return any(LAYOUTS[layout](f"encoder.{entry}.1.norm.weight", bare).name in names for entry in entries)
+    def has_attention(level: int) -> bool:
+        first = level * (counted.blocks + 1)
+        norms = (f"encoder.{entry}.1.norm.weight" for entry in range(first, first + counted.blocks))
+        return any(LAYOUTS[layout].key_map(norm, everywhere).name in names for norm in norms)
 
-    return bare._replace(attended=tuple(map(attended, range(levels))))
+    return everywhere._replace(attended=tuple(map(has_attention, range(counted.levels))))
 
 
-def infer_options(layout: str, shapes: Shapes, bones: BlockStructure) -> dict[str, Any]:
-    """The options of `UNetConfig` that names and shapes tell; all but the heads, the resolutions' scale and dropout."""
-    n, levels = bones.blocks, bones.levels
+class _TensorShapes(NamedTuple):
+    """The shapes of a checkpoint's tensors, to be asked for by our parameters' names."""
 
-    def shape(name: str) -> Sequence[int] | None:
+    layout: Layout
+    structure: BlockStructure
+    shapes: Shapes
+
+    def find(self, name: str) -> Sequence[int] | None:
+        """Return a shape, with its axes in our order; None if the file or its layout has no such tensor."""
         try:
-            return shapes.get(LAYOUTS[layout](name, bones).name)
-        except ValueError:  # this layout has no such thing
+            foreign = self.layout.key_map(name, self.structure)
+        except ValueError:
             return None
+        shape = self.shapes.get(foreign.name)
+        return shape[::-1] if shape is not None and foreign.transposed else shape
 
-    def need(name: str, ndim: int | None = None) -> Sequence[int]:
-        found, foreign = shape(name), LAYOUTS[layout](name, bones).name
+    def require(self, name: str, ndim: int | None = None) -> Sequence[int]:
+        """Return a shape of `ndim` axes, or of a convolution's; ValueError for any other."""
+        found, foreign = self.find(name), self.layout.key_map(name, self.structure).name
         if found is None:
             raise ValueError(f"the checkpoint lacks {foreign}")
         if 0 in found or (not 3 <= len(found) <= 5 if ndim is None else len(found) != ndim):
             raise ValueError(f"the checkpoint's {foreign} has the shape {tuple(found)}, which no U-Net has")
         return found
 
-    stem, time = need("input_conv.weight"), need("time_mlp.1.weight", 2)
-    width = time[1]
-    conv1 = [need(f"encoder.{level * (n + 1)}.0.conv1.weight") for level in range(levels)]
-    image_size = bones.resolution or max(64, 2 ** (levels + 1))
-    options: dict[str, Any] = {
+
+def infer_options(layout: str, shapes: Shapes, structure: BlockStructure) -> dict[str, Any]:
+    """Return the options of `UNetConfig` that names and shapes tell.
+
+    Heads, dropout and groups are left open. The image size is one that puts attention where the checkpoint has it.
+    """
+    tensors = _TensorShapes(LAYOUTS[layout], structure, shapes)
+    options = _infer_channels(tensors)
+    image_size = structure.resolution or max(64, 2 ** (structure.levels + 1))
+    attended = tuple(image_size // 2**level for level, has in enumerate(structure.attended) if has)
+    options |= {"image_size": image_size, "attention_resolutions": attended, "learned_null": False}
+    options |= {"context_dim": None, "upsample": "nearest", **tensors.layout.implied}
+    options |= _infer_resampling(tensors)
+    for option, (name, axis) in _CONDITION_SHAPES.items():
+        if tensors.find(name) is not None:
+            options[option] = tensors.require(name, 2)[axis]
+    if structure.transformer:
+        options |= _infer_transformer(tensors)
+    return options | tensors.layout.infer_more(options, shapes)
+
+
+def _infer_channels(tensors: _TensorShapes) -> dict[str, Any]:
+    stem, time = tensors.require("input_conv.weight"), tensors.require("time_mlp.1.weight", 2)
+    width, widths = time[1], _get_widths(tensors)
+    modulation = tensors.require("encoder.0.0.time_mlp.weight", 2)
+    return {
         "in_channels": stem[1],
         "model_channels": width,
-        "out_channels": need("output.2.weight")[0],
-        "num_res_blocks": n,
-        "channel_mult": tuple(c[0] / width for c in conv1),
+        "out_channels": tensors.require("output.2.weight")[0],
+        "num_res_blocks": tensors.structure.blocks,
+        "channel_mult": tuple(channels / width for channels in widths),
         "stem_channels": None if stem[0] == width else stem[0],
         "dims": len(stem) - 2,
-        "image_size": image_size,
-        "attention_resolutions": tuple(image_size // 2**level for level in range(levels) if bones.attended[level]),
-        "learned_null": False,
-        "modulation": "add" if need("encoder.0.0.time_mlp.weight", 2)[0] == conv1[0][0] else "scale_shift",
-        "context_dim": None,
-        "upsample": "nearest",
-        **_MEANT[layout],
+        "modulation": "add" if modulation[0] == widths[0] else "scale_shift",
     }
-    if levels > 1:
-        downs = [f"encoder.{level * (n + 1) + n}" for level in range(levels - 1)]
-        if not any(shape(f"{down}.conv.weight") for down in downs):
-            options["downsample"] = "resblock" if any(shape(f"{down}.conv1.weight") for down in downs) else "avgpool"
-        if shape(f"decoder.{n}.{1 + bones.attended[-1]}.conv1.weight") is not None:
-            options["upsample"] = "resblock"
-    if (classes := shape("class_embedding.weight")) is not None:
-        options["num_classes"] = classes[layout == "edm"]  # a matrix on one-hot labels there
-    if (vector := shape("vector_embedding.0.weight")) is not None:
-        options["vector_dim"] = vector[1]
-    if (cond := shape("time_cond.weight")) is not None:
-        options["time_cond_dim"] = cond[1]
-    if bones.transformer:
-        options |= _transformer_options(shapes, layout, bones, [c[0] for c in conv1])
-    if layout == "edm":
-        if options["modulation"] == "add":
-            raise ValueError("EDM's SongUNet (DDPM++, NCSN++) scales its skips and has no counterpart here")
-        options["norm_groups"] = _edm_groups(shapes)
+
+
+def _get_widths(tensors: _TensorShapes) -> list[int]:
+    """Return the channels of each level."""
+    blocks, levels = tensors.structure.blocks, tensors.structure.levels
+    return [tensors.require(f"encoder.{level * (blocks + 1)}.0.conv1.weight")[0] for level in range(levels)]
+
+
+def _infer_resampling(tensors: _TensorShapes) -> dict[str, Any]:
+    structure, blocks = tensors.structure, tensors.structure.blocks
+    options: dict[str, Any] = {}
+    if structure.levels == 1:
+        return options
+    downs = [f"encoder.{level * (blocks + 1) + blocks}" for level in range(structure.levels - 1)]
+    if not any(tensors.find(f"{down}.conv.weight") for down in downs):
+        has_blocks = any(tensors.find(f"{down}.conv1.weight") for down in downs)
+        options["downsample"] = "resblock" if has_blocks else "avgpool"
+    if tensors.find(f"decoder.{blocks}.{1 + structure.attended[-1]}.conv1.weight") is not None:
+        options["upsample"] = "resblock"
     return options
 
 
-def _edm_groups(shapes: Shapes) -> int:
-    """EDM's norms have at least four channels a group; one `norm_groups` must give the same groups everywhere."""
-    widths = {shape[0] for name, shape in shapes.items() if re.search(r"norm\d?\.weight$", name)}
-    groups = {min(32, width // 4) for width in widths}
-    if len(groups) > 1:
-        raise ValueError(f"norms of {sorted(groups)} groups have no counterpart here; a network 128 wide has 32 in all")
-    return groups.pop()
+def _infer_transformer(tensors: _TensorShapes) -> dict[str, Any]:
+    blocks, levels = tensors.structure.blocks, tensors.structure.levels
+    # with attention everywhere, so that every level can be asked
+    everywhere = tensors._replace(structure=tensors.structure._replace(attended=(True,) * levels))
 
+    def count_depth(prefix: str) -> int:
+        depth = 0
+        while everywhere.find(f"{prefix}.transformer_blocks.{depth}.norm1.weight") is not None:
+            depth += 1
+        return depth
 
-def _transformer_options(shapes: Shapes, layout: str, bones: BlockStructure, widths: list[int]) -> dict[str, Any]:
-    bones = bones._replace(attended=(True,) * bones.levels)  # so that every level can be asked
-
-    def depth(prefix: str) -> int:
-        k = 0
-        while LAYOUTS[layout](f"{prefix}.transformer_blocks.{k}.norm1.weight", bones).name in shapes:
-            k += 1
-        return k
-
-    depths = [depth(f"encoder.{level * (bones.blocks + 1)}.1") for level in range(bones.levels)]
-    depths[-1] = depth("bottleneck.1") or max(depths)
-    seconds = (shape for name, shape in shapes.items() if name.endswith(".transformer_blocks.0.attn2.to_k.weight"))
-    options: dict[str, Any] = {"attention": "transformer", "context_dim": next(seconds, (0, None))[1]}
+    firsts = [f"encoder.{level * (blocks + 1)}.1" for level in range(levels)]
+    depths = [count_depth(first) for first in firsts]
+    depths[-1] = count_depth("bottleneck.1") or max(depths)
+    keys = (shape for name, shape in tensors.shapes.items() if name.endswith(".transformer_blocks.0.attn2.to_k.weight"))
+    options: dict[str, Any] = {"attention": "transformer", "context_dim": next(keys, (0, None))[1]}
     options["transformer_depth"] = depths[-1] if len(set(depths) - {0}) == 1 else tuple(depths)
-    crosses = []
-    for level, width in enumerate(widths):
-        name = f"encoder.{level * (bones.blocks + 1)}.1.transformer_blocks.0.attn1.to_k.weight"
-        keys = shapes.get(LAYOUTS[layout](name, bones).name)
-        crosses.append(keys is not None and keys[1] != width)
-    if any(crosses):
-        options["only_cross_attention"] = tuple(crosses)
+    cross_only = []
+    for first, width in zip(firsts, _get_widths(tensors), strict=True):
+        key = everywhere.find(f"{first}.transformer_blocks.0.attn1.to_k.weight")
+        cross_only.append(key is not None and key[1] != width)
+    if any(cross_only):
+        options["only_cross_attention"] = tuple(cross_only)
     return options
+
+
+# ---- published networks ----------------------------------------------------------------------------------------------
 
 
 def fill_from_preset(options: dict[str, Any], given: Mapping[str, Any]) -> tuple[UNetConfig, str | None]:
-    """Add what shapes cannot tell: from `given`, else from the preset that has everything else in common.
+    """Add the options that shapes do not tell: from `given`, else from the preset that equals the rest.
 
     Returns:
         The configuration, and the preset's name if one was needed.
 
     Raises:
-        ValueError: the number of heads is neither given nor that of a known network.
+        ValueError: the number of heads is not given, and no preset equals the rest.
     """
     if "num_heads" in given or "head_dim" in given:
         heads = {"num_heads": given.get("num_heads"), "head_dim": given.get("head_dim")}
@@ -176,9 +175,9 @@ def fill_from_preset(options: dict[str, Any], given: Mapping[str, Any]) -> tuple
     probe = UNetConfig(**options | {"num_heads": 1})
     for name in PRESETS:
         known = preset(name)
-        if _visible(known) == _visible(probe):
-            own = {field: getattr(known, field) for field in _UNSEEN}
-            return UNetConfig(**options | own | dict(given)), name
+        if _get_visible(known) == _get_visible(probe):
+            unseen = {field: getattr(known, field) for field in _UNSEEN_OPTIONS}
+            return UNetConfig(**options | unseen | dict(given)), name
     raise ValueError(
         "the file does not tell the number of attention heads, and no known network has its shapes "
         f"({describe(probe)}); give num_heads=... or head_dim=..., for example head_dim=64"
@@ -186,39 +185,29 @@ def fill_from_preset(options: dict[str, Any], given: Mapping[str, Any]) -> tuple
 
 
 def published_order(config: UNetConfig) -> QKVOrder:
-    """How the published file of an architecture packs query, key and value (ADM's use_new_attention_order)."""
+    """Return how the published file of an architecture packs query, key, value (ADM's use_new_attention_order)."""
     new = ("adm-64-cond", "edm-imagenet64-cond")  # the second as OpenAI's consistency models have it
-    return "new" if any(_visible(preset(name)) == _visible(config) for name in new) else "legacy"
+    return "new" if any(_get_visible(preset(name)) == _get_visible(config) for name in new) else "legacy"
 
 
 def describe(config: UNetConfig) -> str:
-    """The known network that is nearest to an architecture, and where they differ."""
-    own = _visible(config)
+    """Name the preset that is nearest to an architecture, and the options in which they differ."""
+    seen = _get_visible(config)
     differences = {
-        name: [field for field, value in _visible(preset(name)).items() if own[field] != value] for name in PRESETS
+        name: [field for field, value in _get_visible(preset(name)).items() if seen[field] != value] for name in PRESETS
     }
     name = min(differences, key=lambda name: len(differences[name]))
     if not differences[name]:
         return f"this looks like {name}"
     if len(differences[name]) > 3:
         return "this looks like no published network"
-    return f"this looks like {name} with {', '.join(f'{field}={own[field]}' for field in differences[name])}"
+    return f"this looks like {name} with {', '.join(f'{field}={seen[field]}' for field in differences[name])}"
 
 
-def _visible(config: UNetConfig) -> dict[str, Any]:
-    """What names and shapes tell of a configuration."""
+def _get_visible(config: UNetConfig) -> dict[str, Any]:
+    """Return the part of a configuration that names and shapes tell."""
     levels = range(len(config.widths))
-    seen = {name: value for name, value in config.to_dict().items() if name not in _UNSEEN}
+    visible = {name: value for name, value in config.to_dict().items() if name not in _UNSEEN_OPTIONS}
     depths = [config.depth(level) for level in levels if config.has_attention(level)]
-    seen["transformer_depth"] = [*depths, config.depth(len(config.widths) - 1)]
-    return seen | {"attended": [config.has_attention(level) for level in levels]}
-
-
-def _count(names: Collection[str], pattern: str) -> int:
-    found = {int(match[1]) for name in names if (match := re.match(pattern, name))}
-    return max(found, default=-1) + 1
-
-
-def _has_upsampling(names: Collection[str], index: int) -> bool:
-    ends = ("conv.weight", "in_layers.0.weight")
-    return any(f"output_blocks.{index}.{child}.{end}" in names for child in (1, 2) for end in ends)
+    visible["transformer_depth"] = [*depths, config.depth(len(config.widths) - 1)]
+    return visible | {"attended": [config.has_attention(level) for level in levels]}

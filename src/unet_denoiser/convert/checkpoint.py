@@ -1,11 +1,11 @@
-"""Read a checkpoint of any layout, and write one: pure functions between state dicts."""
+"""Read a checkpoint of any layout, and write one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -21,90 +21,117 @@ from unet_denoiser.convert.architecture import (
 )
 from unet_denoiser.convert.checkpoint_files import read_state, save_state
 from unet_denoiser.convert.diffusers_config import from_diffusers, has_linear_projections, to_diffusers
-from unet_denoiser.convert.key_maps import LAYOUTS, BlockStructure, block_structure
-from unet_denoiser.convert.state_dict import FormatVariant, Packing, to_foreign, to_internal
+from unet_denoiser.convert.key_maps import LAYOUTS
+from unet_denoiser.convert.layout import BlockStructure, Layout, Packing, Shapes
+from unet_denoiser.convert.state_dict import FormatVariant, to_foreign, to_internal
 
-ShapesOf = Callable[[UNetConfig], Mapping[str, Sequence[int]]]
+
+@dataclass(frozen=True, eq=False)
+class ForeignCheckpoint:
+    """A checkpoint of other code, read and recognised by `open`.
+
+    layout: "compvis", "diffusers", "ddpm" or "edm", a key of `LAYOUTS`. tensors: the U-Net's, under the file's names.
+    kind: one of the kinds of files of the layout. diffusers_config: a folder's `config.json`; None for a file.
+    """
+
+    path: Path
+    layout: str
+    config: UNetConfig
+    tensors: dict[str, Tensor] = field(repr=False)
+    kind: FormatVariant = field(repr=False)
+    diffusers_config: dict[str, Any] | None = field(repr=False)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        ema: bool = False,
+        variant: str | None = None,
+        qkv_order: QKVOrder | None = None,
+        **options: Any,
+    ) -> Self:
+        """Read a checkpoint, and recognise its layout and architecture.
+
+        Args:
+            path: a diffusers folder, or a .safetensors, .ckpt, .pt, .pth or .bin file.
+            ema: take the averaged weights of a file that has both.
+            variant: the weights to take of a folder that has several, for example "fp16".
+            qkv_order: the order in which an ADM file packs query, key and value, if its network is not a known one.
+            options: fields of `UNetConfig` that names and shapes do not tell: `num_heads` or `head_dim`, `image_size`.
+
+        Raises:
+            FileNotFoundError, ValueError: a file that is missing, damaged, of another family, or not clear enough.
+        """
+        path = Path(path)
+        tensors, diffusers_config = read_state(path, ema, variant)
+        layout = detect_layout(tensors)
+        structure = detect_structure(layout, tensors)
+        inferred = infer_options(layout, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, structure)
+        cosines_first, preset_name = LAYOUTS[layout].cosines_first, None
+        if diffusers_config is not None:
+            stated, cosines_first = from_diffusers(diffusers_config)
+            inferred |= stated
+        image_size = options.get("image_size", (diffusers_config or {}).get("sample_size"))
+        options = _place_attention(image_size, structure) | options
+        if "num_heads" in inferred:
+            config = _use_head_dim(UNetConfig(**inferred | options))
+        else:
+            config, preset_name = fill_from_preset(inferred, options)
+        packing = _choose_packing(LAYOUTS[layout], tensors, config, qkv_order, preset_name)
+        kind = FormatVariant(LAYOUTS[layout], structure, config.heads, packing, cosines_first)
+        return cls(path, layout, config, tensors, kind, diffusers_config)
+
+    def parameters(self, shapes: Shapes) -> dict[str, Tensor]:
+        """Return the parameters under our names; most share the memory of `tensors`.
+
+        Args:
+            shapes: names and shapes of the parameters of a `UNet` of this `config`.
+
+        Raises:
+            ValueError: tensors that are missing, left over or of another shape, by name.
+        """
+        try:
+            return to_internal(self.tensors, shapes, self.kind)
+        except ValueError as error:
+            raise ValueError(f"{describe(self.config)}, but {error}") from None
 
 
-def import_checkpoint(
-    path: Path,
-    shapes_of: ShapesOf,
-    *,
-    ema: bool = False,
-    variant: str | None = None,
-    qkv_order: QKVOrder | None = None,
-    **options: Any,
-) -> tuple[UNetConfig, dict[str, Tensor]]:
-    """The architecture and parameters of a foreign checkpoint.
+def import_checkpoint(path: str | Path, shapes: Shapes, **options: Any) -> tuple[UNetConfig, dict[str, Tensor]]:
+    """Return the architecture of a foreign checkpoint, and its parameters under our names.
 
     Args:
-        path: a diffusers folder, or a .safetensors, .ckpt, .pt, .pth or .bin file.
-        shapes_of: the names and shapes of our parameters for an architecture.
-        ema: take the averaged weights of a file that has both.
-        variant: the weights to take of a folder that has several, for example "fp16".
-        qkv_order: how ADM files pack their attention, if the network is none of the known ones.
-        options: fields of `UNetConfig` that names and shapes do not tell: `num_heads` or `head_dim`, `image_size`, ...
+        path, options: as for `ForeignCheckpoint.open`, which tells the architecture without the shapes.
+        shapes: names and shapes of the parameters of a `UNet` of that architecture.
 
     Raises:
-        FileNotFoundError, ValueError: what is wrong, by name.
+        FileNotFoundError, ValueError: a file that cannot be read, or does not fit the shapes.
     """
-    state, foreign = read_state(path, ema, variant)
-    layout = detect_layout(state)
-    bones = detect_structure(layout, state)
-    seen = infer_options(layout, {name: tuple(t.shape) for name, t in state.items()}, bones)
-    known, cosines_first = None, layout in ("compvis", "edm")
-    options = _placed(options.get("image_size", (foreign or {}).get("sample_size")), bones) | options
-    if foreign is not None:
-        told, cosines_first = from_diffusers(foreign)
-        config = _by_head_width(UNetConfig(**seen | told | options))
-    elif layout == "edm":
-        config = UNetConfig(**seen | options)
-    else:
-        if layout == "diffusers":
-            seen["time_frequencies"], cosines_first = "half", True
-        config, known = fill_from_preset(seen, options)
-    packed = layout != "edm" and any(".qkv." in name for name in state)
-    many_heads = any(config.heads(level) > 1 for level in range(bones.levels))
-    if packed and many_heads and qkv_order is None and known is None:
-        raise ValueError("the file does not tell how it packs query, key and value; give qkv_order='legacy' or 'new'")
-    if qkv_order is not None and not packed:
-        raise ValueError(f"qkv_order={qkv_order!r}: this file does not leave the order open; leave it out")
-    packing: Packing = "edm" if layout == "edm" else qkv_order or published_order(config)
-    dialect = FormatVariant(LAYOUTS[layout], bones, config.heads, packing, cosines_first)
-    try:
-        return config, to_internal(state, shapes_of(config), dialect)
-    except ValueError as error:
-        raise ValueError(f"{describe(config)}, but {error}") from None
+    checkpoint = ForeignCheckpoint.open(path, **options)
+    return checkpoint.config, checkpoint.parameters(shapes)
 
 
 def export_state_dict(
     state: Mapping[str, Tensor], config: UNetConfig, layout: str, *, qkv_order: QKVOrder | None = None
 ) -> dict[str, Tensor]:
-    """Our parameters under the names of a layout: "compvis" (ADM, LDM, Stable Diffusion), "diffusers", "ddpm" or "edm".
+    """Return our parameters under the names of a layout.
 
     Args:
-        qkv_order: of packed attention (default: that of the published network, "legacy" for most).
+        layout: "compvis" (ADM, LDM, Stable Diffusion), "diffusers", "ddpm" or "edm".
+        qkv_order: the order of packed attention (default: as in the published network, "legacy" for most).
 
     Raises:
-        ValueError: a network that the layout cannot hold, by the parameter it has no place for.
+        ValueError: a parameter that the layout has no place for.
     """
     # DDPM's spacing comes with DDPM's order in every layout
     cosines_first = config.time_frequencies == "half"
-    linear = has_linear_projections(config)
-    packing: Packing = "edm" if layout == "edm" else qkv_order or published_order(config)
-    return to_foreign(
-        state, FormatVariant(LAYOUTS[layout], block_structure(config), config.heads, packing, cosines_first, linear)
-    )
+    packing = LAYOUTS[layout].packing or qkv_order or published_order(config)
+    structure, linear = BlockStructure.from_config(config), has_linear_projections(config)
+    return to_foreign(state, FormatVariant(LAYOUTS[layout], structure, config.heads, packing, cosines_first, linear))
 
 
 def export_checkpoint(
-    state: Mapping[str, Tensor],
-    config: UNetConfig,
-    path: Path,
-    to: ForeignFormat,
-    *,
-    qkv_order: QKVOrder | None = None,
+    state: Mapping[str, Tensor], config: UNetConfig, path: Path, to: ForeignFormat, *, qkv_order: QKVOrder | None = None
 ) -> None:
     """Write our parameters as other tools read them.
 
@@ -113,33 +140,46 @@ def export_checkpoint(
             model.diffusion_model: LDM, Stable Diffusion) or "ddpm" (the PyTorch port of DDPM).
 
     Raises:
-        ValueError: a network that the format cannot hold, by name.
+        ValueError: an option or a parameter that the format has no counterpart for, by name.
     """
     check_choice("to", to, ForeignFormat)
     if to == "diffusers":
-        foreign = to_diffusers(config)
-        save_state(export_state_dict(state, config, "diffusers"), path, foreign)
-        return
+        diffusers_config = to_diffusers(config)
+        return save_state(export_state_dict(state, config, "diffusers"), path, diffusers_config)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: the format {to!r} is one file; give a name that ends in .safetensors")
     theirs = export_state_dict(state, config, "ddpm" if to == "ddpm" else "compvis", qkv_order=qkv_order)
     save_state({f"model.diffusion_model.{n}" if to == "ldm" else n: t for n, t in theirs.items()}, path)
 
 
-def _by_head_width(config: UNetConfig) -> UNetConfig:
-    """Heads that differ by level but have one width are given by it, as in our presets."""
-    widths = {width // config.heads(level) for level, width in enumerate(config.widths)}
-    one_width = isinstance(config.num_heads, tuple) and len(widths) == 1
-    return replace(config, num_heads=None, head_dim=widths.pop()) if one_width else config
+def _choose_packing(
+    layout: Layout, names: Collection[str], config: UNetConfig, qkv_order: QKVOrder | None, preset_name: str | None
+) -> Packing:
+    """Return how a file packs query, key and value; ValueError if that is not known, or `qkv_order` is of no use."""
+    is_open = layout.packing is None and any(".qkv." in name for name in names)
+    if qkv_order is not None and not is_open:
+        raise ValueError(f"qkv_order={qkv_order!r}: this file does not leave the order open; leave it out")
+    has_heads = any(config.heads(level) > 1 for level in range(len(config.widths)))
+    if is_open and has_heads and qkv_order is None and preset_name is None:
+        raise ValueError("the file does not tell how it packs query, key and value; give qkv_order='legacy' or 'new'")
+    return layout.packing or qkv_order or published_order(config)
 
 
-def _placed(size: Any, bones: BlockStructure) -> dict[str, Any]:
-    """The options that have attention where the file has it, in a network for images of this size."""
+def _use_head_dim(config: UNetConfig) -> UNetConfig:
+    """Give heads that are as wide at every level by their width, as the presets do."""
+    if not isinstance(config.num_heads, tuple):
+        return config
+    head_dims = {width // heads for width, heads in zip(config.widths, config.num_heads, strict=True)}
+    return replace(config, num_heads=None, head_dim=head_dims.pop()) if len(head_dims) == 1 else config
+
+
+def _place_attention(size: Any, structure: BlockStructure) -> dict[str, Any]:
+    """Return the options that put attention where the checkpoint has it, in a network for images of this size."""
     sizes = [size] if isinstance(size, int) else size
     if not isinstance(sizes, list | tuple) or not sizes or not all(type(n) is int and n > 0 for n in sizes):
         return {}  # not told, or for `UNetConfig` to refuse
-    resolutions = [-(-max(sizes) // 2**level) for level in range(bones.levels)]
-    attended = tuple(r for r, has in zip(resolutions, bones.attended, strict=True) if has)
+    resolutions = [-(-max(sizes) // 2**level) for level in range(structure.levels)]
+    attended = tuple(r for r, has in zip(resolutions, structure.attended, strict=True) if has)
     # two levels of one resolution cannot differ in attention; then the size says less than the layout
-    agrees = tuple(r in attended for r in resolutions) == bones.attended
+    agrees = tuple(r in attended for r in resolutions) == structure.attended
     return {"image_size": size, "attention_resolutions": attended} if agrees else {}

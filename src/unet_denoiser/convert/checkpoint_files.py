@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 from collections.abc import Callable, Mapping
@@ -13,59 +12,54 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unet_denoiser.utils.files import read_json, write_atomically
-from unet_denoiser.utils.tensor_files import read_safetensors
+from unet_denoiser.utils.files import read_json, write_json
+from unet_denoiser.utils.tensor_files import read_safetensors, write_safetensors
 
-_WEIGHTS = "diffusion_pytorch_model"
+_DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-_PREFIX = "model.diffusion_model."
+_LDM_PREFIX = "model.diffusion_model."
 
 
 def read_state(
     path: Path, ema: bool = False, variant: str | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """The U-Net's tensors of a checkpoint, and diffusers' configuration where there is one."""
+    """Read the U-Net's tensors of a checkpoint and, from a folder, diffusers' configuration."""
     if path.is_dir():
         if ema:
             raise ValueError(f"ema=True: {path} is a folder with one set of weights")
-        config = read_json(path / "config.json")
+        config = read_json(_find_inside(path, "config.json"))
         state: dict[str, Tensor] = {}
-        for file in weight_files(lambda name: _inside(path, name), variant):
+        for file in find_weights(lambda name: _find_inside(path, name), variant):
             state |= read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
-        return {_modern(name): tensor for name, tensor in state.items()}, config
+        return {_rename_old_attention(name): tensor for name, tensor in state.items()}, config
     if variant is not None:
         raise ValueError(f"variant={variant!r}: {path} is a single file")
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     state = read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    return _only_unet(state, ema), None
+    return _select_unet(state, ema), None
 
 
 def save_state(state: Mapping[str, Tensor], path: Path, config: Mapping[str, Any] | None = None) -> None:
-    """Write a single .safetensors file or, with diffusers' configuration, a folder; whole or not at all."""
-    from safetensors.torch import save_file
-
+    """Write a single .safetensors file or, with diffusers' configuration, a folder; each file whole or not at all."""
     if config is not None:
-        path.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(config, indent=2) + "\n"
-        write_atomically(path / "config.json", lambda p: p.write_text(text))
-        path = path / f"{_WEIGHTS}.safetensors"
+        write_json(path / "config.json", config)
+        path = path / f"{_DIFFUSERS_WEIGHTS}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = {name: tensor.contiguous() for name, tensor in state.items()}
-    write_atomically(path, lambda p: save_file(whole, p, metadata={"format": "pt"}))
+    write_safetensors(path, {name: tensor.contiguous() for name, tensor in state.items()})
 
 
-def weight_files(find: Callable[[str], Path], variant: str | None = None) -> list[Path]:
-    """The files with the weights of a diffusers folder or repository: one, or its shards.
+def find_weights(find: Callable[[str], Path], variant: str | None = None) -> list[Path]:
+    """Find the files with the weights of a diffusers folder or repository: one, or its shards.
 
     Args:
-        find: the local path of a file of this name; FileNotFoundError if there is none.
-        variant: "fp16", say; by default the plain weights, or half-precision ones where there are no others.
+        find: returns the local path of a file of this name; FileNotFoundError if there is none.
+        variant: for example "fp16"; by default the plain weights, or half-precision ones if there are no others.
     """
     missing = []
     for ending in [f".{variant}"] if variant else ["", ".fp16", ".bf16"]:
         for kind in ("safetensors", "bin"):
-            for name in (f"{_WEIGHTS}.{kind}.index{ending}.json", f"{_WEIGHTS}{ending}.{kind}"):
+            for name in (f"{_DIFFUSERS_WEIGHTS}.{kind}.index{ending}.json", f"{_DIFFUSERS_WEIGHTS}{ending}.{kind}"):
                 try:
                     file = find(name)
                 except FileNotFoundError as error:
@@ -73,19 +67,19 @@ def weight_files(find: Callable[[str], Path], variant: str | None = None) -> lis
                     continue
                 if file.suffix != ".json":
                     return [file]
-                return [find(shard) for shard in _shards(file)]
+                return [find(shard) for shard in _list_shards(file)]
     raise missing[1]
 
 
-def _shards(index: Path) -> list[str]:
-    places = read_json(index).get("weight_map")
-    names = set(map(str, places.values())) if isinstance(places, dict) else set()
+def _list_shards(index: Path) -> list[str]:
+    weight_map = read_json(index).get("weight_map")
+    names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
     if not names or any(Path(name).name != name for name in names):
-        raise ValueError(f"{index} has weight_map={shorten(places)}; it must give a file beside it for each tensor")
+        raise ValueError(f"{index} has weight_map={shorten(weight_map)}; it must give a file beside it for each tensor")
     return sorted(names)
 
 
-def _inside(folder: Path, name: str) -> Path:
+def _find_inside(folder: Path, name: str) -> Path:
     if not (folder / name).is_file():
         raise FileNotFoundError(f"{folder} has no {name}")
     return folder / name
@@ -99,7 +93,8 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             raise ValueError(f"{path} holds more than tensors, and opening it would run {code[1]}") from None
         raise ValueError(f"{path} is not a readable checkpoint: it holds something else than pickled tensors") from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is not a readable checkpoint: {type(error).__name__}: {_first(error)}") from None
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"{path} is not a readable checkpoint: {reason}") from None
     if isinstance(content, list | tuple) and content:  # the DDPM port saves [model, optimizer, ...]
         content = content[0]
     for key in ("state_dict", "model", "ema"):
@@ -110,33 +105,28 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     return {str(name): tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
 
 
-def _only_unet(state: dict[str, Tensor], ema: bool) -> dict[str, Tensor]:
-    """The U-Net of a file that may hold more: text encoder, autoencoder, averaged weights."""
+def _select_unet(state: dict[str, Tensor], ema: bool) -> dict[str, Tensor]:
+    """Return the U-Net of a file that may hold more: text encoder, autoencoder, averaged weights."""
     for wrapper in ("module.", "model."):  # DistributedDataParallel, EDM's preconditioning
-        if not any(name.startswith(_PREFIX) for name in state) and all(name.startswith(wrapper) for name in state):
+        if not any(name.startswith(_LDM_PREFIX) for name in state) and all(name.startswith(wrapper) for name in state):
             state = {name.removeprefix(wrapper): tensor for name, tensor in state.items()}
     # EDM keeps its resampling kernel, the mean of four pixels, as a buffer; ours is a function
-    box = {name for name, kernel in state.items() if name.endswith(".resample_filter") and bool((kernel == 0.25).all())}
-    state = {name: tensor for name, tensor in state.items() if name not in box}
-    whole = {name[len(_PREFIX) :]: tensor for name, tensor in state.items() if name.startswith(_PREFIX)}
-    if not whole:
+    state = {n: t for n, t in state.items() if not (n.endswith(".resample_filter") and bool((t == 0.25).all()))}
+    unet = {name[len(_LDM_PREFIX) :]: tensor for name, tensor in state.items() if name.startswith(_LDM_PREFIX)}
+    if not unet:
         if ema:
             raise ValueError("ema=True: the file has no averaged weights beside the others")
         return state
     if not ema:
-        return whole
-    averages = {name: "model_ema." + f"diffusion_model.{name}".replace(".", "") for name in whole}
+        return unet
+    averages = {name: "model_ema." + f"diffusion_model.{name}".replace(".", "") for name in unet}
     if missing := [name for name in averages.values() if name not in state]:
         raise ValueError(f"ema=True: the file lacks {missing[0]}")
     return {name: state[average] for name, average in averages.items()}
 
 
-def _modern(name: str) -> str:
-    """Diffusers' attention had other names once; it renames them on loading too."""
+def _rename_old_attention(name: str) -> str:
+    """Replace the names that diffusers' attention had at first, as diffusers does on loading."""
     stem, _, end = name.rpartition(".")
     parent, _, leaf = stem.rpartition(".")
     return f"{parent}.{_OLD_ATTENTION[leaf]}.{end}" if leaf in _OLD_ATTENTION and ".attentions." in name else name
-
-
-def _first(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""`config.json` of diffusers' UNet2DModel and UNet2DConditionModel, to and from ours."""
+"""`config.json` of diffusers' UNet2DModel and UNet2DConditionModel, to and from `UNetConfig`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 from unet_denoiser.config.unet import UNetConfig
 
-# What this class cannot be: field, and the values that mean nothing special
-_PLAIN: dict[str, tuple[Any, ...]] = {
+# the values that our network has a counterpart for; most fields switch on something that it lacks
+_VALID_VALUES: dict[str, tuple[Any, ...]] = {
     "center_input_sample": (None, False),
     "act_fn": (None, "silu", "swish"),
     "mid_block_scale_factor": (None, 1, 1.0),
@@ -31,34 +31,51 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "reverse_transformer_layers_per_block": (None,),
     "mid_block_type": ("UNetMidBlock2D", "UNetMidBlock2DCrossAttn"),
     "add_attention": (None, True),
+    "freq_shift": (0, 1),
+    "downsample_padding": (0, 1),
 }
-_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "CrossAttnDownBlock2D", "ResnetDownsampleBlock2D")
+_DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "CrossAttnDownBlock2D", "ResnetDownsampleBlock2D")
+_PLAIN_BLOCKS = ("DownBlock2D", "UpBlock2D")
 
 
 def from_diffusers(config: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
-    """What a diffusers configuration tells beyond names and shapes.
+    """Return what a diffusers configuration tells beyond names and shapes.
 
     Returns:
-        Options of `UNetConfig`, and whether the sinusoids are cosines first.
+        Options of `UNetConfig`, and True if the sinusoids are cosines first.
 
     Raises:
-        ValueError: a field that this network has no counterpart for, by name.
+        ValueError: a field that our network has no counterpart for, by name.
     """
+    conditional = config.get("_class_name") == "UNet2DConditionModel"
+    _check_fields(config)
+    options: dict[str, Any] = {
+        "time_frequencies": "endpoint" if config.get("freq_shift", 0) else "half",
+        "norm_eps": config.get("norm_eps", 1e-5),
+        "norm_groups": config.get("norm_num_groups", 32),
+        "dropout": config.get("dropout", 0.0),
+        **_read_heads(config, conditional),
+    }
+    if conditional and (only := _read_only_cross_attention(config)):
+        options["only_cross_attention"] = only
+    if config.get("downsample_type", "conv") == "conv" and config.get("downsample_padding", 1) == 0:
+        options["downsample"] = "conv_asymmetric"
+    return options, bool(config.get("flip_sin_to_cos", True))
+
+
+def _check_fields(config: Mapping[str, Any]) -> None:
     name = config.get("_class_name", "UNet2DModel")
-    conditional = name == "UNet2DConditionModel"
     if name not in ("UNet2DModel", "UNet2DConditionModel"):
         raise ValueError(f"_class_name={name!r} is not UNet2DModel or UNet2DConditionModel")
-    for field, plain in _PLAIN.items():
-        default = (
-            ("UNetMidBlock2DCrossAttn" if conditional else "UNetMidBlock2D") if field == "mid_block_type" else None
-        )
-        if config.get(field, default) not in plain:
-            raise ValueError(f"{field}={config[field]!r} has no counterpart here")
+    defaults = {"mid_block_type": "UNetMidBlock2D", "freq_shift": 0, "downsample_padding": 1}
+    for field, valid in _VALID_VALUES.items():
+        if config.get(field, defaults.get(field)) not in valid:
+            raise ValueError(f"{field}={config[field]!r} has no counterpart here; valid: {', '.join(map(repr, valid))}")
     blocks = config.get("down_block_types", ())
     for block in blocks if isinstance(blocks, list | tuple) else [blocks]:
-        if block not in _BLOCKS:
+        if block not in _DOWN_BLOCKS:
             raise ValueError(
-                f"down_block_types has {block!r}, which has no counterpart here; {', '.join(_BLOCKS)} have"
+                f"down_block_types has {block!r}, without counterpart here; valid: {', '.join(_DOWN_BLOCKS)}"
             )
     groups, attention_groups = config.get("norm_num_groups", 32), config.get("attn_norm_num_groups")
     if groups is None or attention_groups not in (None, groups):
@@ -66,28 +83,10 @@ def from_diffusers(config: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
             f"norm_num_groups={groups} with attn_norm_num_groups={attention_groups} has no counterpart here: all norms "
             "have the same number of groups"
         )
-    shift = config.get("freq_shift", 0)
-    if shift not in (0, 1):
-        raise ValueError(f"freq_shift={shift!r} has no counterpart here; 0 and 1 have")
-    padding = config.get("downsample_padding", 1)
-    if padding not in (0, 1):
-        raise ValueError(f"downsample_padding={padding!r} has no counterpart here; 0 and 1 have")
-    options: dict[str, Any] = {
-        "time_frequencies": "endpoint" if shift else "half",
-        "norm_eps": config.get("norm_eps", 1e-5),
-        "norm_groups": groups,
-        "dropout": config.get("dropout", 0.0),
-        **_heads(config, conditional),
-    }
-    if conditional and (only := _only_cross_attention(config)):
-        options["only_cross_attention"] = only
-    if config.get("downsample_type", "conv") == "conv" and padding == 0:
-        options["downsample"] = "conv_asymmetric"
-    return options, bool(config.get("flip_sin_to_cos", True))
 
 
-def _only_cross_attention(config: Mapping[str, Any]) -> Any:
-    """Where shapes cannot tell, the file does: a context may be as wide as a level."""
+def _read_only_cross_attention(config: Mapping[str, Any]) -> Any:
+    """Return `only_cross_attention`, which shapes do not tell if the context is as wide as a level."""
     only, middle = config.get("only_cross_attention", False), config.get("mid_block_only_cross_attention")
     levels = list(only) if isinstance(only, list | tuple) else [bool(only)]
     middle = (only if isinstance(only, bool) else False) if middle is None else middle
@@ -99,8 +98,8 @@ def _only_cross_attention(config: Mapping[str, Any]) -> Any:
     return tuple(levels) if len(levels) > 1 and any(levels) else levels[0]
 
 
-def _heads(config: Mapping[str, Any], conditional: bool) -> dict[str, Any]:
-    """In UNet2DConditionModel, attention_head_dim is the number of heads; in UNet2DModel it is their width."""
+def _read_heads(config: Mapping[str, Any], conditional: bool) -> dict[str, Any]:
+    """Return the heads: attention_head_dim is their number in UNet2DConditionModel, their width in UNet2DModel."""
     value = config.get("attention_head_dim", 8)
     if conditional:
         value = config.get("num_attention_heads") or value
@@ -109,38 +108,21 @@ def _heads(config: Mapping[str, Any], conditional: bool) -> dict[str, Any]:
 
 
 def has_linear_projections(c: UNetConfig) -> bool:
-    """Whether a published network like this has linear layers, not 1x1 convolutions, around its transformers.
+    """Return True if a published network like this has linear layers, not 1x1 convolutions, around its transformers.
 
     They came with Stable Diffusion 2, whose networks give a head width, and its upscaler. The numbers are the same.
     """
-    return c.head_dim is not None or any(c.cross_only(level) for level in range(len(c.widths)))
+    return c.head_dim is not None or any(map(c.cross_only, range(len(c.widths))))
 
 
 def to_diffusers(c: UNetConfig) -> dict[str, Any]:
-    """The diffusers configuration of the same network.
+    """Return the diffusers configuration of the same network.
 
     Raises:
         ValueError: an option that diffusers' classes have no counterpart for, by name.
     """
-    levels = range(len(c.widths))
     conditional = c.attention == "transformer"
-    refused = {
-        "dims": c.dims != 2,
-        "learned_null": c.learned_null and bool(c.num_classes or c.vector_dim or c.context_dim),
-        "context_dim": c.context_dim is None if conditional else c.context_dim is not None,
-        "upsample": c.upsample == "conv_transpose" and len(c.widths) > 1,
-        "downsample": c.downsample == "avgpool" or (c.downsample == "resblock") != (c.upsample == "resblock"),
-        "stem_channels": c.stem_width != c.widths[0] or c.model_channels != c.widths[0],
-        "vector_dim": c.vector_dim is not None,
-        "time_cond_dim": c.time_cond_dim is not None and not conditional,
-        "norm_groups": any(width % c.norm_groups for width in c.widths),
-    }
-    if conditional:
-        refused["vector_dim"] = c.vector_dim is not None and c.vector_dim < 1536
-        refused["downsample"] = c.downsample not in ("conv", "conv_asymmetric")
-    for field, is_so in refused.items():
-        if is_so:
-            raise ValueError(f"{field}={getattr(c, field)!r} has no counterpart in diffusers' networks")
+    _check_options(c, conditional)
     common = {
         "sample_size": c.image_size if isinstance(c.image_size, int) else list(c.image_size),
         "in_channels": c.in_channels,
@@ -156,36 +138,58 @@ def to_diffusers(c: UNetConfig) -> dict[str, Any]:
         "downsample_padding": 0 if c.downsample == "conv_asymmetric" else 1,
         "num_class_embeds": c.num_classes,
     }
-    attended = [c.has_attention(level) for level in levels]
+    attended = [c.has_attention(level) for level in range(len(c.widths))]
+    return common | (_build_conditional(c, attended) if conditional else _build_unconditional(c, attended))
+
+
+def _check_options(c: UNetConfig, conditional: bool) -> None:
+    refused = {
+        "dims": c.dims != 2,
+        "learned_null": c.learned_null and bool(c.num_classes or c.vector_dim or c.context_dim),
+        "context_dim": c.context_dim is None if conditional else c.context_dim is not None,
+        "upsample": c.upsample == "conv_transpose" and len(c.widths) > 1,
+        "downsample": c.downsample == "avgpool" or (c.downsample == "resblock") != (c.upsample == "resblock"),
+        "stem_channels": c.stem_width != c.widths[0] or c.model_channels != c.widths[0],
+        "vector_dim": c.vector_dim is not None,
+        "time_cond_dim": c.time_cond_dim is not None and not conditional,
+        "norm_groups": any(width % c.norm_groups for width in c.widths),
+    }
     if conditional:
-        return common | _conditional(c, attended)
-    sizes = {width // c.heads(level) for level, width in enumerate(c.widths) if attended[level]}
-    sizes.add(c.widths[-1] // c.heads(len(c.widths) - 1))
+        refused["vector_dim"] = c.vector_dim is not None and c.vector_dim < 1536
+        refused["downsample"] = c.downsample not in ("conv", "conv_asymmetric")
+    for field, is_refused in refused.items():
+        if is_refused:
+            raise ValueError(f"{field}={getattr(c, field)!r} has no counterpart in diffusers' networks")
+
+
+def _build_unconditional(c: UNetConfig, attended: list[bool]) -> dict[str, Any]:
+    levels, last = range(len(c.widths)), len(c.widths) - 1
+    head_dims = {c.widths[level] // c.heads(level) for level in levels if attended[level] or level == last}
     one_head = all(c.heads(level) == 1 for level in levels)
-    if len(sizes) > 1 and not one_head:
+    if len(head_dims) > 1 and not one_head:
         raise ValueError(
-            f"num_heads={c.num_heads} gives heads of {sorted(sizes)} channels; UNet2DModel has one width only"
+            f"num_heads={c.num_heads} gives heads of {sorted(head_dims)} channels; UNet2DModel has one width only"
         )
     kind = "resnet" if c.downsample == "resblock" else "conv"
-    plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if kind == "resnet" else ("DownBlock2D", "UpBlock2D")
-    return common | {
+    down, up = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if kind == "resnet" else _PLAIN_BLOCKS
+    return {
         "_class_name": "UNet2DModel",
-        "down_block_types": ["AttnDownBlock2D" if a else plain[0] for a in attended],
-        "up_block_types": ["AttnUpBlock2D" if a else plain[1] for a in reversed(attended)],
+        "down_block_types": ["AttnDownBlock2D" if has else down for has in attended],
+        "up_block_types": ["AttnUpBlock2D" if has else up for has in reversed(attended)],
         "downsample_type": kind,
         "upsample_type": kind,
-        "attention_head_dim": None if one_head else sizes.pop(),
+        "attention_head_dim": None if one_head else head_dims.pop(),
         "attn_norm_num_groups": c.norm_groups,
     }
 
 
-def _conditional(c: UNetConfig, attended: list[bool]) -> dict[str, Any]:
-    levels = range(len(c.widths))
+def _build_conditional(c: UNetConfig, attended: list[bool]) -> dict[str, Any]:
+    levels, (down, up) = range(len(c.widths)), _PLAIN_BLOCKS
     only = [c.cross_only(level) for level in levels]
     config: dict[str, Any] = {
         "_class_name": "UNet2DConditionModel",
-        "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attended],
-        "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attended)],
+        "down_block_types": [f"CrossAttn{down}" if has else down for has in attended],
+        "up_block_types": [f"CrossAttn{up}" if has else up for has in reversed(attended)],
         "cross_attention_dim": c.context_dim,
         "attention_head_dim": [c.heads(level) for level in levels],
         "transformer_layers_per_block": [max(1, c.depth(level)) for level in levels],
@@ -194,6 +198,6 @@ def _conditional(c: UNetConfig, attended: list[bool]) -> dict[str, Any]:
         "time_cond_proj_dim": c.time_cond_dim,
     }
     if c.vector_dim is not None:
-        added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
-        config |= added | {"projection_class_embeddings_input_dim": c.vector_dim}
+        config |= {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
+        config["projection_class_embeddings_input_dim"] = c.vector_dim
     return config

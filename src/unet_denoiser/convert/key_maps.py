@@ -1,94 +1,23 @@
-"""Where each of our parameters is in the published layouts: rename tables and index arithmetic.
+"""The layouts of other code: the name of each of our parameters in each of them.
 
-A layout is a function from the name of one of our parameters to the foreign tensor that holds it. It works both ways:
-loading asks it for the source of each parameter, saving for the destination.
+    compvis     Stable Diffusion, SDXL, LDM, ADM, improved-diffusion: input_blocks, middle_block, output_blocks
+    diffusers   UNet2DModel, UNet2DConditionModel: down_blocks, mid_block, up_blocks
+    ddpm        the PyTorch port of DDPM: down, mid, up
+    edm         EDM's DhariwalUNet: enc, dec
+
+A key map is a function of this name: from the name of one of our parameters to the foreign tensor that holds it.
+Loading asks it for the source of a parameter, saving for the destination. Beside it stands the layout's record, a
+`Layout`, with all else in which its files differ from others; `LAYOUTS` has the records by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+import re
+from collections.abc import Collection, Mapping
+from functools import partial
+from typing import Any
 
-from unet_denoiser.config.unet import UNetConfig
-
-
-class BlockStructure(NamedTuple):
-    """What the index arithmetic needs: residual blocks per level, levels, which have attention, and its kind.
-
-    resolution: of the first level, for the layout that has it in its names.
-    """
-
-    blocks: int
-    levels: int
-    attended: tuple[bool, ...]
-    transformer: bool = False
-    resolution: int = 0
-
-
-def block_structure(config: UNetConfig) -> BlockStructure:
-    """The skeleton of an architecture."""
-    levels = len(config.widths)
-    attended = tuple(map(config.has_attention, range(levels)))
-    return BlockStructure(
-        config.num_res_blocks, levels, attended, config.attention == "transformer", config.resolutions[0]
-    )
-
-
-class ForeignTensor(NamedTuple):
-    """A foreign tensor, and how it differs from our parameter.
-
-    ones: trailing dimensions of length one that it has and ours has not (a 1x1 convolution for a linear layer).
-    part: 0, 1, 2 when it holds query, key and value packed, and ours is one of them; with the level, for the heads.
-    transposed: it is a matrix on one-hot labels, and ours the table of its columns.
-    """
-
-    name: str
-    ones: int = 0
-    part: int | None = None
-    level: int = 0
-    transposed: bool = False
-
-
-class ParameterLocation(NamedTuple):
-    """Where a parameter is: half, entry, child of that, block of a level, what is left of its name, kind of layer."""
-
-    half: str
-    entry: int
-    level: int
-    block: int
-    child: int
-    leaf: str
-    kind: str  # "res", "attention", "down" or "up"
-
-
-Layout = Callable[[str, BlockStructure], ForeignTensor]
-
-
-def locate(name: str, skeleton: BlockStructure) -> ParameterLocation:
-    """Take a name like "decoder.5.1.attn.to_q.weight" apart."""
-    half, first, rest = name.split(".", 2)
-    n, last = skeleton.blocks, skeleton.levels - 1
-    index = int(first)
-    if half == "bottleneck":
-        return ParameterLocation(half, index, last, 0, index, rest, "attention" if index == 1 else "res")
-    level, block = divmod(index, n + 1)
-    if half == "encoder" and block == n:
-        return ParameterLocation(half, index, level, block, 0, rest, "down")
-    child, leaf = rest.split(".", 1)
-    level = level if half == "encoder" else last - level
-    kind = "res" if child == "0" else "attention" if child == "1" and skeleton.attended[level] else "up"
-    return ParameterLocation(half, index, level, block, int(child), leaf, kind)
-
-
-def layer_name(name: str, skeleton: BlockStructure) -> str:
-    """What a reader calls the layer of a parameter: "the attention of encoder block 5"; "" outside the blocks."""
-    if not name.startswith(("encoder", "bottleneck", "decoder")):
-        return ""
-    place = locate(name, skeleton)
-    if place.half == "bottleneck":
-        return "the attention of the bottleneck" if place.kind == "attention" else f"bottleneck block {place.child}"
-    kinds = {"res": "residual block", "attention": "attention", "down": "downsampling", "up": "upsampling"}
-    return f"the {kinds[place.kind]} of {place.half} block {place.entry}"
+from unet_denoiser.convert.layout import BlockStructure, ForeignTensor, Layout, ParameterLocation, Shapes, locate
 
 
 def _rename(leaf: str, table: dict[str, str]) -> str:
@@ -99,19 +28,19 @@ def _rename(leaf: str, table: dict[str, str]) -> str:
     raise ValueError(f"this layout has no place for {leaf!r}")
 
 
-def _transformer(leaf: str) -> str:
-    """Inside a spatial transformer all layouts agree."""
-    return (
-        leaf.replace(".to_out.", ".to_out.0.").replace(".ff.proj.", ".ff.net.0.proj.").replace(".ff.out.", ".ff.net.2.")
-    )
-
-
 def _ones(leaf: str, count: int) -> int:
     return count if leaf.endswith("weight") else 0
 
 
-def _packed(prefix: str, place: ParameterLocation, projection: str, ones: int) -> ForeignTensor:
-    """Attention with query, key and value in one tensor."""
+def _map_transformer(prefix: str, leaf: str) -> ForeignTensor:
+    """Map inside a spatial transformer, where all layouts agree."""
+    name = leaf.replace(".to_out.", ".to_out.0.")
+    name = name.replace(".ff.proj.", ".ff.net.0.proj.").replace(".ff.out.", ".ff.net.2.")
+    return ForeignTensor(f"{prefix}.{name}", _ones(leaf, 2) if leaf.startswith("proj_") else 0)
+
+
+def _map_packed(prefix: str, place: ParameterLocation, projection: str, ones: int) -> ForeignTensor:
+    """Map attention that has query, key and value in one tensor."""
     stem, _, end = place.leaf.rpartition(".")
     if stem == "attn.to_out":
         return ForeignTensor(f"{prefix}.{projection}.{end}", _ones(end, ones))
@@ -119,7 +48,17 @@ def _packed(prefix: str, place: ParameterLocation, projection: str, ones: int) -
     return ForeignTensor(f"{prefix}.qkv.{end}", _ones(end, ones), part, place.level)
 
 
-# ---- ADM, improved-diffusion, LDM, Stable Diffusion ------------------------------------------------------------------
+def _count(names: Collection[str], pattern: str) -> int:
+    """Return 1 + the largest index that a pattern finds at the beginning of names."""
+    return max((int(match[1]) for name in names if (match := re.match(pattern, name))), default=-1) + 1
+
+
+def _count_blocks(level: str, block: str, names: Collection[str]) -> BlockStructure:
+    """Count levels, and the blocks of the first one, by a pattern each."""
+    return BlockStructure(_count(names, block), _count(names, level))
+
+
+# ---- Stable Diffusion, SDXL, LDM, ADM, improved-diffusion -----------------------------------------------------------
 
 _COMPVIS_TOP = {
     "time_mlp.1": "time_embed.0",
@@ -139,11 +78,11 @@ _COMPVIS_RES = {
 }
 
 
-def compvis(name: str, skeleton: BlockStructure) -> ForeignTensor:
-    """The flat layout: input_blocks, middle_block, output_blocks."""
-    if not name.startswith(("encoder", "bottleneck", "decoder")):
+def compvis(name: str, structure: BlockStructure) -> ForeignTensor:
+    """Map to the flat layout of Stable Diffusion and ADM: input_blocks, middle_block, output_blocks."""
+    place = locate(name, structure)
+    if place is None:
         return ForeignTensor(_rename(name, _COMPVIS_TOP))
-    place = locate(name, skeleton)
     prefix = {
         "encoder": f"input_blocks.{place.entry + 1}.{place.child}",
         "bottleneck": f"middle_block.{place.child}",
@@ -154,12 +93,28 @@ def compvis(name: str, skeleton: BlockStructure) -> ForeignTensor:
         return ForeignTensor(f"{prefix}.{leaf.replace('conv', 'op') if place.kind == 'down' else leaf}")
     if place.kind != "attention":
         return ForeignTensor(f"{prefix}.{_rename(leaf, _COMPVIS_RES)}")
-    if skeleton.transformer:
-        return ForeignTensor(f"{prefix}.{_transformer(leaf)}", _ones(leaf, 2) if leaf.startswith("proj_") else 0)
+    if structure.transformer:
+        return _map_transformer(prefix, leaf)
     if leaf.startswith("norm."):
         return ForeignTensor(f"{prefix}.{leaf}")
-    return _packed(prefix, place, "proj_out", 1)
+    return _map_packed(prefix, place, "proj_out", 1)
 
+
+def _count_compvis(names: Collection[str]) -> BlockStructure:
+    """Count output blocks; the first one that upsamples is the last of its level."""
+    entries = _count(names, r"output_blocks\.(\d+)\.")
+    upsampling = re.compile(r"output_blocks\.(\d+)\.[12]\.(conv|in_layers\.0)\.weight")
+    first = min((int(match[1]) for name in names if (match := upsampling.fullmatch(name))), default=entries - 1)
+    return BlockStructure(first, entries // (first + 1) if entries else 0)
+
+
+COMPVIS = Layout(
+    compvis,
+    marker="input_blocks.0.0.weight",
+    count_blocks=_count_compvis,
+    implied={"time_frequencies": "half"},
+    cosines_first=True,
+)
 
 # ---- diffusers -------------------------------------------------------------------------------------------------------
 
@@ -192,26 +147,33 @@ _DIFFUSERS_ATTENTION = {
 }
 
 
-def diffusers(name: str, skeleton: BlockStructure) -> ForeignTensor:
-    """The nested layout: down_blocks, mid_block, up_blocks, from the lowest resolution up."""
-    if not name.startswith(("encoder", "bottleneck", "decoder")):
+def diffusers(name: str, structure: BlockStructure) -> ForeignTensor:
+    """Map to the nested layout of diffusers: down_blocks, mid_block, up_blocks, from the lowest resolution up."""
+    place = locate(name, structure)
+    if place is None:
         return ForeignTensor(_rename(name, _DIFFUSERS_TOP))
-    place = locate(name, skeleton)
     parent = {
         "encoder": f"down_blocks.{place.level}",
         "bottleneck": "mid_block",
-        "decoder": f"up_blocks.{skeleton.levels - 1 - place.level}",
+        "decoder": f"up_blocks.{structure.levels - 1 - place.level}",
     }[place.half]
     block = place.block if place.half != "bottleneck" else place.child // 2
     if place.kind == "attention":
         prefix = f"{parent}.attentions.{block if place.half != 'bottleneck' else 0}"
-        if skeleton.transformer:
-            ones = _ones(place.leaf, 2) if place.leaf.startswith("proj_") else 0
-            return ForeignTensor(f"{prefix}.{_transformer(place.leaf)}", ones)
+        if structure.transformer:
+            return _map_transformer(prefix, place.leaf)
         return ForeignTensor(f"{prefix}.{_rename(place.leaf, _DIFFUSERS_ATTENTION)}")
     group = {"res": f"resnets.{block}", "down": "downsamplers.0", "up": "upsamplers.0"}[place.kind]
     return ForeignTensor(f"{parent}.{group}.{_rename(place.leaf, _DIFFUSERS_RES)}")
 
+
+DIFFUSERS = Layout(
+    diffusers,
+    marker="time_embedding.linear_1.weight",
+    count_blocks=partial(_count_blocks, r"down_blocks\.(\d+)\.", r"down_blocks\.0\.resnets\.(\d+)\."),
+    implied={"time_frequencies": "half"},  # a folder's config.json tells, and may tell otherwise
+    cosines_first=True,
+)
 
 # ---- the PyTorch port of DDPM ----------------------------------------------------------------------------------------
 
@@ -232,11 +194,11 @@ _DDPM_ATTENTION = {
 }
 
 
-def ddpm(name: str, skeleton: BlockStructure) -> ForeignTensor:
-    """The layout by level: down, mid, up, numbered by resolution in both halves."""
-    if not name.startswith(("encoder", "bottleneck", "decoder")):
+def ddpm(name: str, structure: BlockStructure) -> ForeignTensor:
+    """Map to the layout of DDPM's PyTorch port: down, mid, up, numbered by resolution level in both halves."""
+    place = locate(name, structure)
+    if place is None:
         return ForeignTensor(_rename(name, _DDPM_TOP))
-    place = locate(name, skeleton)
     if place.half == "bottleneck":
         prefix = "mid." + ("block_1", "attn_1", "block_2")[place.child]
     else:
@@ -248,6 +210,13 @@ def ddpm(name: str, skeleton: BlockStructure) -> ForeignTensor:
         return ForeignTensor(f"{prefix}.{_rename(place.leaf, _DDPM_ATTENTION)}", ones)
     return ForeignTensor(f"{prefix}.{_rename(place.leaf, _DDPM_RES)}")
 
+
+DDPM = Layout(
+    ddpm,
+    marker="temb.dense.0.weight",
+    count_blocks=partial(_count_blocks, r"down\.(\d+)\.", r"down\.0\.block\.(\d+)\."),
+    implied={"downsample": "conv_asymmetric", "norm_eps": 1e-6},
+)
 
 # ---- EDM's DhariwalUNet ----------------------------------------------------------------------------------------------
 
@@ -269,27 +238,56 @@ _EDM_RES = {
 }
 
 
-def edm(name: str, skeleton: BlockStructure) -> ForeignTensor:
-    """The layout by resolution: enc and dec, where a residual block holds its attention too."""
+def edm(name: str, structure: BlockStructure) -> ForeignTensor:
+    """Map to the layout of EDM: enc and dec by resolution; a residual block holds its attention too."""
+
+    def at(level: int) -> str:
+        size = structure.resolution >> level
+        return f"{size}x{size}"
+
+    place = locate(name, structure)
     if name.startswith("input_conv"):
-        return ForeignTensor(f"enc.{_square(skeleton.resolution)}_conv.{name.partition('.')[2]}")
-    if not name.startswith(("encoder", "bottleneck", "decoder")):
+        return ForeignTensor(f"enc.{at(0)}_conv.{name.partition('.')[2]}")
+    if place is None:
         return ForeignTensor(_rename(name, _EDM_TOP), transposed=name == "class_embedding.weight")
-    place = locate(name, skeleton)
     # resampling is the first block of the level it leads to
     level = place.level + {"down": 1, "up": -1}.get(place.kind, 0)
     block = f"in{place.child // 2}" if place.half == "bottleneck" else f"block{place.block}"
     entry = place.kind if place.kind in ("down", "up") else block
-    prefix = f"{'enc' if place.half == 'encoder' else 'dec'}.{_square(skeleton.resolution >> level)}_{entry}"
+    prefix = f"{'enc' if place.half == 'encoder' else 'dec'}.{at(level)}_{entry}"
     if place.kind != "attention":
         return ForeignTensor(f"{prefix}.{_rename(place.leaf, _EDM_RES)}")
     if place.leaf.startswith("norm."):
         return ForeignTensor(f"{prefix}.norm2.{place.leaf.partition('.')[2]}")
-    return _packed(prefix, place, "proj", 2)
+    return _map_packed(prefix, place, "proj", 2)
 
 
-def _square(resolution: int) -> str:
-    return f"{resolution}x{resolution}"
+def _count_edm(names: Collection[str]) -> BlockStructure:
+    resolutions = {int(match[1]) for name in names if (match := re.match(r"enc\.(\d+)x\d+_", name))}
+    largest = max(resolutions, default=0)
+    blocks = _count(names, rf"enc\.{largest}x{largest}_block(\d+)\.")
+    return BlockStructure(blocks, len(resolutions), resolution=largest)
 
 
-LAYOUTS: dict[str, Layout] = {"compvis": compvis, "diffusers": diffusers, "ddpm": ddpm, "edm": edm}
+def _infer_edm(options: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
+    """Infer norm_groups: EDM's norms have at least four channels a group, ours the same number of groups everywhere."""
+    if options["modulation"] == "add":
+        raise ValueError("EDM's SongUNet (DDPM++, NCSN++) scales its skips and has no counterpart here")
+    widths = {shape[0] for name, shape in shapes.items() if re.search(r"norm\d?\.weight$", name)}
+    groups = {min(32, width // 4) for width in widths}
+    if len(groups) > 1:
+        raise ValueError(f"norms of {sorted(groups)} groups have no counterpart here; a network 128 wide has 32 in all")
+    return {"norm_groups": groups.pop()}
+
+
+EDM = Layout(
+    edm,
+    marker="map_layer0.weight",
+    count_blocks=_count_edm,
+    implied={"time_frequencies": "half", "num_heads": None, "head_dim": 64},
+    infer_more=_infer_edm,
+    cosines_first=True,
+    packing="edm",
+)
+
+LAYOUTS = {"compvis": COMPVIS, "ddpm": DDPM, "diffusers": DIFFUSERS, "edm": EDM}

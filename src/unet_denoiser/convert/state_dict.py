@@ -3,51 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from unet_denoiser.config.base import QKVOrder
-from unet_denoiser.convert.key_maps import BlockStructure, ForeignTensor, Layout, layer_name
-
-Packing = Literal[QKVOrder, "edm"]
+from unet_denoiser.convert.layout import BlockStructure, ForeignTensor, Layout, Packing, Shapes, describe_layer
 
 # parameters that read or add to the sinusoids, and along which axis
 _SINUSOIDS = {"time_mlp.1.weight": 1, "time_cond.weight": 0}
 
 
 class FormatVariant(NamedTuple):
-    """What differs between files of one layout.
+    """One kind of files among those of a layout.
 
-    heads: number of heads of a level. packing: rows of a packed projection are (head, qkv, channel) in "legacy" files,
-    (qkv, head, channel) in "new" ones and (head, channel, qkv) in EDM's. cosines_first: the sinusoids are cosines, then
-    sines; ours the other way. linear: 1x1 convolutions around a transformer are linear layers.
+    heads: number of heads of a level. packing: the first axis of a packed projection is (head, qkv, channel) in
+    "legacy" files, (qkv, head, channel) in "new" ones and (head, channel, qkv) in EDM's. cosines_first: the sinusoids
+    are cosines, then sines; ours are sines, then cosines. linear: transformers stand between linear layers, not 1x1
+    convolutions.
     """
 
     layout: Layout
-    skeleton: BlockStructure
+    structure: BlockStructure
     heads: Callable[[int], int]
     packing: Packing = "legacy"
     cosines_first: bool = True
     linear: bool = False
 
-    def source(self, name: str) -> ForeignTensor:
-        found = self.layout(name, self.skeleton)
+    def locate(self, name: str) -> ForeignTensor:
+        """Return the foreign tensor that holds one of our parameters."""
+        found = self.layout.key_map(name, self.structure)
         return found._replace(ones=0) if self.linear and ".proj_" in name else found
 
 
-def to_internal(
-    state: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], dialect: FormatVariant
-) -> dict[str, Tensor]:
-    """Our parameters, of these shapes, from a foreign state dict.
+def to_internal(state: Mapping[str, Tensor], shapes: Shapes, variant: FormatVariant) -> dict[str, Tensor]:
+    """Return our parameters, of these names and shapes, from a foreign state dict.
 
     Raises:
         ValueError: tensors that are missing, left over or of another shape, the first few by name.
     """
-    sources = {name: dialect.source(name) for name in shapes}
+    sources = {name: variant.locate(name) for name in shapes}
     used = {source.name for source in sources.values()}
-    ours, problems = {}, _lacking({name: source.name for name, source in sources.items()}, state, dialect.skeleton)
+    ours: dict[str, Tensor] = {}
+    problems = _list_missing({name: source.name for name, source in sources.items()}, state, variant.structure)
     for name, shape in shapes.items():
         source = sources[name]
         if source.name not in state:
@@ -57,14 +55,14 @@ def to_internal(
             if tensor.shape[:1] != (3 * shape[0],):
                 problems.append(f"has {source.name} {tuple(tensor.shape)}, not {(3 * shape[0], *shape[1:])}")
                 continue
-            tensor = _unpack(tensor, dialect.heads(source.level), dialect.packing)[source.part]
+            tensor = _unpack(tensor, variant.heads(source.level), variant.packing)[source.part]
         if source.transposed and tensor.ndim == 2:
             tensor = tensor.mT
         while tensor.ndim > len(shape) and tensor.shape[-1] == 1:
             tensor = tensor.squeeze(-1)
         if tuple(tensor.shape) != tuple(shape):
             problems.append(f"has {source.name} {tuple(tensor.shape)}, not {tuple(shape)}")
-        elif dialect.cosines_first and name in _SINUSOIDS:
+        elif variant.cosines_first and name in _SINUSOIDS:
             tensor = swap_halves(tensor, _SINUSOIDS[name])
         ours[name] = tensor
     problems += [f"has {name}, which the network lacks" for name in state if name not in used]
@@ -74,11 +72,11 @@ def to_internal(
     return ours
 
 
-def _lacking(sources: Mapping[str, str], state: Mapping[str, Tensor], skeleton: BlockStructure) -> list[str]:
-    """What is missing: a whole layer by what it is, anything less by name."""
+def _list_missing(sources: Mapping[str, str], state: Mapping[str, Tensor], structure: BlockStructure) -> list[str]:
+    """List the tensors that are missing: a layer without any of its own in words, the others by name."""
     layers: dict[str, list[str]] = {}
     for name, source in sources.items():
-        layers.setdefault(layer_name(name, skeleton), []).append(source)
+        layers.setdefault(describe_layer(name, structure), []).append(source)
     problems = []
     for layer, names in layers.items():
         missing = [name for name in names if name not in state]
@@ -89,27 +87,27 @@ def _lacking(sources: Mapping[str, str], state: Mapping[str, Tensor], skeleton: 
     return problems
 
 
-def to_foreign(ours: Mapping[str, Tensor], dialect: FormatVariant) -> dict[str, Tensor]:
-    """The foreign state dict of our parameters: the inverse of `to_internal`, bit for bit."""
+def to_foreign(ours: Mapping[str, Tensor], variant: FormatVariant) -> dict[str, Tensor]:
+    """Return the foreign state dict of our parameters: the inverse of `to_internal`, bit for bit."""
     theirs: dict[str, Tensor] = {}
     packed: dict[str, list[Tensor]] = {}
     for name, tensor in ours.items():
-        source = dialect.source(name)
-        if dialect.cosines_first and name in _SINUSOIDS:
+        target = variant.locate(name)
+        if variant.cosines_first and name in _SINUSOIDS:
             tensor = swap_halves(tensor, _SINUSOIDS[name])
-        tensor = tensor.reshape(*tensor.shape, *[1] * source.ones)
-        if source.part is None:
-            theirs[source.name] = tensor.mT if source.transposed else tensor
+        tensor = tensor.reshape(*tensor.shape, *[1] * target.ones)
+        if target.part is None:
+            theirs[target.name] = tensor.mT if target.transposed else tensor
             continue
-        parts = packed.setdefault(source.name, [tensor, tensor, tensor])
-        parts[source.part] = tensor
-        if source.part == 2:  # query, key and value follow each other
-            theirs[source.name] = _pack(packed.pop(source.name), dialect.heads(source.level), dialect.packing)
+        parts = packed.setdefault(target.name, [tensor, tensor, tensor])
+        parts[target.part] = tensor
+        if target.part == 2:  # query, key and value follow each other
+            theirs[target.name] = _pack(packed.pop(target.name), variant.heads(target.level), variant.packing)
     return theirs
 
 
 def swap_halves(weight: Tensor, axis: int) -> Tensor:
-    """Exchange the halves of sines and cosines; an odd width has one of padding that stays."""
+    """Exchange the halves of sines and cosines; an odd width has one column of padding, which stays."""
     half = weight.shape[axis] // 2
     first, second, padding = weight.split([half, half, weight.shape[axis] - 2 * half], axis)
     return torch.cat([second, first, padding], axis)

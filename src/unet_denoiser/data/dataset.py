@@ -1,4 +1,4 @@
-"""What every data set here is: items for training, what a network for them needs to know, and how images are framed."""
+"""Base classes of all datasets: items by index, items of a stream, and wrappers that change items."""
 
 from __future__ import annotations
 
@@ -14,36 +14,43 @@ from unet_denoiser.data.transforms import augment, to_float
 
 
 class StreamIndex(int):
-    """An item's index that also knows its position in the endless stream of training, and so its own randomness.
+    """The index of an item, with its position in the endless stream of training and the seed.
 
-    Being an int, it indexes any map-style data set. Equal seeds and positions give equal augmentation, whichever
-    worker or process does it.
+    An int, so that it indexes any map-style dataset. The augmentation of an item depends on seed and position alone,
+    whichever worker or process decodes it: a resumed run sees the same crops and flips.
     """
 
     position: int
     seed: int
 
     def __new__(cls, index: int, position: int, seed: int) -> StreamIndex:
-        place = super().__new__(cls, index)
-        place.position, place.seed = position, seed
-        return place
+        self = super().__new__(cls, index)
+        self.position, self.seed = position, seed
+        return self
 
-    def __getnewargs__(self) -> tuple[int, int, int]:  # type: ignore[override]
+    def __getnewargs__(self) -> tuple[int, int, int]:  # type: ignore[override]  # to be sent to worker processes
         return int(self), self.position, self.seed
 
     def rng(self) -> np.random.Generator:
-        return np.random.default_rng([self.seed, self.position, 0, 1])  # 1: not the numbers that order the epochs
+        """Return the generator for this item's augmentation."""
+        return np.random.default_rng([self.seed, self.position, 0, 1])  # 1: apart from the order's numbers
 
 
 class ImageDataset(Dataset[dict[str, Any]]):
-    """A map-style dataset of {"image": float32 (C, *spatial) in [-1, 1], conditions}; a `StreamIndex` has it augmented.
+    """A map-style dataset of {"image": float32 (C, *spatial) in [-1, 1]} and conditions by name.
 
-    A class of one's own gives `__len__` and `__getitem__`; those here give `pixels` and `conditions` instead.
+    A `StreamIndex` returns the item augmented, any other index as it is. Subclasses define `__len__` and either
+    `__getitem__` or `pixels`.
 
-    channels: C. image_size: one int per spatial axis. class_names: in label order, or None without labels.
-    captions: one per item, or None; an item then has its own as "caption". vector_dim: length of "vector", or None.
-    context_dim, concat_channels: width of the tokens in "context", or None; channels of "concat" (see conditioned.py).
-    buckets: the items of each size, where sizes differ; a batch is of one bucket. None: all items have `image_size`.
+    Attributes:
+        channels, image_size: C, and one int per spatial axis.
+        labels, class_names: (N,) int64, and the names in label order; or None.
+        captions: one per item, or None; item i then has "caption".
+        vectors, vector_dim: (N, vector_dim), and the length of "vector"; or None.
+        context_dim, concat_channels: width of the tokens in "context", or None; channels of "concat", or 0.
+        buckets: indices of the items of each size; a batch is of one bucket. None: all items have `image_size`.
+        in_memory: items cost next to nothing, so worker processes would only add cost.
+        background: (C,) in [-1, 1], to pad with.
     """
 
     channels: int
@@ -54,24 +61,25 @@ class ImageDataset(Dataset[dict[str, Any]]):
     context_dim: int | None = None
     concat_channels: int = 0
     buckets: list[np.ndarray] | None = None
-    in_memory: bool = False  # items cost next to nothing, so that worker processes would only cost
+    in_memory: bool = False
     labels: Tensor | None = None
     vectors: Tensor | None = None
     config: DataConfig | None = None
-    background: Tensor | None = None  # (C,) in [-1, 1], what `pad` fills with
+    background: Tensor | None = None
 
     def __len__(self) -> int:
         raise NotImplementedError
 
     def pixels(self, index: int) -> Tensor:
-        """(C, *spatial) uint8, uint16, or floats in [-1, 1], scaled but not yet cropped or padded."""
+        """Return (C, *spatial) uint8, uint16, or floats in [-1, 1], scaled but not yet cropped or padded."""
         raise NotImplementedError
 
-    def size_of(self, index: int) -> tuple[int, ...]:
-        """The size that this item is cropped or padded to."""
+    def item_size(self, index: int) -> tuple[int, ...]:
+        """Return the spatial size that the item is cropped or padded to."""
         return self.image_size
 
     def conditions(self, index: int) -> dict[str, Any]:
+        """Return the item without its image."""
         found: dict[str, Any] = {}
         if self.labels is not None:
             found["class_labels"] = self.labels[index]
@@ -84,47 +92,31 @@ class ImageDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         image = to_float(self.pixels(index))
         rng = index.rng() if isinstance(index, StreamIndex) else None
-        return {"image": augment(image, self.size_of(index), self.config, rng, self.background)} | self.conditions(
-            index
-        )
-
-
-def refuse_options(config: DataConfig, names: Sequence[str], kind: str) -> None:
-    """ValueError for an option that was given and would do nothing for this kind of data."""
-    default = DataConfig(config.source)
-    if given := [name for name in names if getattr(config, name) != getattr(default, name)]:
-        raise ValueError(f"{given[0]}={getattr(config, given[0])!r} means nothing for {kind}; leave it out")
-
-
-ATTRIBUTES = (
-    *("channels", "image_size", "class_names", "captions", "buckets", "in_memory", "config"),
-    *("vector_dim", "context_dim", "concat_channels"),
-)
+        image = augment(image, self.item_size(index), self.config, rng=rng, background=self.background)
+        return {"image": image} | self.conditions(index)
 
 
 class DatasetWrapper(ImageDataset):
-    """A data set that changes another's items."""
+    """A dataset that changes the items of another one."""
 
     def __init__(self, data: ImageDataset) -> None:
         self.data = data
-        for name in ATTRIBUTES:
+        sizes = ("channels", "image_size", "vector_dim", "context_dim", "concat_channels")
+        for name in (*sizes, "class_names", "captions", "buckets", "in_memory", "config"):
             setattr(self, name, getattr(data, name))
 
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.data[index]
-
     def conditions(self, index: int) -> dict[str, Any]:
         return self.data.conditions(index)
 
-    def size_of(self, index: int) -> tuple[int, ...]:
-        return self.data.size_of(index)
+    def item_size(self, index: int) -> tuple[int, ...]:
+        return self.data.item_size(index)
 
 
 class StreamDataset(IterableDataset[dict[str, Any]]):
-    """What a network needs to know of a stream, and how to read it; the attributes are those of `ImageDataset`."""
+    """A dataset that is read from first to last; attributes and items are those of `ImageDataset`."""
 
     channels: int
     image_size: tuple[int, ...]
@@ -134,13 +126,21 @@ class StreamDataset(IterableDataset[dict[str, Any]]):
     context_dim: int | None = None
     concat_channels: int = 0
 
-    def epoch(self, number: int, seed: int) -> Iterator[Any]:
-        """The items of an epoch, not yet decoded, in an order that depends on `seed` and its number alone."""
+    def read_epoch(self, epoch: int, seed: int) -> Iterator[Any]:
+        """Yield the epoch's items, not yet decoded, in an order that depends on `epoch` and `seed` alone."""
         raise NotImplementedError
 
-    def decode(self, raw: Any, place: StreamIndex) -> dict[str, Any]:
+    def decode(self, raw: Any, index: StreamIndex) -> dict[str, Any]:
+        """Return the item, decoded and augmented."""
         raise NotImplementedError
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """The items of the first epoch, to look at; training reads through `StreamBatches`."""
-        return (self.decode(raw, StreamIndex(i, i, 0)) for i, raw in enumerate(self.epoch(0, 0)))
+        """Yield the items of the first epoch, for inspection; training reads through `StreamBatches`."""
+        return (self.decode(raw, StreamIndex(i, i, 0)) for i, raw in enumerate(self.read_epoch(0, 0)))
+
+
+def refuse_options(config: DataConfig, names: Sequence[str], kind: str) -> None:
+    """Raise ValueError if an option is given that has no effect on this kind of data."""
+    default = DataConfig(config.source)
+    if given := [name for name in names if getattr(config, name) != getattr(default, name)]:
+        raise ValueError(f"{given[0]}={getattr(config, given[0])!r} means nothing for {kind}; leave it out")

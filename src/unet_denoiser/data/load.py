@@ -1,8 +1,7 @@
-"""The data set that a configuration names, and what is wrapped around it."""
+"""The dataset that a configuration names: where its images come from, and the wrappers around them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from unet_denoiser.data.dataset import DatasetWrapper, ImageDataset, StreamDatas
 from unet_denoiser.data.sources.arrays import DIGITS, load_digits_data, load_npy, load_npz
 from unet_denoiser.data.sources.image_folder import ImageFolder, list_images
 from unet_denoiser.data.wrappers.captions import CaptionedDataset
-from unet_denoiser.data.wrappers.concat import ConcatConditionDataset, _paired
+from unet_denoiser.data.wrappers.concat import ConcatConditionDataset
 from unet_denoiser.data.wrappers.latents import LatentDataset
 from unet_denoiser.utils.cache import digest, fingerprint
 
@@ -24,24 +23,46 @@ if TYPE_CHECKING:
 
 
 def load_data(config: DataConfig | str | Path, **options: Any) -> ImageDataset | StreamDataset:
-    """The data set that a configuration names.
+    """Load the dataset that a configuration names.
 
     Args:
         config: a `DataConfig`, or its `source` alone.
-        options: its other fields, to change or to give with a source.
+        options: fields of `DataConfig`, to change or to give with a source.
+
+    Returns:
+        {"image": float32 (C, *spatial) in [-1, 1], conditions by name}; with `vae`, latents (C, h, w) of unit scale.
 
     Raises:
-        FileNotFoundError, ValueError, TypeError: what is wrong with it, in one line.
+        FileNotFoundError, ValueError, TypeError, ImportError: data or options that cannot be used, in one line.
     """
     config = replace(config, **options) if isinstance(config, DataConfig) else DataConfig(str(config), **options)
-    return with_conditions(config, _load_pictures)
+    _check_wrappers(config)
+    # both before the images, which may take minutes to verify
+    encoder = None if config.text_encoder is None else load_text_encoder(config)
+    vae = None if config.vae is None else load_autoencoder(config)
+
+    source = without_wrappers(config)
+    if vae is not None:  # latents are kept, so `LatentDataset` flips
+        source = replace(source, horizontal_flip=False, channels=config.channels or vae.image_channels)
+    data: Any = _load_source(source)
+    if config.concat is not None:
+        data = ConcatConditionDataset(data, config, _load_paired(config, source, data))
+    if vae is not None:
+        measure = config.standardize_latents and config.latent_mean is None
+        paths = [Path(path) for path in (config.source, config.concat or "") if path and Path(path).exists()]
+        # of all that the images depend on: options and files of the source, and `concat` and its files
+        key = digest([repr(sorted(asdict(source).items())), str(config.concat), fingerprint(paths)])
+        data = LatentDataset(data, vae, key, flip=config.horizontal_flip, standardize=measure)
+    return data if encoder is None else CaptionedDataset(data, encoder)
 
 
-def _load_pictures(config: DataConfig) -> ImageDataset | StreamDataset:
+def _load_source(config: DataConfig) -> ImageDataset | StreamDataset:
+    """Load the images, with labels, captions and vectors, that `config.source` names."""
     path = Path(config.source)
     if config.source in DIGITS:
         return load_digits_data(config)
-    if config.source.startswith("hf:") or path.suffix == ".parquet" or _is_table(path):
+    is_table = path.is_dir() and next(path.rglob("*.parquet"), None) is not None and not list_images(path)
+    if config.source.startswith("hf:") or path.suffix == ".parquet" or is_table:
         from unet_denoiser.data.sources.huggingface import load_hub
 
         return load_hub(config)
@@ -55,88 +76,86 @@ def _load_pictures(config: DataConfig) -> ImageDataset | StreamDataset:
     )
 
 
-def _is_table(path: Path) -> bool:
-    """A folder of Parquet files and no images."""
-    return path.is_dir() and next(path.rglob("*.parquet"), None) is not None and not list_images(path)
+def without_wrappers(config: DataConfig) -> DataConfig:
+    """Return the configuration of the source alone: no text encoder, no autoencoder and no `concat`."""
+    names = ("text_encoder", "caption_length", "vae", "latent_mean", "latent_std", "concat")
+    unset: dict[str, Any] = dict.fromkeys(names)
+    return replace(config, standardize_latents=False, **unset)
 
 
-def with_found_values(config: DataConfig, data: ImageDataset | StreamDataset) -> DataConfig:
-    """The configuration with what was left to the data (size, channels, classes), so that it cannot change later."""
-    config, data = unwrap(config, data)
-    names = None if data.class_names is None else tuple(data.class_names)
-    return replace(config, image_size=tuple(data.image_size), channels=data.channels, class_names=names)
+def _check_wrappers(config: DataConfig) -> None:
+    given = [name for name in ("text_encoder", "vae", "concat") if getattr(config, name) is not None]
+    if given and config.streaming:
+        raise ValueError(f"{given[0]} with streaming=True: it needs all items beforehand; leave streaming out")
+    if config.vae is not None and config.resize_mode == "random_crop":
+        raise ValueError("resize_mode='random_crop' with vae: an image has one latent, so one crop; use 'center_crop'")
+    if config.vae is not None and config.aspect_buckets:
+        raise ValueError("aspect_buckets=True with vae: latents of one size only are kept; leave one of them out")
 
 
-def first_item(data: ImageDataset | StreamDataset) -> dict[str, Any]:
-    """An item, to see which conditions the data have."""
-    return next(iter(data)) if isinstance(data, StreamDataset) else data[0]
+def _load_paired(config: DataConfig, source: DataConfig, data: ImageDataset) -> ImageDataset | None:
+    """Load the images of the folder `concat`, paired with `data` by their names; None if `concat` is no folder."""
+    folder = config.concat_kind and config.concat_kind.folder
+    if folder is None:
+        return None
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"concat={folder} is neither 'downscaled:N', nor 'inpainting', nor a folder")
+    if not isinstance(data, ImageFolder):
+        raise ValueError(f"concat={folder}: only a folder of images can be paired with another folder")
+    # an autoencoder takes as many channels from both images
+    channels = None if config.vae is None else data.channels
+    options = replace(source, class_names=None, label_column=None, caption_column=None, vector_columns=())
+    options = replace(options, source=folder, image_size=data.image_size, channels=channels)
+    paired = ImageFolder(folder, options)
+    names, paired_names = ([str(Path(file).with_suffix("")) for file in each.files] for each in (data, paired))
+    if unpaired := sorted(set(names) ^ set(paired_names)):
+        missing_in = folder if unpaired[0] in names else config.source
+        raise ValueError(
+            f"concat={folder}: {missing_in} has no usable image {unpaired[0]}; names must be the same in both folders"
+        )
+    if names != paired_names or len(set(names)) < len(names):  # for example a.png and a.jpg
+        raise ValueError(f"concat={folder}: pairs need names of one order without their suffixes, and each name once")
+    if data.buckets is not None and [*map(list, data.buckets)] != [*map(list, paired.buckets or ())]:
+        raise ValueError(f"concat={folder}: with aspect_buckets both images of a pair need the same aspect")
+    return paired
 
 
-def with_conditions(config: DataConfig, load: Callable[[DataConfig], Any]) -> Any:
-    """The pictures that `load` finds, with what the configuration asks for around them.
-
-    Raises:
-        FileNotFoundError, ValueError, ImportError: an encoder, autoencoder or folder that cannot be used, in one line.
-    """
-    wanted = [name for name in ("text_encoder", "vae", "concat") if getattr(config, name) is not None]
-    if wanted and config.streaming:
-        raise ValueError(f"{wanted[0]} with streaming=True: it needs all items beforehand; leave streaming out")
-    plain = replace(config, text_encoder=None, caption_length=None, concat=None)
-    plain = replace(plain, vae=None, standardize_latents=False, latent_mean=None, latent_std=None)
-    encoder = None if config.text_encoder is None else text_encoder(config)  # the quick checks first
-    vae = None if config.vae is None else autoencoder(config)
-    if vae is not None:
-        if config.resize_mode == "random_crop":
-            raise ValueError(
-                "resize_mode='random_crop' with vae: latents are kept, so crops cannot vary; use 'center_crop'"
-            )
-        if config.aspect_buckets:
-            raise ValueError("aspect_buckets=True with vae: latents of one size only are kept; leave one of them out")
-        plain = replace(plain, horizontal_flip=False, channels=config.channels or vae.picture_channels)
-    data = load(plain)
-    if config.concat is not None:
-        is_folder = config.concat != "inpainting" and not config.concat.startswith("downscaled:")
-        paired = _paired(config.concat, data, plain, load, vae is not None) if is_folder else None
-        data = ConcatConditionDataset(data, config.concat, paired)
-    if vae is not None:
-        sources = [Path(p) for p in (config.source, config.concat or "") if p and Path(p).exists()]
-        key = digest([repr(sorted(asdict(plain).items())), str(config.concat), fingerprint(sources)])
-        measure = config.standardize_latents and config.latent_mean is None
-        data = LatentDataset(data, vae, key, flip=config.horizontal_flip, standardize=measure)
-    return data if encoder is None else CaptionedDataset(data, encoder)
-
-
-def text_encoder(config: DataConfig) -> TextEncoder:
-    """The configuration's text encoder."""
+def load_text_encoder(config: DataConfig) -> TextEncoder:
+    """Load the text encoder that `config.text_encoder` names."""
     from unet_denoiser.models.text_encoder import TextEncoder
 
     assert config.text_encoder is not None
     return TextEncoder(config.text_encoder, config.caption_length)
 
 
-def autoencoder(config: DataConfig) -> Autoencoder:
-    """The configuration's autoencoder, with the statistics that were measured for it."""
+def load_autoencoder(config: DataConfig) -> Autoencoder:
+    """Load the autoencoder that `config.vae` names, with the latents' statistics if the configuration has them."""
     from unet_denoiser.models.autoencoder import Autoencoder
 
     assert config.vae is not None
-    found = Autoencoder(config.vae, "cuda" if torch.cuda.is_available() else "cpu")
+    autoencoder = Autoencoder(config.vae, "cuda" if torch.cuda.is_available() else "cpu")
     if config.latent_mean is not None and config.latent_std is not None:
-        found.set_statistics(config.latent_mean, config.latent_std)
-    return found
+        autoencoder.set_statistics(config.latent_mean, config.latent_std)
+    return autoencoder
 
 
-def unwrap(config: DataConfig, data: Any) -> tuple[DataConfig, Any]:
-    """The configuration with measured statistics and whole paths, and the pictures that everything else is around."""
-    config = replace(
-        config, text_encoder=_whole(config.text_encoder), vae=_whole(config.vae), concat=_whole(config.concat)
-    )
-    while isinstance(data, DatasetWrapper):
+def with_found_values(config: DataConfig, data: ImageDataset | StreamDataset) -> DataConfig:
+    """Fill in image size, channels, class names and the latents' statistics from `data`, so that they cannot change.
+
+    Paths become absolute, so that a run can be used from any directory.
+    """
+    folder = config.concat_kind and config.concat_kind.folder
+    paths = {"text_encoder": config.text_encoder, "vae": config.vae, "concat": folder}  # or names on the hub
+    absolute: Any = {name: str(Path(p).absolute()) for name, p in paths.items() if p and Path(p).exists()}
+    config = replace(config, **absolute)
+    while isinstance(data, DatasetWrapper):  # down to the source, which has the images' size and channels
         if isinstance(data, LatentDataset) and config.standardize_latents and config.latent_mean is None:
-            config = replace(config, latent_mean=data.store.mean, latent_std=data.store.std)
+            config = replace(config, latent_mean=data.mean, latent_std=data.std)
         data = data.data
-    return config, data
+    names = None if data.class_names is None else tuple(data.class_names)
+    return replace(config, image_size=tuple(data.image_size), channels=data.channels, class_names=names)
 
 
-def _whole(path: str | None) -> str | None:
-    """The absolute path of what exists, so that a run can be used from any directory; hub names as they are."""
-    return str(Path(path).absolute()) if path is not None and Path(path).exists() else path
+def first_item(data: ImageDataset | StreamDataset) -> dict[str, Any]:
+    """Return an item, to see which conditions the data have."""
+    return next(iter(data)) if isinstance(data, StreamDataset) else data[0]

@@ -1,4 +1,4 @@
-"""Image files and bytes to tensors of a given number of channels, whatever mode they have."""
+"""Image files to tensors: decode, convert to a number of channels, scale, crop, pad and flip."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from PIL import Image, ImageColor, ImageOps
 from torch import Tensor
 
 from unet_denoiser.config.data import DataConfig, ResizeMode
+from unet_denoiser.utils.broadcasting import append_dims
 from unet_denoiser.utils.images import MODES
 
 Source = str | bytes  # a path, or a file's content
-GREY = {"1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I;16N", "I"}
+GREY_MODES = {"1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I;16N", "I"}
 SUFFIXES = frozenset(
     f".{name}"
     for name in (
@@ -25,48 +26,58 @@ SUFFIXES = frozenset(
 )
 
 
+class UnreadableItemError(ValueError):
+    """An item cannot be read; training replaces it by another one."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name} {reason}")
+        self.name, self.reason = name, reason
+
+    def __reduce__(self) -> tuple[Any, ...]:  # to be raised in a worker process and caught in the main one
+        return type(self), (self.name, self.reason)
+
+
 def open_image(source: Source, name: str = "") -> Image.Image:
-    """The decoded image, turned as its EXIF data say; whatever a decoder raises becomes one `UnreadableItemError`."""
+    """Decode an image and rotate it as its EXIF data say; UnreadableItemError if that fails or its range is unknown."""
     name = name or str(source)
     try:
         with Image.open(source if isinstance(source, str) else BytesIO(source)) as image:
             image.load()
-            turned = ImageOps.exif_transpose(image)
-    except Exception as error:  # the formats' decoders raise what they like
-        raise UnreadableItemError(name, f"cannot be read as an image: {_reason(error)}") from None
-    if turned.mode == "F" or (turned.mode == "I" and not _is_16_bit(turned)):
-        reason = f"has pixels of mode {turned.mode}, of unknown range; put such images into an .npy"
+            upright = ImageOps.exif_transpose(image)
+    except Image.UnidentifiedImageError:
+        raise UnreadableItemError(name, "cannot be read as an image: no image format that is known") from None
+    except Exception as error:  # decoders raise exceptions of many types
+        reason = str(error) or type(error).__name__
+        raise UnreadableItemError(name, f"cannot be read as an image: {reason}") from None
+    deep = np.asarray(upright) if upright.mode == "I" else np.zeros(1)
+    if upright.mode == "F" or deep.min() < 0 or deep.max() >= 2**16:
+        reason = f"has pixels of mode {upright.mode}, of unknown range; put such images into an .npy"
         raise UnreadableItemError(name, reason)
-    return turned
+    return upright
 
 
-def _is_16_bit(image: Image.Image) -> bool:
-    array = np.asarray(image)
-    return bool(array.min() >= 0 and array.max() < 2**16)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "no image format that is known"
-    return str(error) or type(error).__name__
+def read_pixels(source: Source, name: str, channels: int, size: Sequence[int], config: DataConfig) -> Tensor:
+    """Decode an image and scale it as `config` says: (channels, h, w), as `to_pixels` returns it."""
+    return to_pixels(open_image(source, name), channels, size, config.resize_mode, config.background)
 
 
 def to_pixels(
     image: Image.Image, channels: int, size: Sequence[int], mode: ResizeMode, background: str = "white"
 ) -> Tensor:
-    """Scale for `mode` and convert: (channels, h, w) uint8, or floats in [-1, 1] for 16-bit grey, which keep them.
+    """Return an image as (channels, h, w) uint8, scaled for `mode` but not yet cropped or padded to `size`.
 
-    Alpha is laid on `background` unless there are 4 channels; other images are opaque then.
+    16-bit grey images become float32 in [-1, 1], to keep their precision. Transparent images are laid on `background`,
+    but with 4 channels keep their alpha; opaque ones then get an opaque alpha.
     """
-    deep = image.mode.startswith("I")
+    deep = image.mode.startswith("I")  # 16-bit grey
     converted = Image.fromarray(np.asarray(image, np.float32)) if deep else _to_mode(image, MODES[channels], background)
-    height, width = scaled_size((image.height, image.width), size, mode)
+    height, width = compute_scaled_size((image.height, image.width), size, mode)
     if converted.size != (width, height):
         converted = converted.resize((width, height), Image.Resampling.BICUBIC)
-    array = torch.from_numpy(np.array(converted)).view(height, width, -1).permute(2, 0, 1)
+    pixels = torch.from_numpy(np.array(converted)).view(height, width, -1).permute(2, 0, 1)  # (channels, h, w)
     if not deep:
-        return array.contiguous()
-    grey = (array / 32767.5 - 1).clamp(-1, 1)
+        return pixels.contiguous()
+    grey = (pixels / 32767.5 - 1).clamp(-1, 1)
     return torch.cat([grey.expand(min(channels, 3), -1, -1), torch.ones_like(grey)[: channels // 4]])
 
 
@@ -79,76 +90,71 @@ def _to_mode(image: Image.Image, mode: str, background: str) -> Image.Image:
     return image.convert(mode)
 
 
-def check_colour(background: str) -> tuple[int, int, int]:
-    """(r, g, b) of a colour's name or code; ValueError for one that is none."""
-    try:
-        return ImageColor.getcolor(background, "RGB")  # type: ignore[return-value]
-    except ValueError:
-        raise ValueError(f"background={background!r} is no colour; give a name or '#rrggbb'") from None
+def compute_scaled_size(old_size: Sequence[int], size: Sequence[int], mode: ResizeMode) -> tuple[int, ...]:
+    """Return the size before cropping or padding: for "pad" the image fits into `size`, for a crop it covers it."""
+    if mode == "stretch":
+        return tuple(size)
+    ratios = [new / old for new, old in zip(size, old_size, strict=True)]
+    ratio = min(ratios) if mode == "pad" else max(ratios)
+    scaled = [max(1, round(old * ratio)) for old in old_size]
+    # the axis that decides must come out exactly, whatever the rounding
+    return tuple(min(n, s) if mode == "pad" else max(n, s) for n, s in zip(size, scaled, strict=True))
 
 
-def fill_colour(background: str, channels: int) -> Tensor:
-    """(channels,) in [-1, 1]: the colour that `pad` fills with; for other numbers of channels the lowest value."""
-    if channels not in MODES:
-        return torch.full((channels,), -1.0)
-    pixel = np.array(Image.new("RGB", (1, 1), check_colour(background)).convert(MODES[channels])).reshape(-1)
-    return torch.from_numpy(pixel.astype(np.float32)) / 127.5 - 1
-
-
-class UnreadableItemError(ValueError):
-    """An item that cannot be read, and the reason; training takes another one instead."""
-
-    def __init__(self, name: str, reason: str) -> None:
-        super().__init__(f"{name} {reason}")
-        self.name, self.reason = name, reason
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.name, self.reason)
+def to_float(pixels: Tensor) -> Tensor:
+    """Scale uint8 or uint16 from its whole range to float32 in [-1, 1]; other tensors only become float32."""
+    largest = {torch.uint8: 255, torch.uint16: 65535}.get(pixels.dtype)
+    return pixels.float() if largest is None else pixels.float() / (largest / 2) - 1
 
 
 def augment(
     image: Tensor,
     size: tuple[int, ...],
     config: DataConfig | None,
-    rng: np.random.Generator | None,
+    *,
+    rng: np.random.Generator | None = None,
     background: Tensor | None = None,
 ) -> Tensor:
-    """Crop or pad a scaled image (C, *spatial) to `size`, and flip it; without `rng` nothing is random."""
+    """Crop or pad a scaled image (C, *spatial) in [-1, 1] to (C, *size), and flip it.
+
+    Args:
+        config: `resize_mode` and `horizontal_flip`; None crops the centre.
+        rng: for random crops and flips (default: crop the centre, do not flip).
+        background: (C,) in [-1, 1], to pad with (default: 1, white).
+    """
     offsets = [0.5] * len(size)
     if rng is not None and config is not None and config.resize_mode == "random_crop":
         offsets = rng.random(len(size)).tolist()
-    if tuple(image.shape[1:]) != size:
-        image = _frame(image, size, offsets, background)
+    image = _crop_or_pad(image, size, offsets, background)
     if rng is not None and config is not None and config.horizontal_flip and rng.random() < 0.5:
         image = image.flip(-1)
     return image.contiguous()
 
 
-def _frame(image: Tensor, size: tuple[int, ...], offsets: Sequence[float], background: Tensor | None) -> Tensor:
-    for axis, (wanted, offset) in enumerate(zip(size, offsets, strict=True), start=1):
-        if (spare := image.shape[axis] - wanted) > 0:
-            image = image.narrow(axis, min(spare, int(offset * (spare + 1))), wanted)
+def _crop_or_pad(image: Tensor, size: tuple[int, ...], offsets: Sequence[float], background: Tensor | None) -> Tensor:
+    for axis, (length, offset) in enumerate(zip(size, offsets, strict=True), start=1):
+        if (excess := image.shape[axis] - length) > 0:
+            image = image.narrow(axis, min(excess, int(offset * (excess + 1))), length)
     if tuple(image.shape[1:]) == size:
         return image
     fill = image.new_ones(len(image)) if background is None else background
-    framed = fill.view(-1, *[1] * len(size)).expand(-1, *size).clone()
+    padded = append_dims(fill, image.ndim).expand(-1, *size).clone()
     starts = [(n - m) // 2 for n, m in zip(size, image.shape[1:], strict=True)]
-    framed[:, *[slice(i, i + n) for i, n in zip(starts, image.shape[1:], strict=True)]] = image
-    return framed
+    padded[:, *[slice(i, i + n) for i, n in zip(starts, image.shape[1:], strict=True)]] = image
+    return padded
 
 
-def scaled_size(found: Sequence[int], size: Sequence[int], mode: ResizeMode) -> tuple[int, ...]:
-    """The size an image is scaled to before it is cropped (to cover `size`) or padded (to fit into it)."""
-    if mode == "stretch":
-        return tuple(size)
-    ratios = [n / m for n, m in zip(size, found, strict=True)]
-    ratio = min(ratios) if mode == "pad" else max(ratios)
-    scaled = [max(1, round(m * ratio)) for m in found]
-    # the axis that decides comes out exactly, whatever the rounding
-    return tuple(min(n, s) if mode == "pad" else max(n, s) for n, s in zip(size, scaled, strict=True))
+def parse_colour(background: str) -> tuple[int, int, int]:
+    """Return (r, g, b) in [0, 255] of a colour's name or "#rrggbb" code; ValueError if it is neither."""
+    try:
+        return ImageColor.getcolor(background, "RGB")  # type: ignore[return-value]
+    except ValueError:
+        raise ValueError(f"background={background!r} is no colour; give a name or '#rrggbb'") from None
 
 
-def to_float(pixels: Tensor) -> Tensor:
-    """uint8 or uint16 over its whole range -> float32 in [-1, 1]; floats stay as they are."""
-    largest = {torch.uint8: 255, torch.uint16: 65535}.get(pixels.dtype)
-    return pixels.float() if largest is None else pixels.float() / (largest / 2) - 1
+def make_fill(background: str, channels: int) -> Tensor:
+    """Return the colour to pad with, (channels,) in [-1, 1]; -1 unless there are 1, 3 or 4 channels."""
+    if channels not in MODES:
+        return torch.full((channels,), -1.0)
+    pixel = np.array(Image.new("RGB", (1, 1), parse_colour(background)).convert(MODES[channels])).reshape(-1)
+    return torch.from_numpy(pixel.astype(np.float32)) / 127.5 - 1

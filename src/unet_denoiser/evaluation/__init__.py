@@ -1,4 +1,4 @@
-"""How good samples are, and whether they are copies."""
+"""Evaluation: metrics of samples, a search for copies, and the diagnosis of a run."""
 
 from unet_denoiser.evaluation.evaluator import evaluate as evaluate
 from unet_denoiser.evaluation.feature_extractors import load_extractor as load_extractor

@@ -1,9 +1,8 @@
-"""Features of data sets, computed once and kept on disk."""
+"""Features of datasets, computed once and kept on disk."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,53 +12,42 @@ from torch import Tensor
 from tqdm import tqdm
 
 from unet_denoiser.data.dataset import ImageDataset
-from unet_denoiser.data.sources.encoded_images import EncodedImages
 from unet_denoiser.evaluation.feature_extractors import Extractor, extract
-from unet_denoiser.utils.cache import MappedArray, computed_once, digest, fingerprint
+from unet_denoiser.evaluation.images import BATCH_SIZE, stack_images
+from unet_denoiser.utils.cache import MappedArray, compute_once, digest, fingerprint
 
-BATCH = 64
 
+def dataset_features(data: ImageDataset, indices: np.ndarray, extractor: Extractor, progress: str = "images") -> Tensor:
+    """Compute the features (N, D) of a dataset's images at these indices, or read them from the cache.
 
-def data_features(data: ImageDataset, indices: np.ndarray, extractor: Extractor, words: str = "images") -> Tensor:
-    """(N, D) features of a data set's images at these indices, kept on disk where data and extractor can be named.
+    They are cached if data and extractor have a name: by source, sizes and times of change of its files, options of
+    the data, indices and extractor.
 
-    Those of data that were loaded by a name are kept under it, the files' sizes and times of change, the options of the
-    data, the indices and the extractor.
+    Args:
+        progress: name of the images in the progress bar.
     """
 
     def batches() -> Iterator[Tensor]:
-        parts = range(0, len(indices), BATCH)
-        for start in tqdm(parts, f"features of {words}", unit_scale=BATCH, unit="img", disable=None):
-            yield stacked(data, indices[start : start + BATCH])
-
-    key = _key(data, indices, extractor)
-    if key is None:
-        return extract(extractor, batches())
+        starts = range(0, len(indices), BATCH_SIZE)
+        for start in tqdm(starts, f"features of {progress}", unit_scale=BATCH_SIZE, unit="img", disable=None):
+            yield stack_images(data, indices[start : start + BATCH_SIZE])
 
     def compute(folder: Path) -> None:
         np.save(folder / "features.npy", extract(extractor, batches()).numpy())
 
-    return torch.from_numpy(np.array(MappedArray(computed_once("features", key, compute) / "features.npy").array))
+    key = _cache_key(data, indices, extractor)
+    if key is None:
+        return extract(extractor, batches())
+    return torch.from_numpy(np.array(MappedArray(compute_once("features", key, compute) / "features.npy").array))
 
 
-def _key(data: ImageDataset, indices: np.ndarray, extractor: Extractor) -> str | None:
+def _cache_key(data: ImageDataset, indices: np.ndarray, extractor: Extractor) -> str | None:
     config = data.config
     if config is None or extractor.key is None:
         return None
     path = Path(config.source)
-    named = path.exists() or config.source.startswith(("digits", "hf:"))
-    if not named:
+    if not path.exists() and not config.source.startswith(("digits", "hf:")):
         return None
-    options = sorted(asdict(config).items())
-    known = fingerprint([path]) if path.exists() else ""
-    return digest([repr(options), known, str(len(data)), indices.astype(np.int64).tobytes(), extractor.key])
-
-
-def stacked(data: ImageDataset, indices: np.ndarray) -> Tensor:
-    def image(index: int) -> Tensor:
-        return data[index]["image"]
-
-    if not isinstance(data, EncodedImages):
-        return torch.stack([image(i) for i in indices.tolist()])
-    with ThreadPoolExecutor() as pool:  # decoding files
-        return torch.stack(list(pool.map(image, indices.tolist())))
+    options = repr(sorted(asdict(config).items()))
+    files = fingerprint([path]) if path.exists() else ""
+    return digest([options, files, str(len(data)), indices.astype(np.int64).tobytes(), extractor.key])

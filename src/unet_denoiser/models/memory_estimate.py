@@ -1,18 +1,17 @@
-"""What a training step needs: bytes by what they are for, and floating-point operations, without running one.
+"""Memory and FLOPs of a training step, estimated without running one.
 
-The network is walked forward and backward on tensors without storage, and every allocation and release is counted: what
-is kept is what this code keeps (conv.py), with gradient checkpointing and autocast as they act.
+The network runs forward and backward on tensors without storage, and every allocation and release is counted. So the
+estimate follows the code: the convolutions of the device, gradient checkpointing, autocast.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -21,34 +20,33 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from unet_denoiser.config.base import per_axis
 from unet_denoiser.config.memory import MemoryConfig
 from unet_denoiser.config.unet import UNetConfig
-from unet_denoiser.models import input_checks as inputs
-from unet_denoiser.models import unet
-from unet_denoiser.models.layers import conv, recompute, winograd
+from unet_denoiser.models.layers.conv import convolutions_as_on
 from unet_denoiser.models.summary import count_flops, example_inputs
 from unet_denoiser.models.unet import UNet
 
-# glibc's heap keeps holes between longer-lived tensors: this share of what comes and goes, at most so many bytes, as
-# large blocks seldom lie in it. Fitted to the measurements of docs/scaling.md; with MALLOC_MMAP_THRESHOLD_=65536 in the
-# environment there are none, for twice the time
-HOLES, MOST_HOLES = 0.9, 370 * 2**20
-FLOAT = 4  # bytes: weights, gradients, moments and averages are float32, whatever autocast computes in
+# glibc's heap keeps holes between longer-lived tensors: this share of the temporary memory, up to this limit, as large
+# blocks seldom lie in the heap. Fitted to the measurements of docs/results/scaling.md; with
+# MALLOC_MMAP_THRESHOLD_=65536 in the environment there are none, for twice the time
+HEAP_HOLE_RATIO, MAX_HEAP_HOLE_BYTES = 0.9, 370 * 2**20
+FLOAT32_BYTES = 4  # of weights, gradients, moments and averages, whatever autocast computes in
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on each device, and the floating-point operations of a step on all of them together.
+    """Bytes on each device, and the floating-point operations of a step on all devices together.
 
     Args:
-        parameters, optimizer, ema: this device's share, which is always there.
-        gradients: this device's share, which is there from the backward pass to the optimizer's step.
-        buffers: what DDP copies gradients into to send them, or the layers that FSDP has whole at a time.
-        activations: what the forward pass keeps for the backward one.
-        peak: the most of all together at any moment. Less than the sum, as activations go while gradients come; or
-            more, by what single operations need for themselves.
-        resident: on a CPU under Linux, the process's memory at the peak, which is more: see `HOLES`. Else the peak.
-        flops: forward and backward pass of the whole batch; a multiplication and an addition count as two.
+        parameters, optimizer, ema: this device's share, during all of the training.
+        gradients: this device's share, from the backward pass to the optimizer's step.
+        buffers: DDP's buckets of gradients, or the layers whose parameters FSDP has gathered.
+        activations: what the forward pass keeps for the backward pass.
+        peak: the maximum at any moment. Less than the sum, as activations are freed while gradients appear; or more,
+            by the temporary memory of single operations.
+        resident: on a CPU under Linux, the resident memory of the process, with the holes of its heap; else the peak.
+        flops: of forward and backward pass of the whole batch; a multiplication and an addition count as two.
     """
 
     parameters: int
@@ -63,54 +61,55 @@ class MemoryEstimate:
 
 
 def estimate(config: UNetConfig, memory: MemoryConfig, device: str = "cpu") -> MemoryEstimate:
-    """Memory and operations of one training step.
+    """Estimate memory and operations of one training step.
 
     Args:
-        device: on a "cpu", the work space of the fast convolutions is counted; that of other devices' libraries is not.
+        device: on a "cpu", temporary memory of the convolutions is counted; that of other devices' libraries is not.
 
     Raises:
-        ValueError: an image size that is not one of the network's.
+        ValueError: an image size with a wrong number of axes.
     """
-    size, fsdp, half = _size(config, memory), memory.sharding == "fsdp", memory.mixed_precision != "no"
-    keep_gradients = not fsdp and memory.gradient_accumulation_steps == 1
-    batch = memory.batch_size // (memory.num_processes * memory.gradient_accumulation_steps)
-    tokens, checkpointing = memory.context_tokens, memory.gradient_checkpointing
-    step = _Step(config, batch, size, tokens, checkpointing, half, half and fsdp, keep_gradients, device)
-    walk = _walk(step)
-    share = FLOAT * -(-walk.parameters // (memory.num_processes if fsdp else 1))
-    buffers = FLOAT * walk.parameters if memory.sharding == "ddp" else 0
-    if fsdp:
-        # weights of the block that runs and of the next, gradients of it and of the one before; in autocast's precision
-        buffers = 4 * walk.largest_block * (FLOAT // 2 if half else FLOAT)
-    moving = walk.peak + buffers + (0 if keep_gradients else share)
-    always = share * (1 + memory.optimizer_states + memory.ema)
+    size = None if memory.image_size is None else per_axis(memory.image_size, config.dims)
+    fsdp, half = memory.sharding == "fsdp", memory.mixed_precision != "no"
+    step = _Step(
+        config=config,
+        batch=memory.batch_size // (memory.num_processes * memory.gradient_accumulation_steps),
+        size=size,
+        context_tokens=memory.context_tokens,
+        checkpointing=memory.gradient_checkpointing,
+        half=half,
+        half_weights=half and fsdp,
+        keep_gradients=not fsdp and memory.gradient_accumulation_steps == 1,
+        device=device,
+    )
+    counted = _simulate(step)
+    share = FLOAT32_BYTES * -(-counted.parameters // (memory.num_processes if fsdp else 1))
+    buffers = FLOAT32_BYTES * counted.parameters if memory.sharding == "ddp" else 0
+    if fsdp:  # weights of a block and the next, gradients of it and the previous one, in autocast's precision
+        buffers = 4 * counted.largest_block * (FLOAT32_BYTES // 2 if half else FLOAT32_BYTES)
+    temporary = counted.peak + buffers + (0 if step.keep_gradients else share)
+    peak = share * (1 + memory.optimizer_states + memory.ema) + temporary
+    holes = min(int(HEAP_HOLE_RATIO * temporary), MAX_HEAP_HOLE_BYTES) if device == "cpu" else 0
+    # the backward pass has two matrix products for each one of the forward pass, which checkpointing runs twice
+    passes = 4 if memory.gradient_checkpointing else 3
     return MemoryEstimate(
         parameters=share,
         optimizer=share * memory.optimizer_states,
         ema=share * memory.ema,
         gradients=share,
         buffers=buffers,
-        activations=walk.kept,
-        peak=always + moving,
-        resident=always + moving + (min(int(HOLES * moving), MOST_HOLES) if device == "cpu" else 0),
-        # the backward pass has two products for each of the forward one's; checkpointing runs that twice
-        flops=memory.batch_size * _forward_flops(config, size, tokens) * (4 if checkpointing else 3),
+        activations=counted.kept,
+        peak=peak,
+        resident=peak + holes,
+        flops=memory.batch_size * passes * _forward_flops(config, size, memory.context_tokens),
     )
 
 
-def _size(config: UNetConfig, memory: MemoryConfig) -> tuple[int, ...] | None:
-    size = memory.image_size
-    size = size * config.dims if size is not None and len(size) == 1 else size
-    if size is not None and len(size) != config.dims:
-        raise ValueError(f"image_size={size} must be one number, or {config.dims}")
-    return size
-
-
 class _Step(NamedTuple):
-    """What one process does between two releases of its activations.
+    """The forward and backward pass of one micro-batch in one process.
 
-    half_weights: they are in autocast's precision, as FSDP gathers them, so that autocast has no copies to keep.
-    keep_gradients: else each goes when it is done, as where it is added to one that is there, or sent away.
+    half_weights: they are in autocast's precision, as FSDP gathers them, so autocast keeps no copies.
+    keep_gradients: False if each is released once computed: added to an existing one, or sent away.
     """
 
     config: UNetConfig
@@ -124,8 +123,8 @@ class _Step(NamedTuple):
     device: str
 
 
-class _Walk(NamedTuple):
-    """Numbers of parameters, of all and of the largest block; bytes kept by the forward pass, and at the peak."""
+class _Counts(NamedTuple):
+    """Parameters, of all and of the largest block; bytes that the forward pass keeps, and at the peak."""
 
     parameters: int
     largest_block: int
@@ -134,8 +133,8 @@ class _Walk(NamedTuple):
 
 
 @lru_cache(maxsize=32)
-def _walk(step: _Step) -> _Walk:
-    """Both passes of a network without storage; the parameters' own bytes are left out."""
+def _simulate(step: _Step) -> _Counts:
+    """Run a step on tensors without storage; the bytes of the parameters themselves are left out."""
     saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -143,34 +142,34 @@ def _walk(step: _Step) -> _Walk:
         return tensor
 
     dtype = torch.bfloat16 if step.half_weights else torch.float32
-    with FakeTensorMode(), _convolutions_of(step.device), _default_dtype(dtype):
+    with FakeTensorMode(), convolutions_as_on(step.device), _default_dtype(dtype):
         model = UNet.from_config(step.config).train()
         model.gradient_checkpointing = step.checkpointing
-        own = {p.untyped_storage()._cdata for p in model.parameters()}
+        parameters = {p.untyped_storage()._cdata for p in model.parameters()}
         if not step.keep_gradients:
             for p in model.parameters():
                 p.register_post_accumulate_grad_hook(_drop_gradient)
-        with _Live(own) as live:
-            given = example_inputs(step.config, batch=step.batch, context_tokens=step.context_tokens, size=step.size)
-            held = [torch.zeros_like(given["x"]) for _ in ("clean data", "noise")]
+        with _AllocationCounter(parameters) as counter:
+            inputs = example_inputs(step.config, batch=step.batch, context_tokens=step.context_tokens, size=step.size)
+            held = [torch.zeros_like(inputs["x"]) for _ in ("clean data", "noise")]
             autocast = torch.autocast("cpu", torch.bfloat16) if step.half else nullcontext()
             with autocast, saved_tensors_hooks(pack, lambda tensor: tensor):
-                out = model(**given)
-            kept = sum(storage.nbytes() for address, storage in saved.items() if address not in own)
+                out = model(**inputs)
+            kept = sum(storage.nbytes() for address, storage in saved.items() if address not in parameters)
             saved.clear()
             out.float().square().mean().backward()
             del held, out
     blocks = (*model.encoder, *model.bottleneck, *model.decoder)
     largest = max(sum(p.numel() for p in block.parameters()) for block in blocks)
-    return _Walk(sum(p.numel() for p in model.parameters()), largest, kept, live.peak)
+    return _Counts(sum(p.numel() for p in model.parameters()), largest, kept, counter.peak)
 
 
 def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-class _Live(TorchDispatchMode):
-    """Counts the bytes of storages while they exist; `known` are those not to count."""
+class _AllocationCounter(TorchDispatchMode):
+    """Counts the bytes of storages while they exist, except those in `known`."""
 
     def __init__(self, known: set[int]) -> None:
         super().__init__()
@@ -205,52 +204,34 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-@contextmanager
-def _convolutions_of(device: str) -> Iterator[None]:
-    """The tensors claim to be on a CPU; what conv.py does there only must be as on the device that is meant."""
-    with ExitStack() as patches:
-        # tensors without storage have no label values to look at
-        patches.enter_context(patch.object(inputs, "_check_labels", lambda *args: None))
-        if device == "cpu":
-            # blocks of tiles follow each other in the same memory: the first, which is the largest, stands for all
-            blocks = winograd._blocks
-            patches.enter_context(patch.object(winograd, "_blocks", lambda *args: [next(blocks(*args))]))
-            patches.enter_context(patch.object(winograd, "_scratch", winograd._Scratch()))  # not to mix with real ones
-        else:
-            patches.enter_context(patch.object(conv, "winograd_pays", lambda *args, **kwargs: False))
-            patches.enter_context(patch.object(recompute, "winograd_pays", lambda *args, **kwargs: False))
-            patches.enter_context(patch.object(unet, "channels_last", lambda x: x))
-        yield
-
-
 @lru_cache(maxsize=32)
 def _forward_flops(config: UNetConfig, size: tuple[int, ...] | None, context_tokens: int) -> int:
-    """Of one sample."""
+    """Count the operations of a forward pass of one sample."""
     with torch.device("meta"):
         model = UNet.from_config(config).eval()
-        given = example_inputs(config, batch=1, context_tokens=context_tokens, size=size)
-        return count_flops(model, given).get_total_flops()
+        inputs = example_inputs(config, batch=1, context_tokens=context_tokens, size=size)
+        return count_flops(model, inputs).get_total_flops()
 
 
-def table(found: MemoryEstimate, memory: MemoryConfig, device: str) -> str:
-    """An estimate as aligned text."""
+def format_estimate(found: MemoryEstimate, memory: MemoryConfig, device: str) -> str:
+    """Format an estimate as aligned text."""
     where = "each process" if memory.num_processes > 1 else f"the {device}"
     batch = memory.batch_size // (memory.num_processes * memory.gradient_accumulation_steps)
     rows = [
         ("parameters (float32)", found.parameters),
-        (f"optimizer, {memory.optimizer_states} numbers a parameter", found.optimizer),
-        ("averaged weights", found.ema),
+        (f"optimizer, {memory.optimizer_states} numbers per parameter", found.optimizer),
+        ("averaged weights (EMA)", found.ema),
         ("gradients, after the backward pass", found.gradients),
         ({"ddp": "buckets of DDP", "fsdp": "layers gathered by FSDP"}.get(memory.sharding, ""), found.buffers),
         (f"activations kept for the backward pass, {batch} images at a time", found.activations),
         ("peak", found.peak),
-        ("the same in the process's size, with the holes of Linux's heap", found.resident * (device == "cpu")),
+        ("peak of the process, with the holes of Linux's heap", found.resident * (device == "cpu")),
     ]
     width = max(len(name) for name, size in rows if size)
     lines = [f"memory of a training step on {where}:"]
     lines += [f"  {name.ljust(width)}  {size / 2**20:10,.1f} MiB" for name, size in rows if size]
     lines.append(f"  {'operations of the whole step'.ljust(width)}  {found.flops / 1e12:10,.2f} TFLOP")
-    lines.append("The peak is not the sum: gradients come while activations go.")
+    lines.append("The peak is not the sum: activations are freed while gradients appear.")
     if device != "cpu":
-        lines.append("Not in it: what the device's libraries take for themselves, often 1 to 2 GiB.")
+        lines.append("Not included: memory of the device's libraries, often 1 to 2 GiB.")
     return "\n".join(lines)

@@ -1,13 +1,12 @@
 """Saving and loading a network with its architecture: `config.json` beside `model.safetensors`.
 
-The two methods have the signatures of huggingface_hub's ModelHubMixin. That class itself is not the base: importing
-it takes longer than importing this package may.
+The methods have the signatures of huggingface_hub's ModelHubMixin. That class is not the base, since importing it takes
+too long.
 """
 
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from unet_denoiser.utils.files import read_json, write_atomically
+from unet_denoiser.utils.files import read_json, write_json
 from unet_denoiser.utils.tensor_files import read_safetensors, write_safetensors
 
 CONFIG_NAME = "config.json"
@@ -25,7 +24,7 @@ WEIGHTS_NAME = "model.safetensors"
 
 
 class Pretrained:
-    """Mixin for a torch module that is built from a `config`: saves, loads and shares it.
+    """Saves, loads and shares a torch module that is built from a `config`: a mixin.
 
     The class sets `config_class`, whose `from_dict` and `to_dict` are the config's JSON form.
     """
@@ -35,7 +34,7 @@ class Pretrained:
 
     @classmethod
     def from_config(cls, config: Any) -> Self:
-        """A network of this architecture, randomly initialised."""
+        """Build a network of this architecture with random weights."""
         return cls(**{name: getattr(config, name) for name in config.to_dict()})
 
     def save_pretrained(
@@ -51,11 +50,11 @@ class Pretrained:
         """Write `config.json` and `model.safetensors`; each appears whole or not at all.
 
         Args:
-            save_directory: made if it does not exist.
+            save_directory: created if it does not exist.
             config: a configuration or its `to_dict()`, saved instead of the network's own.
             repo_id, push_to_hub: also upload the directory to this repository (default: the directory's name);
                 remaining arguments go to huggingface_hub's `upload_folder`.
-            model_card_kwargs: not supported; here for the signature.
+            model_card_kwargs: not supported; part of the signature only.
 
         Returns:
             The commit's URL after an upload, otherwise None.
@@ -85,15 +84,15 @@ class Pretrained:
         revision: str | None = None,
         **model_kwargs: Any,
     ) -> Self:
-        """The network of a directory or hub repository, in evaluation mode, with its architecture read from there.
+        """Load the network of a directory or hub repository, in evaluation mode.
 
         The weights are never held twice: the network is built without storage and takes the file's tensors as its own.
 
         Args:
             pretrained_model_name_or_path: a directory that `save_pretrained` wrote, or "owner/name" on the hub.
             force_download, token, cache_dir, local_files_only, revision: as for `huggingface_hub.hf_hub_download`.
-            model_kwargs: subfolder="unet" for a network that is a part of a pipeline, variant="fp16" for a choice of
-                diffusers' weights, or options to change that do not change the weights, for example dropout=0.0.
+            model_kwargs: subfolder="unet" for the network of a pipeline; variant="fp16" to choose among diffusers'
+                weights; options of the architecture that change no weights, for example dropout=0.0.
 
         Raises:
             FileNotFoundError: no such directory, or no `config.json` in it.
@@ -109,31 +108,29 @@ class Pretrained:
         }
         source = Path(pretrained_model_name_or_path)
         config_path = None if source.is_file() else fetch(pretrained_model_name_or_path, CONFIG_NAME, hub)
-        with _without_collection():
-            model, state = cls._read(pretrained_model_name_or_path, config_path, hub, model_kwargs)
-            load_strictly(model, state, source if config_path is None else source / WEIGHTS_NAME)
+        with _pause_garbage_collection():
+            model = cls._load(pretrained_model_name_or_path, config_path, hub, model_kwargs)
         return model.eval()  # type: ignore[attr-defined]
 
     @classmethod
-    def _read(
-        cls, source: str | Path, config_path: Path | None, hub: dict[str, Any], options: dict[str, Any]
-    ) -> tuple[Self, dict[str, Tensor]]:
-        """An empty network and the parameters of a directory or repository; `config_path` is None for a single file."""
+    def _load(cls, source: str | Path, config_path: Path | None, hub: dict[str, Any], options: dict[str, Any]) -> Self:
+        """Load the network of a directory or repository; `config_path` is None for a single file."""
         if config_path is None:
             raise FileNotFoundError(f"{source} is a file; give the directory that save_pretrained wrote")
-        config = cls.config_class.from_dict(read_json(config_path) | options)
-        return cls._empty(config), read_safetensors(fetch(source, WEIGHTS_NAME, hub))
+        model = cls._build_on_meta(cls.config_class.from_dict(read_json(config_path) | options))
+        load_strictly(model, read_safetensors(fetch(source, WEIGHTS_NAME, hub)), Path(source) / WEIGHTS_NAME)
+        return model
 
     @classmethod
-    def _empty(cls, config: Any) -> Self:
-        """A network without storage, and so without the time that its initialisation would take."""
-        with _Empty():
+    def _build_on_meta(cls, config: Any) -> Self:
+        """Build a network on the meta device: without storage, and without the time of its initialisation."""
+        with _MetaInitialization():
             return cls.from_config(config)
 
 
 @contextmanager
-def _without_collection() -> Iterator[None]:
-    """No search for unused objects while thousands are made and none is dropped: it took half of a load's time."""
+def _pause_garbage_collection() -> Iterator[None]:
+    """Pause Python's search for unused objects: thousands are made and none is dropped, half of a load's time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -143,8 +140,8 @@ def _without_collection() -> Iterator[None]:
             gc.enable()
 
 
-class _Empty(TorchFunctionMode):
-    """New tensors on the meta device, and nothing of torch.nn.init: half the time of `with torch.device("meta")`."""
+class _MetaInitialization(TorchFunctionMode):
+    """Makes tensors on the meta device and skips torch.nn.init: half the time of `with torch.device("meta")`."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -156,7 +153,7 @@ class _Empty(TorchFunctionMode):
 
 
 def load_strictly(model: Any, state: Mapping[str, Tensor], source: object) -> None:
-    """Let the model take these tensors as its own; a name or shape that does not fit raises a short ValueError."""
+    """Let the model take these tensors as its own; ValueError for a name or shape that does not fit."""
     own = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     found = {name: tuple(p.shape) for name, p in state.items()}
     problems = [f"lacks {name} {own[name]}" for name in own if name not in found]
@@ -174,14 +171,13 @@ def load_strictly(model: Any, state: Mapping[str, Tensor], source: object) -> No
 
 
 def write_pretrained(directory: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Write an architecture and its weights; the weights last, so that what has weights is complete."""
-    directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(directory / CONFIG_NAME, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+    """Write an architecture and its weights; the weights last, so that a directory that has them is complete."""
+    write_json(directory / CONFIG_NAME, config)
     write_safetensors(directory / WEIGHTS_NAME, {name: tensor.contiguous() for name, tensor in state.items()})
 
 
 def fetch(source: str | Path, name: str, hub: dict[str, Any]) -> Path:
-    """The local path of a file of a directory or, where there is no such directory, of a hub repository."""
+    """Return the local path of a file of a directory or hub repository; FileNotFoundError if it cannot be had."""
     directory = Path(source, hub["subfolder"] or "")
     neither = f"{source} is neither a directory nor a hub repository's name (owner/name)"
     if directory.is_dir():
@@ -202,3 +198,13 @@ def fetch(source: str | Path, name: str, hub: dict[str, Any]) -> Path:
         raise FileNotFoundError(
             f"{source} is no directory here, and {name} cannot be had from the hub: {reason}"
         ) from None
+
+
+@contextmanager
+def describe_load_errors(option: str, valid: str) -> Iterator[None]:
+    """Turn any error of a library that loads a model into one ValueError, with the option and a valid value."""
+    try:
+        yield
+    except Exception as error:  # OSError, KeyError, SafetensorError, ...: each library has its own
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"{option} cannot be loaded ({reason}); give {valid}") from error

@@ -1,4 +1,4 @@
-"""Captions as conditions: any text encoder of transformers, frozen, run once for each caption."""
+"""A frozen text encoder of transformers: captions to the tokens that cross-attention attends to."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unet_denoiser.models.pretrained import describe_load_errors
 from unet_denoiser.utils.cache import digest, fingerprint
 
-MAX_TOKENS = 512  # where a tokenizer states no limit
+MAX_TOKENS = 512  # if a tokenizer states no limit
 
 
 class TextEncoder:
-    """A frozen text encoder: captions to the tokens that cross-attention sees, its last hidden states.
+    """A frozen text encoder, whose last hidden states are the tokens for cross-attention.
 
     Args:
-        name_or_path: a folder, or a hub name, that transformers loads: the text models of CLIP, T5's encoder, BERT and
-            its like.
-        max_length: longest caption in tokens, longer ones are cut (default: what the tokenizer states).
+        name_or_path: a folder or hub name that transformers loads: a text model of CLIP, T5's encoder, BERT, ...
+        max_length: tokens to which longer captions are cut (default: the tokenizer's limit).
 
     Raises:
-        ValueError, ImportError: what cannot be loaded, in one line.
+        FileNotFoundError, ValueError: an encoder that cannot be loaded.
+        ImportError: transformers is not installed.
     """
 
     def __init__(self, name_or_path: str | Path, max_length: int | None = None) -> None:
         self.name = str(name_or_path)
         if self.name.startswith(("/", ".", "~")) and not Path(self.name).is_dir():
             raise FileNotFoundError(f"text_encoder={self.name} is no folder; give one, or a hub name")
-        transformers = _transformers()
-        with _one_reason(self.name):
+        with use_transformers(f"text_encoder={self.name}", "text encoder") as transformers:
             config = transformers.AutoConfig.from_pretrained(self.name)
             self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(self.name)
         text = getattr(config, "text_config", None) or config
@@ -43,16 +43,19 @@ class TextEncoder:
         version = fingerprint([place]) if place.exists() else f"{self.name} {getattr(config, '_commit_hash', None)}"
         self.key = digest([version, str(self.max_length)])
         self._config = config
-        self._model: Any = None  # loaded when it is needed: not where everything asked for is kept already
+        self._model: Any = None  # loaded by the first caption whose tokens are not in the cache
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """`context` (B, S, context_dim) float32, zeros at padding, and `context_mask` (B, S) bool."""
-        return padded(self.tokens(captions))
+        """Return `context` (B, S, context_dim) float32, zeros at padding, and `context_mask` (B, S) bool."""
+        return pad_tokens(self.tokens(captions))
 
     def tokens(self, captions: Sequence[str]) -> list[Tensor]:
-        """The tokens of each caption, (its length, context_dim) float32: those of one caption, whatever the others.
+        """Return each caption's tokens, (its length, context_dim) float32; they do not depend on the other captions.
 
-        The values are rounded to float16, as the cache keeps them, so that training and sampling see the same.
+        The values are rounded to float16, as in the cache, so that training and sampling see the same.
+
+        Raises:
+            ValueError: values that float16 cannot hold.
         """
         if self._model is None:
             self._model = self._load()
@@ -68,9 +71,8 @@ class TextEncoder:
         return [tokens[mask].clone() for tokens, mask in zip(hidden, masks, strict=True)]
 
     def _load(self) -> Any:
-        transformers = _transformers()
-        known = type(self._config) in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING
-        with _one_reason(self.name):
+        with use_transformers(f"text_encoder={self.name}", "text encoder") as transformers:
+            known = type(self._config) in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING
             auto = transformers.AutoModelForTextEncoding if known else transformers.AutoModel
             model = auto.from_pretrained(self.name, dtype=torch.float32)
         if getattr(model.config, "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
@@ -79,30 +81,26 @@ class TextEncoder:
         return model.eval().requires_grad_(False)
 
 
-def padded(tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """`context` (B, S, D), zeros behind the end of shorter ones, and `context_mask` (B, S) of rows of tokens."""
+def pad_tokens(tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Pad the tokens (length, D) of B captions: `context` (B, S, D), zeros at padding, and `context_mask` (B, S)."""
     lengths = torch.tensor([len(t) for t in tokens])
     context = torch.nn.utils.rnn.pad_sequence(list(tokens), batch_first=True)
     return context, torch.arange(context.shape[1]) < lengths[:, None]
 
 
-def _transformers() -> Any:
+@contextmanager
+def use_transformers(option: str, kind: str) -> Iterator[Any]:
+    """Provide transformers for loading the model, a `kind` like "text encoder", of an option like "text_encoder=NAME".
+
+    Raises:
+        ImportError: transformers is not installed.
+        ValueError: any error of the block, in one line that names the option.
+    """
     try:
         import transformers
     except ImportError:
-        raise ImportError("text_encoder needs transformers: pip install 'unet-denoiser[text]'") from None
+        raise ImportError(f"{option} needs transformers: pip install 'unet-denoiser[text]'") from None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    return transformers
-
-
-@contextmanager
-def _one_reason(name: str) -> Iterator[None]:
-    """Whatever transformers says of an encoder that it cannot load, as one ValueError."""
-    try:
-        yield
-    except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, ... as the case may be
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(
-            f"text_encoder={name} cannot be loaded ({reason}); give a folder or hub name of a transformers text encoder"
-        ) from error
+    with describe_load_errors(option, f"a folder or hub name of a transformers {kind}"):
+        yield transformers

@@ -1,4 +1,4 @@
-"""The U-Net: predicts the noise in x_t at timestep t (Ronneberger et al. 2015; Ho et al. 2020, DDPM)."""
+"""The U-Net of diffusion models: predicts the noise in x_t at timestep t (Ronneberger et al. 2015; Ho et al. 2020)."""
 
 from __future__ import annotations
 
@@ -14,31 +14,29 @@ from torch.utils.checkpoint import checkpoint
 from unet_denoiser.config.base import signature_of
 from unet_denoiser.config.presets import preset
 from unet_denoiser.config.unet import UNetConfig
-from unet_denoiser.convert.checkpoint import import_checkpoint
-from unet_denoiser.convert.checkpoint_files import weight_files
+from unet_denoiser.convert.checkpoint import ForeignCheckpoint
+from unet_denoiser.convert.checkpoint_files import find_weights
+from unet_denoiser.models.conditions import Conditions
 from unet_denoiser.models.input_checks import check_inputs
 from unet_denoiser.models.layers.attention import ContextAttention, SelfAttention, SpatialTransformer
 from unet_denoiser.models.layers.common import full_precision, zero_init
 from unet_denoiser.models.layers.context import Context, build_context
 from unet_denoiser.models.layers.conv import CONV, channels_last
-from unet_denoiser.models.layers.embeddings import ClassEmbedding, TimeMLP
+from unet_denoiser.models.layers.embeddings import ClassEmbedding, TimeMLP, VectorEmbedding
 from unet_denoiser.models.layers.norm import group_norm
 from unet_denoiser.models.layers.resampling import AveragePool, Downsample, NearestUpsample, TransposedUpsample
 from unet_denoiser.models.layers.resblock import Block, ResBlock
-from unet_denoiser.models.pretrained import Pretrained, fetch
+from unet_denoiser.models.pretrained import Pretrained, fetch, load_strictly
 from unet_denoiser.utils.files import read_json
 
 
 class UNet(Pretrained, nn.Module):
     """Predicts the noise in a noisy image, signal or volume at each timestep.
 
-    The arguments are `UNetConfig`'s, described there; `UNet()` is the network of the specification. The instance keeps
-    them as `config`. With L levels of n residual blocks, encoder[i * (n + 1) + j] is block j of level i (j = n is the
-    downsampling after it), and decoder[(L - 1 - i) * (n + 1) + j] its counterpart, whose last entry j = n ends with the
-    upsampling to level i - 1.
-
-    Raises:
-        ValueError, TypeError: an option that cannot work.
+    `UNetConfig` describes the arguments and raises for those that cannot work; the instance keeps them as `config`.
+    `UNet()` is the network of the specification. With L levels of n residual blocks, encoder[i * (n + 1) + j] is block
+    j of level i, or its downsampling for j = n; decoder[(L - 1 - i) * (n + 1) + j] is the counterpart, and ends with
+    the upsampling for j = n.
     """
 
     config_class = UNetConfig
@@ -48,12 +46,12 @@ class UNet(Pretrained, nn.Module):
         super().__init__()
         self.config = c = UNetConfig(*args, **kwargs)
         self.gradient_checkpointing = False
-        build, last = _Builder(c), len(c.widths) - 1
+        build, last = _LayerBuilder(c), len(c.widths) - 1
 
         self.time_mlp = TimeMLP(c.model_channels, c.time_frequencies)
         self.time_cond = nn.Linear(c.time_cond_dim, c.model_channels, bias=False) if c.time_cond_dim else None
         self.class_embedding = ClassEmbedding(c.num_classes, c.time_dim) if c.num_classes else None
-        self.vector_embedding = build.vector_embedding() if c.vector_dim else None
+        self.vector_embedding = VectorEmbedding(c.vector_dim, c.time_dim) if c.vector_dim else None
         self.null_class = build.null(c.num_classes and c.time_dim)
         self.null_vector = build.null(c.vector_dim and c.time_dim)
         self.null_context = build.null(c.context_dim)
@@ -63,56 +61,56 @@ class UNet(Pretrained, nn.Module):
         self.encoder = nn.ModuleList()
         for level, width in enumerate(c.widths):
             for _ in range(c.num_res_blocks):
-                self.encoder.append(Block([build.res(ch, width), *build.attention(level)]))
+                self.encoder.append(Block([build.resblock(ch, width), *build.attention(level)]))
                 ch = width
             if level < last:
                 self.encoder.append(build.downsample(ch))
 
-        self.bottleneck = nn.ModuleList([build.res(ch, ch), *build.attention(last, always=True), build.res(ch, ch)])
+        self.bottleneck = nn.ModuleList([build.resblock(ch, ch), *build.attention(last, always=True)])
+        self.bottleneck.append(build.resblock(ch, ch))
 
         self.decoder = nn.ModuleList()
         for level, width in reversed(list(enumerate(c.widths))):
             for j in range(c.num_res_blocks + 1):
-                block = Block([build.res(ch + skips.pop(), width), *build.attention(level)])
+                block = Block([build.resblock(ch + skips.pop(), width), *build.attention(level)])
                 ch = width
                 if level > 0 and j == c.num_res_blocks:
                     block.append(build.upsample(ch))
                 self.decoder.append(block)
 
-        # what FSDP gathers and frees as one
-        parts = [*self.encoder, *self.bottleneck, *self.decoder]
-        self._no_split_modules = sorted({type(part).__name__ for part in parts})
-
         conv_out = zero_init(CONV[c.dims](ch, c.out_channels, 3, padding=1))
         self.output = nn.Sequential(group_norm(ch, c.norm_groups, c.norm_eps), nn.SiLU(), conv_out)
 
+        # accelerate wraps these classes for FSDP, which gathers and frees the parameters of each block at once
+        blocks = [*self.encoder, *self.bottleneck, *self.decoder]
+        self._no_split_modules = sorted({type(block).__name__ for block in blocks})
+
     @classmethod
     def from_preset(cls, name: str, **options: Any) -> Self:
-        """A randomly initialised network of a published architecture, `options` changing single fields.
-
-        Raises:
-            ValueError: a name that `list_presets` does not have.
-        """
+        """Build a published architecture with random weights; `options` replace fields of its configuration."""
         return cls.from_config(replace(preset(name), **options))
 
     @classmethod
-    def _read(
-        cls, source: str | Path, config_path: Path | None, hub: dict[str, Any], options: dict[str, Any]
-    ) -> tuple[Self, dict[str, Tensor]]:
-        """Our own format, or any that `unet_denoiser.convert` reads; `options` then say what a file does not tell."""
+    def from_checkpoint(cls, checkpoint: ForeignCheckpoint) -> Self:
+        """Build the network of an opened checkpoint of other code, in evaluation mode; they share the weights.
+
+        Raises:
+            ValueError: tensors that do not fit the architecture exactly, by name.
+        """
+        model = cls._build_on_meta(checkpoint.config)
+        shapes = {name: p.shape for name, p in model.state_dict().items()}
+        load_strictly(model, checkpoint.parameters(shapes), checkpoint.path)
+        return model.eval()
+
+    @classmethod
+    def _load(cls, source: str | Path, config_path: Path | None, hub: dict[str, Any], options: dict[str, Any]) -> Self:
+        """Load our own format, or one that `ForeignCheckpoint` opens; `options` state what such a file leaves open."""
         if config_path is not None and "_class_name" not in read_json(config_path):
-            return super()._read(source, config_path, hub, options)
+            return super()._load(source, config_path, hub, options)
         path = Path(source)
         if config_path is not None:
-            path = weight_files(lambda name: fetch(source, name, hub), options.get("variant"))[0].parent
-        empty: list[Self] = []
-
-        def shapes_of(config: UNetConfig) -> dict[str, torch.Size]:
-            empty.append(cls._empty(config))
-            return {name: p.shape for name, p in empty[0].state_dict().items()}
-
-        _, state = import_checkpoint(path, shapes_of, **options)
-        return empty[0], state
+            path = find_weights(lambda name: fetch(source, name, hub), options.get("variant"))[0].parent
+        return cls.from_checkpoint(ForeignCheckpoint.open(path, **options))
 
     def forward(
         self,
@@ -128,41 +126,39 @@ class UNet(Pretrained, nn.Module):
         skip_residuals: Sequence[Tensor] | None = None,
         bottleneck_residual: Tensor | None = None,
     ) -> Tensor:
-        """Predict, for every sample of a batch, what the noisy input hides (the noise, unless trained otherwise).
+        """Predict the noise in x, or what else the network was trained to predict: (B, out_channels, *spatial).
 
         Args:
             x: (B, in_channels, *spatial), any size of at least 1 per axis.
             t: (B,) timesteps, integer or float.
             context: (B, S, context_dim) tokens for cross-attention.
-            context_mask: (B, S) bool, False at padding. A row without any True counts as an absent context.
-            class_labels: (B,) integers in [0, num_classes), or (B, num_classes) weights of the classes' embeddings.
+            context_mask: (B, S) bool, False at padding. A sample without any True has no context.
+            class_labels: (B,) integers in [0, num_classes), or (B, num_classes) weights of the class embeddings.
             vector: (B, vector_dim).
             time_cond: (B, time_cond_dim); without it nothing is added to the sinusoids.
-            drop: which samples have a condition replaced by its learned null: {"class_labels": (B,) bool, ...}.
-            skip_residuals: added to the skips, one tensor each, from the input convolution on (control networks).
-            bottleneck_residual: added to the bottleneck's output.
-
-        Returns:
-            (B, out_channels, *spatial).
+            drop: samples whose condition is replaced by its learned null: {"class_labels": (B,) bool, ...}.
+            skip_residuals: tensors to add to the skips, from the input convolution on (ControlNet).
+            bottleneck_residual: tensor to add to the bottleneck's output (ControlNet).
 
         Raises:
             ValueError, TypeError: a condition the network was not built for, one that is missing while
                 learned_null=False, or a wrong shape, range or dtype; before anything is computed.
         """
-        conditions = {"class_labels": class_labels, "vector": vector, "context": context}
-        residuals = (skip_residuals, bottleneck_residual)
-        check_inputs(self.config, self.dtype, x, t, conditions, context_mask, time_cond, drop, *residuals)
+        conditions = Conditions(class_labels, vector, context, context_mask, time_cond=time_cond)
+        residuals: dict[str, Any] = {"skip_residuals": skip_residuals, "bottleneck_residual": bottleneck_residual}
+        check_inputs(self.config, self.dtype, x, t, conditions, drop=drop, **residuals)
         with full_precision(x.device.type):
-            emb = self.embed_time(t, time_cond)
-            added, attended = self.embed_conditions(t.shape[0], conditions, context_mask, drop or {})
+            emb = self.embed_time(t, time_cond)  # (B, time_dim)
+            added, attended = self.embed_conditions(t.shape[0], conditions, drop or {})
             emb = sum(added, start=emb)
 
+        # skips[0]: (B, stem_width, *spatial); h: (B, widths[0], *spatial)
         skips = self.encode_shallow(x, emb, attended)
-        h = self.deep_features(skips[-1], emb, attended, 1, (skip_residuals or ())[1:], bottleneck_residual)
+        h = self.deep_features(skips[-1], emb, attended, **residuals)
         if skip_residuals is not None:
             skips = [skips[0] + skip_residuals[0]]
         out = self.decode_shallow(h, skips, emb, attended)
-        return out.contiguous() if x.is_contiguous() else out
+        return out.contiguous() if x.is_contiguous() else out  # inside, a CPU works with channels last
 
     @property
     def dtype(self) -> torch.dtype:
@@ -177,34 +173,36 @@ class UNet(Pretrained, nn.Module):
         """Keep all activations for the backward pass (the default)."""
         self.gradient_checkpointing = False
 
-    # ---- the parts of forward, which sampling calls apart (reuse.py) -----------------------------------------------
+    # ---- the parts of forward, which sampling/cached_unet.py calls one by one ---------------------------------------
 
     def embed_time(self, t: Tensor, time_cond: Tensor | None = None) -> Tensor:
-        """The embedding (B, time_dim) of timesteps (B,), without that of conditions."""
+        """Embed timesteps (B,) as (B, time_dim), without the other conditions."""
         if self.time_cond is None or time_cond is None:
             return self.time_mlp(t)
-        return self.time_mlp(t, self.time_cond(time_cond.to(self.dtype)))  # in half precision it may come, in autocast
+        return self.time_mlp(t, self.time_cond(time_cond.to(self.dtype)))  # autocast may hand in half precision
 
     def embed_conditions(
-        self, batch: int, given: Mapping[str, Tensor | None], mask: Tensor | None, drop: Mapping[str, Tensor]
+        self, batch: int, conditions: Conditions, drop: Mapping[str, Tensor]
     ) -> tuple[list[Tensor], Context | None]:
-        """What the conditions add to the time's embedding, and the context that cross-attention sees."""
-        added: list[Any] = []
-        for name, embed, null in (
-            ("class_labels", self.class_embedding, self.null_class),
-            ("vector", self.vector_embedding, self.null_vector),
-        ):
-            if embed is not None:
-                value = given.get(name)
-                if value is not None and value.is_floating_point():
-                    value = value.to(self.dtype)
-                added.append(null if value is None else _replace(embed(value), null, drop.get(name)))
+        """Return the terms (B, time_dim) that class and vector add to the time embedding, and the context."""
+        c, added = conditions, []
+        if self.class_embedding is not None:
+            added.append(self._embed(self.class_embedding, c.class_labels, self.null_class, drop.get("class_labels")))
+        if self.vector_embedding is not None:
+            added.append(self._embed(self.vector_embedding, c.vector, self.null_vector, drop.get("vector")))
         if self.config.context_dim is None:
             return added, None
-        return added, build_context(given.get("context"), mask, drop.get("context"), self.null_context, batch)
+        return added, build_context(c.context, c.context_mask, drop.get("context"), self.null_context, batch)
+
+    def _embed(self, embedding: nn.Module, value: Tensor | None, null: Tensor | None, dropped: Tensor | None) -> Any:
+        """Embed a condition: (B, D), with `null` (D,) at the `dropped` samples (B,) or, without a value, alone."""
+        if value is None:
+            return null
+        embedded = embedding(value.to(self.dtype) if value.is_floating_point() else value)
+        return embedded if dropped is None or null is None else torch.where(dropped[:, None], null, embedded)
 
     def encode_shallow(self, x: Tensor, emb: Tensor, context: Context | None, depth: int = 1) -> list[Tensor]:
-        """The first `depth` skips: those of the decoder's last `depth` blocks."""
+        """Compute the first `depth` skips, which the decoder's last `depth` blocks take."""
         skips = [self.input_conv(channels_last(x))]
         for block in list(self.encoder)[: depth - 1]:
             skips.append(self._run(block, skips[-1], emb, context))
@@ -216,31 +214,39 @@ class UNet(Pretrained, nn.Module):
         emb: Tensor,
         context: Context | None,
         depth: int = 1,
-        skip_residuals: Sequence[Tensor] = (),
+        *,
+        skip_residuals: Sequence[Tensor] | None = None,
         bottleneck_residual: Tensor | None = None,
     ) -> Tensor:
-        """What enters the decoder's last `depth` blocks, from the last shallow skip: most of the network's work."""
+        """Compute the input of the decoder's last `depth` blocks from the last shallow skip: most of the work."""
         size, skips = h.shape[2:], []
         for block in list(self.encoder)[depth - 1 :]:
             h = self._run(block, h, emb, context)
             skips.append(h)
-        for block in self.bottleneck:
+        for block in self.bottleneck:  # h: (B, widths[-1], *coarsest)
             h = self._run(block, h, emb, context)
-        if skip_residuals:
-            skips = [skip + residual for skip, residual in zip(skips, skip_residuals, strict=True)]
+        if skip_residuals is not None:
+            skips = [skip + residual for skip, residual in zip(skips, skip_residuals[depth:], strict=True)]
         if bottleneck_residual is not None:
             h = h + bottleneck_residual
-        return self._decode(list(self.decoder)[:-depth], h, skips, emb, context, size)
+        return self._decode(list(self.decoder)[:-depth], h, skips, emb, context, size=size)
 
     def decode_shallow(self, h: Tensor, skips: list[Tensor], emb: Tensor, context: Context | None) -> Tensor:
-        """The output, from deep features and the shallow skips, with the decoder's last blocks, one for each skip."""
-        size = skips[0].shape[2:]
-        return self.output(self._decode(list(self.decoder)[-len(skips) :], h, skips, emb, context, size))
+        """Compute the output from deep features and the shallow skips, one for each of the decoder's last blocks."""
+        blocks, size = list(self.decoder)[-len(skips) :], skips[0].shape[2:]
+        return self.output(self._decode(blocks, h, skips, emb, context, size=size))
 
     def _decode(
-        self, blocks: list[nn.Module], h: Tensor, skips: list[Tensor], emb: Tensor, context: Context | None, size: Any
+        self,
+        blocks: list[nn.Module],
+        h: Tensor,
+        skips: list[Tensor],
+        emb: Tensor,
+        context: Context | None,
+        *,
+        size: Any,
     ) -> Tensor:
-        """Blocks with a skip each; an upsampling comes out at the next skip's size, or after the last at `size`."""
+        """Run blocks with a skip each; each upsamples to the size of the next skip, the last one to `size`."""
         sizes = [size, *(skip.shape[2:] for skip in skips)]
         for i, block in zip(reversed(range(len(skips))), blocks, strict=True):
             h = self._run(block, torch.cat([h, skips[i]], dim=1), emb, context, sizes[i])
@@ -252,18 +258,17 @@ class UNet(Pretrained, nn.Module):
         return block(*args)
 
 
-class _Builder:
-    """The layers of one network, with the arguments they share said once."""
+class _LayerBuilder:
+    """Builds the layers of one network, whose shared arguments are said once."""
 
     def __init__(self, config: UNetConfig) -> None:
         self.config = config
         self.norm: dict[str, Any] = {"norm_groups": config.norm_groups, "norm_eps": config.norm_eps}
 
-    def res(self, in_ch: int, out_ch: int, resample: Any = "none") -> ResBlock:
+    def resblock(self, in_ch: int, out_ch: int, resample: Any = "none") -> ResBlock:
         c = self.config
-        return ResBlock(
-            in_ch, out_ch, c.time_dim, c.dropout, dims=c.dims, modulation=c.modulation, resample=resample, **self.norm
-        )
+        options: dict[str, Any] = {"dims": c.dims, "modulation": c.modulation, "resample": resample, **self.norm}
+        return ResBlock(in_ch, out_ch, c.time_dim, c.dropout, **options)
 
     def attention(self, level: int, always: bool = False) -> list[nn.Module]:
         c = self.config
@@ -280,23 +285,14 @@ class _Builder:
     def downsample(self, ch: int) -> nn.Module:
         kind, dims = self.config.downsample, self.config.dims
         if kind == "resblock":
-            return self.res(ch, ch, "down")
+            return self.resblock(ch, ch, "down")
         return AveragePool() if kind == "avgpool" else Downsample(ch, dims, asymmetric=kind == "conv_asymmetric")
 
     def upsample(self, ch: int) -> nn.Module:
         kind, dims = self.config.upsample, self.config.dims
         if kind == "resblock":
-            return self.res(ch, ch, "up")
+            return self.resblock(ch, ch, "up")
         return TransposedUpsample(ch, dims) if kind == "conv_transpose" else NearestUpsample(ch, dims)
-
-    def vector_embedding(self) -> nn.Module:
-        c = self.config
-        return nn.Sequential(nn.Linear(c.vector_dim or 0, c.time_dim), nn.SiLU(), nn.Linear(c.time_dim, c.time_dim))
 
     def null(self, width: int | None) -> nn.Parameter | None:
         return nn.Parameter(torch.zeros(width)) if width and self.config.learned_null else None
-
-
-def _replace(value: Tensor, null: Tensor | None, where: Tensor | None) -> Tensor:
-    """`value` (B, D), with `null` (D,) in the rows of `where` (B,)."""
-    return value if where is None or null is None else torch.where(where[:, None], null, value)

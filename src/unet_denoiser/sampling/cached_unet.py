@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from unet_denoiser.config.unet import CONDITIONS
+from unet_denoiser.models.conditions import Conditions
 from unet_denoiser.models.input_checks import check_inputs
 from unet_denoiser.models.layers.attention import project_context
 from unet_denoiser.models.layers.common import full_precision
 from unet_denoiser.models.layers.context import Context
-from unet_denoiser.models.layers.recompute import watched
+from unet_denoiser.models.layers.recompute import has_hooks
 from unet_denoiser.models.unet import UNet
 
 SHALLOW_BLOCKS = 1  # decoder blocks that run in every call: with more the error shrinks less than the time grows
@@ -42,7 +42,7 @@ def make_cached_unet(
     """
     has_own_forward = isinstance(model, UNet) and getattr(model.forward, "__func__", None) is UNet.forward
     if has_own_forward and not (
-        isinstance(model.input_conv.weight, DTensor) or watched(model) or model._compiled_call_impl is not None
+        isinstance(model.input_conv.weight, DTensor) or has_hooks(model) or model._compiled_call_impl is not None
     ):
         return CachedUNet(model, timesteps, reuse=reuse, compile=compile)
     for name, value in (("reuse", reuse), ("compile", compile)):
@@ -123,11 +123,10 @@ class CachedUNet:
         tensors = [(name, value) for given in (inputs, drop) for name, value in given.items() if name != "drop"]
         key = (x.shape, *((name, id(value)) for name, value in tensors))
         if key not in self.embedded:
-            model, mask = self.model, inputs.get("context_mask")
-            given = {name: inputs.get(name) for name in CONDITIONS}
-            check_inputs(model.config, model.dtype, x, t, given, mask, inputs.get("time_cond"), drop, None, None)
+            model, given = self.model, Conditions.select(inputs, Conditions.names())
+            check_inputs(model.config, model.dtype, x, t, given, drop=drop)
             with full_precision(x.device.type):
-                added, context = model.embed_conditions(len(x), given, mask, drop)
+                added, context = model.embed_conditions(len(x), given, drop)
             context = None if context is None else project_context(model, context)
             self.embedded[key] = _Embedded(added, context, [value for _, value in tensors])
         return self.embedded[key]

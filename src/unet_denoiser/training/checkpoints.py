@@ -1,7 +1,7 @@
-"""Training states on disk, each one safetensors file: tensors by name, and the plain facts in its header.
+"""Training states on disk: one safetensors file each, tensors by name and JSON metadata in its header.
 
-One file is there whole or not at all, whenever the process is killed; it holds whole tensors, so that any number of
-processes can go on from it; and nothing in it can run code.
+A file appears whole or not at all, even if the process is killed. It holds full tensors, so that any number of
+processes can resume from it. Reading one runs no code of the file.
 """
 
 from __future__ import annotations
@@ -19,94 +19,110 @@ from unet_denoiser.utils.finite import check_finite
 from unet_denoiser.utils.tensor_files import write_safetensors
 
 Metadata = dict[str, Any]
-_FACTS = "unet_denoiser_training"
+_METADATA_KEY = "unet_denoiser_training"
 
 
 class Checkpoints:
-    """The checkpoints of a run: `step-00001000.safetensors` and so on in one folder.
+    """The checkpoints of a run: files `step-00001000.safetensors` in one folder.
 
     Args:
-        folder: made with the first of them.
+        folder: created with the first checkpoint.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def paths(self) -> list[Path]:
-        """Their files, oldest first."""
+        """Return the files, oldest first."""
         return sorted(self.folder.glob("step-*.safetensors"))
 
-    def write(self, tensors: Mapping[str, Tensor], facts: Metadata) -> Path:
-        """Add one, named by its step.
+    def write(self, tensors: Mapping[str, Tensor], metadata: Metadata) -> Path:
+        """Write a checkpoint, named by `metadata["step"]`.
 
         Raises:
-            NotFinite: a tensor with NaN or infinity in it; nothing has been written.
-            OSError: a full disk, for example; what was there is as it was.
+            NonFiniteError: a tensor holds NaN or infinity; nothing has been written.
+            OSError: the disk is full, for example; earlier files are unchanged.
         """
         check_finite(tensors)
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"step-{facts['step']:08d}.safetensors"
-        write_safetensors(path, tensors, {_FACTS: json.dumps(facts)})
+        path = self.folder / f"step-{metadata['step']:08d}.safetensors"
+        write_safetensors(path, tensors, {_METADATA_KEY: json.dumps(metadata)})
         return path
 
-    def verify(self, path: Path, tensors: Mapping[str, Tensor], facts: Metadata) -> None:
-        """OSError unless a file that was just written reads back as what was written into it, bit for bit."""
-        found, found_facts = read_checkpoint(path)
-        same = found_facts == json.loads(json.dumps(facts)) and set(found) == set(tensors)
+    def verify(self, path: Path, tensors: Mapping[str, Tensor], metadata: Metadata) -> None:
+        """Raise OSError unless a file reads back, bit for bit, as it was written."""
+        found, found_metadata = read_checkpoint(path)
+        same = found_metadata == json.loads(json.dumps(metadata)) and set(found) == set(tensors)
         if not same or not all(torch.equal(found[name], t) for name, t in tensors.items()):
             raise OSError(f"{path} does not read back as it was written; the disk cannot be trusted")
 
     def best(self) -> Path | None:
-        """The one with the lowest smoothed loss, or None while there is none."""
+        """Return the checkpoint with the lowest smoothed loss, or None if there is none."""
         losses = {path: read_metadata(path).get("smoothed_loss") for path in self.paths()}
         known = {path: loss for path, loss in losses.items() if loss is not None}
         return min(known, key=lambda path: known[path]) if known else None
 
     def prune(self, config: TrainingConfig) -> None:
-        """Delete those that `keep_last`, `keep_every` and `keep_best` do not keep."""
+        """Delete all checkpoints but those that `keep_last`, `keep_every` and `keep_best` keep."""
         paths = self.paths()
         kept = set(paths[-config.keep_last :])
         if config.keep_every:
-            kept |= {path for path in paths if step_of(path) % config.keep_every == 0}
+            kept |= {path for path in paths if parse_step(path) % config.keep_every == 0}
         if config.keep_best and (best := self.best()):
             kept.add(best)
         for path in set(paths) - kept:
             path.unlink()
 
-    def find(self, which: str) -> Path:
-        """The file that a name means: "latest", "best" or a step's number.
+    def find(self, name: str) -> Path:
+        """Return the file that a name stands for: "latest", "best" or the number of a step.
 
         Raises:
-            FileNotFoundError: there is none of that name, saying which there are.
+            FileNotFoundError: there is no such checkpoint; the message lists those there are.
         """
         paths = self.paths()
-        by_name = {str(step_of(path)): path for path in paths} | ({"latest": paths[-1]} if paths else {})
-        found = self.best() if which == "best" else by_name.get(which)
+        by_name = {str(parse_step(path)): path for path in paths} | ({"latest": paths[-1]} if paths else {})
+        found = self.best() if name == "best" else by_name.get(name)
         if found is None:
-            there = ", ".join([*by_name, "best"]) if paths else "none"
-            raise FileNotFoundError(f"checkpoint={which!r} is not in {self.folder}; there: {there}")
+            available = ", ".join([*by_name, "best"]) if paths else "none"
+            raise FileNotFoundError(f"checkpoint={name!r} is not in {self.folder}; there: {available}")
         return found
 
 
-def step_of(path: Path) -> int:
-    """The step in a checkpoint's name."""
+def parse_step(path: Path) -> int:
+    """Return the step in a checkpoint's file name."""
     return int(path.stem.removeprefix("step-"))
 
 
-def read_metadata(path: Path) -> Metadata:
-    """What a checkpoint's header tells; ValueError for a file that is none."""
-    with _opened(path) as file:
-        return _facts(path, file)
+def select_averages(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the averaged weights (EMA) among a checkpoint's tensors, by parameter name."""
+    return {name.removeprefix("ema."): tensors[name] for name in tensors if name.startswith("ema.")}
 
 
 def read_checkpoint(path: Path) -> tuple[Mapping[str, Tensor], Metadata]:
-    """A checkpoint's tensors, read when they are asked for, and its facts; ValueError for a file that is none."""
-    file = _opened(path)
-    return _Lazy(file), _facts(path, file)
+    """Open a checkpoint: its tensors, each read when it is accessed, and its metadata.
+
+    Raises:
+        ValueError: the file is damaged or no checkpoint.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        file = safe_open(path, "pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); delete it to resume from the one before") from None
+    text = (file.metadata() or {}).get(_METADATA_KEY)
+    if text is None:
+        raise ValueError(f"{path} is not a checkpoint of a training; delete it to resume from the one before")
+    return _LazyTensors(file), json.loads(text)
 
 
-class _Lazy(Mapping[str, Tensor]):
-    """Tensors of an open file: on many processes, none holds a whole checkpoint in memory."""
+def read_metadata(path: Path) -> Metadata:
+    """Read the metadata of a checkpoint alone; errors as `read_checkpoint`."""
+    return read_checkpoint(path)[1]
+
+
+class _LazyTensors(Mapping[str, Tensor]):
+    """Tensors of an open file, read one by one: no process holds a whole checkpoint in memory."""
 
     def __init__(self, file: Any) -> None:
         self.file, self.names = file, dict.fromkeys(file.keys())
@@ -121,19 +137,3 @@ class _Lazy(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.names)
-
-
-def _opened(path: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(path, "pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); delete it to go on from the one before") from None
-
-
-def _facts(path: Path, file: Any) -> Metadata:
-    text = (file.metadata() or {}).get(_FACTS)
-    if text is None:
-        raise ValueError(f"{path} is not a checkpoint of a training; delete it to go on from the one before")
-    return json.loads(text)

@@ -1,4 +1,4 @@
-"""Many processes: Accelerate's engine for a training, whole tensors of what is in shards, processes that sample."""
+"""Training on several processes: Accelerate, and tensors that are sharded among processes (FSDP)."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from unet_denoiser.utils.device import resolve_device
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
-    """Accelerate's engine: one process as it is, many with `accelerate launch`, DDP or FSDP2 as that was told.
+    """Create Accelerate's engine: for one process, or with `accelerate launch` for several, by DDP or FSDP2.
 
     Raises:
-        ValueError: a device or a precision that is not here, or a batch that cannot be shared out.
+        ValueError: the device or precision is not available, or the batch cannot be divided among the processes.
     """
     device = resolve_device(config.device)
     _check_precision(config.mixed_precision, device)
@@ -31,19 +31,9 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
             f"give --mixed-precision {launched} to train"
         )
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
-        AcceleratorState._reset_state()  # that of another training in this process, which has its autocast already
+        AcceleratorState._reset_state()  # left by another training in this process
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision=config.mixed_precision)
-    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if sharded and not is_sharded(accelerator) and accelerator.num_processes > 1:
-        raise ValueError("Accelerate shards on GPUs only; without --use_fsdp every process has the whole network")
-    if is_sharded(accelerator):
-        plugin: Any = accelerator.state.fsdp_plugin
-        if plugin.fsdp_version != 2:
-            raise ValueError(f"fsdp_version={plugin.fsdp_version} is not supported; give --fsdp_version 2")
-        if plugin.auto_wrap_policy is None:
-            from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
-
-            plugin.auto_wrap_policy = transformer_auto_wrap_policy  # by the network's own list of its blocks
+    _configure_sharding(accelerator)
     parts = accelerator.num_processes * config.gradient_accumulation_steps
     if config.batch_size % parts:
         raise ValueError(
@@ -61,23 +51,39 @@ def _check_precision(precision: str, device: str) -> None:
         raise ValueError(f"mixed_precision='bf16' is not supported by this {device} device; give 'no'")
 
 
+def _configure_sharding(accelerator: Accelerator) -> None:
+    """Check that FSDP is version 2, and set its default policy for wrapping modules."""
+    requested = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if requested and not is_sharded(accelerator) and accelerator.num_processes > 1:
+        raise ValueError("Accelerate shards on GPUs only; without --use_fsdp every process has the whole network")
+    if not is_sharded(accelerator):
+        return
+    plugin: Any = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise ValueError(f"fsdp_version={plugin.fsdp_version} is not supported; give --fsdp_version 2")
+    if plugin.auto_wrap_policy is None:
+        from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+
+        plugin.auto_wrap_policy = transformer_auto_wrap_policy  # wraps the modules that the network lists as blocks
+
+
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether each process keeps only its shard of every weight (FSDP)."""
+    """Return True if each process keeps only its shard of every weight (FSDP)."""
     return str(accelerator.distributed_type).endswith("FSDP")
 
 
 def gather_full(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Copies of the whole tensors in memory. Every process must call it; without `keep` it gets an empty dict."""
-    found = {}
+    """Copy full tensors to the CPU. Every process must call it; one that does not `keep` them gets an empty dict."""
+    copies = {}
     for name, t in tensors.items():
         full = t.full_tensor() if isinstance(t, DTensor) else t
         if keep:
-            found[name] = full.detach().to("cpu", copy=True).contiguous()
-    return found
+            copies[name] = full.detach().to("cpu", copy=True).contiguous()
+    return copies
 
 
 def shard_like(t: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor on the device of `like`, or this process's shard of it where `like` is one."""
+    """Move a full tensor to the device of `like`; return this process's shard of it if `like` is sharded."""
     t = t.to(like.device)
     if isinstance(like, DTensor):
         return distribute_tensor(t, like.device_mesh, like.placements, src_data_rank=None)

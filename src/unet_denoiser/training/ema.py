@@ -1,4 +1,4 @@
-"""Exponential moving average of a network's parameters, kept apart from them."""
+"""Exponential moving average (EMA) of a network's parameters."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from torch.distributed.tensor import DTensor
 
 
 class EMA:
-    """Averages the trained parameters of `model`; `with ema.swapped():` the model has the averages.
+    """Averages the trained parameters of a model; inside `with ema.swapped():` the model has the averages.
 
-    After n updates the decay is min(decay, (1 + n) / (10 + n)), so that the average is not held back by the random
-    start. The averages are float32 copies, in shards where the parameters are. The training weights come back
-    bit-equal, whatever happens inside.
+    After n updates the decay is min(decay, (1 + n) / (10 + n)), so that the random start is soon forgotten. The
+    averages are float32 copies, sharded as the parameters are.
 
     Args:
-        model: the module whose parameters are averaged, those that need no gradient left out.
-        decay: in [0, 1); 0.9999 averages over some 10,000 updates.
+        model: the module; its parameters that need no gradient are not averaged.
+        decay: in [0, 1); 0.9999 averages over about 10,000 updates.
 
     Raises:
         ValueError: decay outside [0, 1).
@@ -51,36 +50,36 @@ class EMA:
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """The model has the averages inside, and its own parameters again after, exceptions included."""
+        """Give the model the averages; on leaving, its training weights return bit-equal, exceptions included."""
         if self._is_swapped:
             raise RuntimeError("`with ema.swapped()` inside itself")
-        # in place, as FSDP knows its shards by their memory
-        own = [p.detach().clone() for p in self._parameters]
+        weights = [p.detach().clone() for p in self._parameters]
         self._is_swapped = True
         try:
             self._set(self._averages)
             yield
         finally:
-            self._set(own)
+            self._set(weights)
             self._is_swapped = False
 
     @torch.no_grad()
     def _set(self, values: list[Tensor]) -> None:
+        """Copy values into the parameters: in place, since FSDP identifies its shards by their memory."""
         if any(isinstance(p, DTensor) for p in self._parameters):
             _forget_gathered(self._model)
         for p, value in zip(self._parameters, values, strict=True):
             p.copy_(value)
 
     def averages(self) -> dict[str, Tensor]:
-        """The averages by parameter name."""
+        """Return the averages by parameter name."""
         return dict(zip(self._names, self._averages, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """The averages by parameter name, and the number of updates."""
+        """Return the averages by parameter name, and the number of updates."""
         return {"updates": self.updates, "averages": self.averages()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`; the decay stays this object's."""
+        """Restore a `state_dict`; the decay does not change."""
         if set(state["averages"]) != set(self._names):
             raise ValueError("the EMA state belongs to another architecture")
         self.updates = state["updates"]
@@ -89,12 +88,12 @@ class EMA:
 
 
 def _local(t: Tensor) -> Tensor:
-    """This process's shard of a tensor that is in shards."""
+    """Return this process's shard of a sharded tensor; other tensors as they are."""
     return t.to_local() if isinstance(t, DTensor) else t
 
 
 def _forget_gathered(model: nn.Module) -> None:
-    """Have FSDP gather all weights anew: without a backward pass it keeps those of the outermost module."""
+    """Make FSDP gather all weights again: without a backward pass it keeps those of the outermost module."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():

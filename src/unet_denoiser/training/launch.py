@@ -1,115 +1,198 @@
-"""What the train command starts: a new run from data and options, or one to go on with."""
+"""From the options of the train command to a run and its trainer: `start_run` and `resume_run`."""
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from unet_denoiser.config.base import per_axis
 from unet_denoiser.config.data import DATA_CHANGEABLE, DataConfig
 from unet_denoiser.config.defaults import architecture_for, default_learning_rate
-from unet_denoiser.config.presets import preset as preset_config
+from unet_denoiser.config.presets import preset
 from unet_denoiser.config.training import TRAINING_CHANGEABLE, TrainingConfig
 from unet_denoiser.config.unet import UNetConfig
+from unet_denoiser.data.dataset import ImageDataset, StreamDataset
 from unet_denoiser.data.load import load_data, with_found_values
 from unet_denoiser.diffusion.process import Diffusion
 from unet_denoiser.models.pretrained import write_pretrained
 from unet_denoiser.models.unet import UNet
 from unet_denoiser.training.finetuning import load_matching, read_initial_checkpoint, with_image_size
-from unet_denoiser.training.run import Run, check_new
+from unet_denoiser.training.loop import check_new, load_trainer
+from unet_denoiser.training.run import Run
 from unet_denoiser.training.trainer import Trainer
 from unet_denoiser.utils.device import resolve_device
 
 
-def start_run(source: str, given: dict[str, Any]) -> tuple[Run, Trainer]:
-    """A new run and its trainer; `given` has the arguments of the command."""
-    options, training = dict(given["model"]), TrainingConfig(**given["training"])
-    local = source != "digits" and not source.startswith("hf:")
-    source = str(Path(source).absolute()) if local and source else source  # to be found from any directory
-    place = Path(source.replace(":", "/"))
-    out = given["out"] or Path("runs") / (place.name if place.is_dir() else place.stem)
+@dataclass(frozen=True)
+class TrainRequest:
+    """The arguments of the train command.
+
+    Args:
+        source: of the data, see `DataConfig`; None to resume.
+        out: the run directory (default: runs/ and the data's name).
+        init: a checkpoint to start from.
+        preset: name of a published architecture to start from.
+        data, training, process, model: the options that were given, of `DataConfig`, `TrainingConfig`,
+            `DiffusionConfig` and `UNetConfig`.
+    """
+
+    source: str | None = None
+    out: Path | None = None
+    init: Path | None = None
+    preset: str | None = None
+    data: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    process: Mapping[str, Any] = field(default_factory=dict)
+    model: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Launch(NamedTuple):
+    """A run that is ready to train, its trainer, and messages for the user, one line each."""
+
+    run: Run
+    trainer: Trainer
+    messages: list[str]
+
+
+class Initialization(NamedTuple):
+    """The start of a training: the architecture and weights of a preset or checkpoint, if any, and the process."""
+
+    config: UNetConfig | None
+    network: UNet | None
+    process: Diffusion
+    messages: list[str]
+
+
+def start_run(request: TrainRequest) -> Launch:
+    """Prepare a new run; an option that cannot work raises ValueError or OSError."""
+    training = TrainingConfig(**request.training)
+    source, folder = _absolute_source(request.source or "")
+    out = request.out or Path("runs") / _default_name(source)
     check_new(out)
-    for folder in (Path(source if local else ""), Path(given["dataset"].get("concat") or "")):
-        if folder.name and folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
-            raise ValueError(
-                f"out={out} lies in the folder {folder}, whose pictures the run's own would join; give a directory "
-                "outside of it as out"
-            )
-    latent = given["dataset"].get("vae") is not None
-    base, start, process = initialization(given, training, latent)
-    # of latents, a network has neither the pictures' size nor their channels
-    fixed = {} if latent or base is None else {"image_size": base.image_size}
-    data_config = DataConfig(source, **{"channels": options.get("in_channels")} | fixed | given["dataset"])
-    data = load_data(data_config)
-    if getattr(data, "captions", None) and data_config.text_encoder is None:
-        warnings.warn("the data have captions, which are not learned without a text_encoder", stacklevel=2)
-    if base and start:
-        base = with_image_size(base, data.image_size)
-    classes = None if data.class_names is None else len(data.class_names)
-    conditions = {"vector_dim": data.vector_dim, "context_dim": data.context_dim}
-    own = process.channels(data.channels, data.concat_channels)
-    on_cpu = resolve_device(training.device) == "cpu"
-    size = options.get("image_size")
-    if size is not None and per_axis(size, len(data.image_size)) != tuple(data.image_size):
-        raise ValueError(f"model.image_size={size}: the data have {tuple(data.image_size)}; give image_size instead")
-    config = architecture_for(data.channels, data.image_size, classes, conditions | options, base, own, on_cpu)
+    _check_outside(out, [folder, Path(request.data.get("concat") or "")])
+    initial = initialization(request, training)
+    data_config, data = _load_data(request, source, initial.config)
+    config = _choose_architecture(request, initial, data, on_cpu=resolve_device(training.device) == "cpu")
     rate = training.learning_rate or default_learning_rate(config.model_channels)
     training = replace(training, learning_rate=rate)
-    run = Run(out, with_found_values(data_config, data), config, process, training)
-    if start is None:
-        trainer = run.trainer(data)
-    else:
-        model = UNet.from_config(config)
-        fit = load_matching(model, start)
-        if training.lora_rank and (changed := fit.widened + fit.missed):
-            raise ValueError(
-                f"lora_rank={training.lora_rank}: a LoRA would leave {changed[0]} untrained; use data that fit the "
-                "checkpoint, or train all weights"
-            )
-        weights = {name: t.clone() for name, t in model.state_dict().items()}  # training changes the network's
-        trainer = run.trainer(data, model)
-        if trainer.accelerator.is_main_process:
-            print(f"{given['init']}: {fit}")
-            write_pretrained(out / "init", config.to_dict(), weights)
-    return run, trainer
-
-
-def initialization(
-    given: dict[str, Any], training: TrainingConfig, latent: bool
-) -> tuple[UNetConfig | None, UNet | None, Diffusion]:
-    """What a preset or a checkpoint says: the architecture, the weights and the process."""
-    preset, init = given["preset"], given["init"]
-    if preset and init:
-        raise ValueError(f"preset={preset!r} and init={init}: give one of them; a checkpoint has its own architecture")
-    if training.lora_rank and not init:
-        raise ValueError(f"lora_rank={training.lora_rank} needs --init CHECKPOINT: a LoRA changes a trained network")
-    if not init:
-        unbounded = {"clip_sample_range": None} if latent else {}  # latents have no fixed range
-        return preset and preset_config(preset), None, Diffusion(**unbounded | given["process"])
-    start, saved = read_initial_checkpoint(init)
-    if saved is None:  # most published networks without a schedule beside them are DDPM's
-        saved = Diffusion(prediction_type="epsilon", beta_schedule="linear").to_dict()
-        print(
-            f"{init}: no schedule beside it; taken to predict epsilon along the linear one unless --process.* says else"
+    run = Run(out, with_found_values(data_config, data), config, initial.process, training)
+    if initial.network is None:
+        return _summarize(run, load_trainer(run, data), [])
+    model = UNet.from_config(config)
+    report = load_matching(model, initial.network)
+    if training.lora_rank and (changed := report.widened + report.missed):
+        raise ValueError(
+            f"lora_rank={training.lora_rank}: a LoRA would leave {changed[0]} untrained; use data that fit the "
+            "checkpoint, or train all weights"
         )
-    changes = dict(given["process"])
-    if "clip_sample_range" in changes:  # diffusers has two options for it
-        changes["clip_sample"] = (clip := changes["clip_sample_range"]) is not None
-        changes["clip_sample_range"] = clip or 1.0
-    return start.config, start, Diffusion.from_dict(saved | changes)
+    weights = {name: t.clone() for name, t in model.state_dict().items()}  # training changes the network's
+    trainer = load_trainer(run, data, model)
+    if trainer.accelerator.is_main_process:
+        write_pretrained(out / "init", config.to_dict(), weights)
+    return _summarize(run, trainer, [*initial.messages, f"{request.init}: {report}"])
 
 
-def resume_run(path: Path, given: dict[str, Any]) -> tuple[Run, Trainer]:
-    """A run to go on with and its trainer; `given` has the arguments of the command."""
-    fixed = [name for name in ("out", "init", "preset", "process", "model") if given[name]]
-    fixed += sorted(set(given["training"]) - TRAINING_CHANGEABLE) + sorted(set(given["dataset"]) - DATA_CHANGEABLE)
+def resume_run(path: Path, request: TrainRequest) -> Launch:
+    """Load a run and its trainer at the latest checkpoint; ValueError for a change of a fixed option."""
+    fixed = [name for name in ("out", "init", "preset", "process", "model") if getattr(request, name)]
+    fixed += sorted(set(request.training) - TRAINING_CHANGEABLE) + sorted(set(request.data) - DATA_CHANGEABLE)
     if fixed:
         valid = ", ".join(sorted(TRAINING_CHANGEABLE | DATA_CHANGEABLE))
         raise ValueError(f"{fixed[0]} cannot change with --resume; what can: {valid}")
-    run = Run.load(path).with_training(**given["training"]).with_data(**given["dataset"])
-    trainer = run.trainer()
+    run = Run.load(path).with_training(**request.training).with_data(**request.data)
+    trainer = load_trainer(run)
     if trainer.step > run.training.steps:
         raise ValueError(f"steps={run.training.steps}: {path} is already at step {trainer.step}")
-    return run, trainer
+    return _summarize(run, trainer, [])
+
+
+def initialization(request: TrainRequest, training: TrainingConfig) -> Initialization:
+    """Read the preset or checkpoint that a training starts from, and decide on the process."""
+    init = request.init
+    if request.preset and init:
+        raise ValueError(
+            f"preset={request.preset!r} and init={init}: give one of them; a checkpoint has its own architecture"
+        )
+    if training.lora_rank and not init:
+        raise ValueError(f"lora_rank={training.lora_rank} needs --init CHECKPOINT: a LoRA changes a trained network")
+    if not init:
+        unbounded = {"clip_sample_range": None} if request.data.get("vae") else {}  # latents have no fixed range
+        config = preset(request.preset) if request.preset else None
+        return Initialization(config, None, Diffusion(**unbounded | dict(request.process)), [])
+    network, saved = read_initial_checkpoint(init)
+    messages = []
+    if saved is None:  # most published networks without a schedule beside them are DDPM's
+        saved = Diffusion(prediction_type="epsilon", beta_schedule="linear").to_dict()
+        messages.append(
+            f"{init}: no schedule beside it; taken to predict epsilon along the linear one unless --process.* says else"
+        )
+    changes = dict(request.process)
+    if "clip_sample_range" in changes:  # diffusers has two options for it
+        changes["clip_sample"] = (clip := changes["clip_sample_range"]) is not None
+        changes["clip_sample_range"] = clip or 1.0
+    return Initialization(network.config, network, Diffusion.from_dict(saved | changes), messages)
+
+
+def _absolute_source(source: str) -> tuple[str, Path]:
+    """Return a source that is valid from any directory, and its path; an empty path if it is no local one."""
+    if not source or source == "digits" or source.startswith("hf:"):
+        return source, Path()
+    path = Path(source).absolute()
+    return str(path), path
+
+
+def _default_name(source: str) -> str:
+    path = Path(source.replace(":", "/"))
+    return path.name if path.is_dir() else path.stem
+
+
+def _check_outside(out: Path, folders: list[Path]) -> None:
+    """Raise ValueError if the run would lie in a folder of training images, where its own images would join them."""
+    for folder in folders:
+        if folder.name and folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"out={out} lies in the folder {folder}, whose images the run's own would join; give a directory "
+                "outside of it as out"
+            )
+
+
+def _load_data(
+    request: TrainRequest, source: str, base: UNetConfig | None
+) -> tuple[DataConfig, ImageDataset | StreamDataset]:
+    """Load the dataset, by default with the channels and size of the architecture that was chosen."""
+    # a network for latents has neither the size nor the channels of the images
+    size = {} if base is None or request.data.get("vae") else {"image_size": base.image_size}
+    config = DataConfig(source, **{"channels": request.model.get("in_channels"), **size, **request.data})
+    data = load_data(config)
+    if data.captions and config.text_encoder is None:
+        warnings.warn("the data have captions, which are not learned without a text_encoder", stacklevel=3)
+    return config, data
+
+
+def _choose_architecture(
+    request: TrainRequest, initial: Initialization, data: ImageDataset | StreamDataset, on_cpu: bool
+) -> UNetConfig:
+    """Combine the options that were given, the preset or checkpoint, and what the data need."""
+    size = request.model.get("image_size")
+    if size is not None and per_axis(size, len(data.image_size)) != tuple(data.image_size):
+        raise ValueError(f"model.image_size={size}: the data have {tuple(data.image_size)}; give image_size instead")
+    base = initial.config
+    if base and initial.network:
+        base = with_image_size(base, data.image_size)
+    classes = None if data.class_names is None else len(data.class_names)
+    options = {"vector_dim": data.vector_dim, "context_dim": data.context_dim, **request.model}
+    channels = initial.process.channels(data.channels, data.concat_channels)
+    return architecture_for(
+        data.channels, data.image_size, classes, options, base=base, network_channels=channels, on_cpu=on_cpu
+    )
+
+
+def _summarize(run: Run, trainer: Trainer, messages: list[str]) -> Launch:
+    """Add a line that says what is trained on what."""
+    total = sum(p.numel() for p in trainer.model.parameters())
+    images = f"{len(trainer.data):,} images" if isinstance(trainer.data, ImageDataset) else "a stream of images"
+    summary = f"{run.path}: {images}, {total:,} parameters, on {trainer.accelerator.device}"
+    return Launch(run, trainer, [*messages, summary])

@@ -1,6 +1,6 @@
-"""What is random in the loss of a sample: drawn from the seed and the sample's position in the endless stream alone.
+"""The randomness of the training loss, drawn from the seed and each sample's position in the training stream.
 
-So neither the number of processes or of a batch's parts changes it, nor that training was interrupted before.
+So it does not depend on the number of processes or of micro-batches, nor on interruptions.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ DROPPABLE = ("class_labels", "vector", "context", "concat")
 
 
 class LossDraws(NamedTuple):
-    """What the loss of a batch takes that is random.
+    """The random draws for the loss of a batch.
 
-    t: timesteps, (B,). noise: (B, ...). chances: in [0, 1), (B, 1 + conditions), they decide what is dropped.
-    self_condition: (B,) bool, which samples see an estimate of x0, with self-conditioning.
+    t: (B,) timesteps. noise: (B, C, *spatial). chances: (B, 1 + conditions) in [0, 1), which decide on condition
+    dropout. self_condition: (B,) bool, the samples that see an estimate of x0 (with self-conditioning).
     """
 
     t: Tensor
@@ -29,9 +29,13 @@ class LossDraws(NamedTuple):
     chances: Tensor
     self_condition: Tensor
 
+    def rows(self, rows: slice) -> LossDraws:
+        """Return the draws of some samples of the batch."""
+        return LossDraws(*(values[rows] for values in self))
+
 
 def draw_for_loss(seed: int, first: int, x0: Tensor, num_train_timesteps: int, noise_offset: float = 0.0) -> LossDraws:
-    """Draws for a batch whose samples have the positions from `first` on, on the device of `x0` (B, ...)."""
+    """Draw for a batch x0 (B, C, *spatial), on its device; its samples have the positions `first`, `first` + 1, ..."""
     generator, noise = torch.Generator(x0.device), torch.empty_like(x0)
     t, chances, self_condition = [], [], []
     for i in range(len(x0)):
@@ -44,18 +48,19 @@ def draw_for_loss(seed: int, first: int, x0: Tensor, num_train_timesteps: int, n
     return LossDraws(numbers[0], noise, numbers[1], numbers[2])
 
 
-def condition_dropout(names: Sequence[str], chances: Tensor, share: float) -> dict[str, Tensor]:
-    """The samples (B,) that lose each of the conditions `names` in this step.
+def condition_dropout(names: Sequence[str], chances: Tensor, p: float) -> dict[str, Tensor]:
+    """Return, for each of the conditions `names`, a mask (B,) of the samples that lose it in this step.
 
-    A share loses all (Ho and Salimans 2022). Where there are several, each is lost alone as well, as often (Brooks et
-    al. 2023), so that samples can be guided by any of them, or go without.
+    Drop all conditions of a fraction `p` of the samples (classifier-free guidance, Ho and Salimans 2022). With several
+    conditions, also drop each one alone with probability `p` (Brooks et al. 2023), so that each can be guided
+    separately.
     """
-    lost = chances < share
+    dropped = chances < p
     if len(names) == 1:
-        return {names[0]: lost[:, 0]}
-    return {name: lost[:, 0] | lost[:, 1 + DROPPABLE.index(name)] for name in names}
+        return {names[0]: dropped[:, 0]}
+    return {name: dropped[:, 0] | dropped[:, 1 + DROPPABLE.index(name)] for name in names}
 
 
 def seed_dropout(seed: int, first: int) -> None:
-    """Seed what the network's layers draw themselves (dropout's masks) for the batch that begins at this position."""
+    """Seed the dropout masks of the network's layers for the micro-batch that begins at position `first`."""
     torch.manual_seed(int(np.random.SeedSequence([seed, first, 2]).generate_state(1, np.uint64)[0]))

@@ -1,4 +1,4 @@
-"""What is recorded of a training: metrics.jsonl, a picture of it, and Accelerate's trackers."""
+"""The records of a training: metrics.jsonl, its plot, and Accelerate's trackers (TensorBoard, W&B)."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from unet_denoiser.diffusion.loss import Losses
 from unet_denoiser.training.trainer import Trainer, TrainingStep
 from unet_denoiser.utils.files import sync, write_atomically
 
-LOG_EVERY = 10
-SMOOTHING = 0.999  # of the loss that tells which checkpoint is the best: about the last 1000 steps
+LOG_EVERY = 10  # steps
+SMOOTHING = 0.999  # of the loss that decides which checkpoint is best: about the last 1000 steps
 
 
 class MetricsLog:
-    """One line of JSON every `LOG_EVERY` steps, means over the steps since the last line.
+    """Writes one line of JSON every `LOG_EVERY` steps, with means over the steps since the last line.
 
-    loss, grad_norm, learning_rate; loss_per_level, the unweighted error for eighths of the noise levels (the least
-    noisy first, null for one that no sample fell into); skipped_steps in all, and data_wait, the share of time in
-    which the next batch was waited for. Steps that were skipped do not enter the means.
+    A line has loss, grad_norm and learning_rate; loss_per_level, the unweighted error at each eighth of the noise
+    levels (the least noisy first, null where no sample fell); skipped_steps, their total number; and data_wait, the
+    fraction of time spent waiting for the next batch. The means leave out skipped steps.
 
-    Its `state` is part of a checkpoint, so that a resumed training writes the lines it would have written.
+    Its `state` is part of a checkpoint, so that a resumed training writes the same lines.
 
     Args:
         path: the file.
@@ -39,7 +39,7 @@ class MetricsLog:
         self.smoothed, self.weight = 0.0, 0.0
 
     def add(self, step: TrainingStep) -> None:
-        """Take in a step."""
+        """Add a step to the means."""
         if step.skipped:
             return
         self.sums["good"] += 1
@@ -50,7 +50,7 @@ class MetricsLog:
         self.weight = SMOOTHING * self.weight + (1 - SMOOTHING)
 
     def write(self, step: TrainingStep, skipped_steps: int, data_wait: float) -> dict[str, Any]:
-        """Write the line of the steps since the last one, and begin the next."""
+        """Write a line for the steps since the last one, and reset the means."""
         good = self.sums["good"]
         line: dict[str, Any] = {"step": step.step}
         line |= {name: self.sums[name] / good if good else None for name in ("loss", "grad_norm")}
@@ -63,38 +63,38 @@ class MetricsLog:
         return line
 
     def cut(self, step: int) -> None:
-        """Drop the lines after a step, the checkpoint's that training goes on from, and one that was half written."""
+        """Delete the lines after the step that training resumes from, and an incomplete last line."""
         kept = [line for line in self._lines() if line.endswith("\n") and json.loads(line)["step"] <= step]
         write_atomically(self.path, lambda path: path.write_text("".join(kept), encoding="utf-8"))
 
     def sync(self) -> None:
-        """Have the lines on the disk before a checkpoint is that counts on them."""
+        """Flush the lines to the disk; needed before a checkpoint that assumes them is written."""
         if self.path.exists():
             sync(self.path)
 
     def read(self) -> list[dict[str, Any]]:
-        """All lines so far."""
+        """Return all lines so far."""
         return [json.loads(line) for line in self._lines() if line.endswith("\n")]
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it (JSON)."""
+        """Return the metadata that a checkpoint keeps of the log (JSON)."""
         levels = self.levels.state_dict()["totals"].tolist()
         smoothed = self.smoothed / self.weight if self.weight else None
-        own = {"sums": self.sums, "levels": levels, "smoothed": self.smoothed, "weight": self.weight}
-        return {"metrics": own, "smoothed_loss": smoothed}
+        metrics = {"sums": self.sums, "levels": levels, "smoothed": self.smoothed, "weight": self.weight}
+        return {"metrics": metrics, "smoothed_loss": smoothed}
 
-    def restore(self, facts: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint's facts."""
-        own = facts["metrics"]
-        self.sums, self.smoothed, self.weight = dict(own["sums"]), own["smoothed"], own["weight"]
-        self.levels.load_state_dict({"totals": torch.tensor(own["levels"])})
+    def restore(self, metadata: Mapping[str, Any]) -> None:
+        """Continue from the metadata of a checkpoint."""
+        metrics = metadata["metrics"]
+        self.sums, self.smoothed, self.weight = dict(metrics["sums"]), metrics["smoothed"], metrics["weight"]
+        self.levels.load_state_dict({"totals": torch.tensor(metrics["levels"])})
 
     def _lines(self) -> list[str]:
         return self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
 
 
 def start_trackers(trainer: Trainer, folder: Path, config: Mapping[str, Any]) -> None:
-    """Have Accelerate open the tracker that was asked for, going on after the trainer's step.
+    """Open the tracker that the configuration names, to continue after the trainer's step.
 
     Raises:
         ImportError: the tracker's package is not installed.
@@ -111,13 +111,13 @@ def start_trackers(trainer: Trainer, folder: Path, config: Mapping[str, Any]) ->
     accelerator.project_configuration.set_directories(str(folder))
     accelerator.project_configuration.logging_dir = str(folder)
     options = {"tensorboard": {"purge_step": trainer.step + 1}, "wandb": {"dir": str(folder), "name": folder.name}}
-    # TensorBoard would make a folder of its own for them, and takes no nested ones
-    told = dict(config) if name == "wandb" else None
-    accelerator.init_trackers("unet-denoiser", config=told, init_kwargs={name: options[name]})
+    # TensorBoard would write the configuration into another folder, and accepts no nested one
+    shown = dict(config) if name == "wandb" else None
+    accelerator.init_trackers("unet-denoiser", config=shown, init_kwargs={name: options[name]})
 
 
 def log_to_trackers(trainer: Trainer, line: Mapping[str, Any]) -> None:
-    """Hand a line of the metrics to the tracker."""
+    """Log a line of the metrics to the tracker."""
     levels = {f"loss_per_level/{i}": value for i, value in enumerate(line["loss_per_level"])}
     values = {**line, **levels}
     numbers = {name: value for name, value in values.items() if isinstance(value, int | float) and name != "step"}
@@ -125,7 +125,7 @@ def log_to_trackers(trainer: Trainer, line: Mapping[str, Any]) -> None:
 
 
 def plot(lines: list[dict[str, Any]], path: Path) -> None:
-    """A picture of the metrics: loss, gradient norm, loss per noise level, each smoothed, over the steps."""
+    """Plot loss, gradient norm and loss per noise level over the steps, each smoothed, into a PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4), layout="constrained")
@@ -134,12 +134,12 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
         known = [(line["step"], line[name]) for line in lines if line[name] is not None]
         steps, values = [s for s, _ in known], [v for _, v in known]
         axes.plot(steps, values, color="C0", alpha=0.3)
-        axes.plot(steps, _smoothed(values), color="C0")
+        axes.plot(steps, _smooth(values), color="C0")
     count = max((len(line["loss_per_level"]) for line in lines), default=0)
     for level in range(count):
         known = [(line["step"], line["loss_per_level"][level]) for line in lines]
         known = [(step, value) for step, value in known if value is not None]
-        smooth = _smoothed([value for _, value in known])
+        smooth = _smooth([value for _, value in known])
         shade = 0.15 + 0.8 * level / max(1, count - 1)
         levels.plot([step for step, _ in known], smooth, color=(shade * 0.9, 0.2, 1 - shade), label=f"{level + 1}")
     if count:
@@ -149,8 +149,8 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=100))
 
 
-def _smoothed(values: list[float]) -> list[float]:
-    """An exponential average over about a tenth of the line, without the bias of its start."""
+def _smooth(values: list[float]) -> list[float]:
+    """Return exponential averages over about a tenth of the line, corrected for the bias of the start."""
     keep, average, weight, smooth = 1 - 1 / (1 + 0.05 * len(values)), 0.0, 0.0, []
     for value in values:
         average, weight = keep * average + (1 - keep) * value, keep * weight + (1 - keep)
@@ -159,15 +159,14 @@ def _smoothed(values: list[float]) -> list[float]:
 
 
 class LossPerNoiseLevel:
-    """Collects the unweighted error over training steps, separately for equal ranges of the timestep.
+    """Averages the unweighted error over training steps, separately for equal ranges of timesteps.
 
-    `totals` is (2, num_levels): summed errors and how many samples they are of. Across processes, sum it
-    (`accelerator.reduce(levels.totals)`) before `means`. It has `state_dict` and `load_state_dict`, so that a log goes
-    on exactly after a checkpoint.
+    `totals` is (2, num_levels): sums of errors, and numbers of samples. With several processes, sum it
+    (`accelerator.reduce(levels.totals)`) before `means`.
 
     Args:
-        num_train_timesteps: T; level i of n holds the timesteps from i T / n on.
-        num_levels: how many ranges, the least noisy first.
+        num_train_timesteps: T; level i of n begins at timestep i T / n.
+        num_levels: number of ranges, the least noisy first.
     """
 
     def __init__(self, num_train_timesteps: int, num_levels: int = 8) -> None:
@@ -175,25 +174,25 @@ class LossPerNoiseLevel:
         self.totals = torch.zeros(2, num_levels)
 
     def add(self, losses: Losses) -> None:
-        """Take in one batch; nothing waits for the device."""
+        """Add a batch; does not wait for the device."""
         level = losses.t.long() * self.totals.shape[1] // self.num_train_timesteps
         error = losses.error.detach().float()
         self.totals = self.totals.to(error.device)
         self.totals.index_add_(1, level, torch.stack([error, torch.ones_like(error)]))
 
     def means(self, totals: Tensor | None = None) -> list[float | None]:
-        """The mean error of each level since the last `reset`, None for one that no sample fell into."""
+        """Return the mean error of each level since the last `reset`, None where no sample fell."""
         sums, counts = (self.totals if totals is None else totals).tolist()
         return [s / n if n else None for s, n in zip(sums, counts, strict=True)]
 
     def reset(self) -> None:
-        """Start anew."""
+        """Set all sums to zero."""
         self.totals = torch.zeros_like(self.totals)
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been collected since the last `reset`."""
+        """Return the sums since the last `reset`."""
         return {"totals": self.totals.cpu()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
+        """Restore a `state_dict`."""
         self.totals = state["totals"].clone()

@@ -1,4 +1,4 @@
-"""Training: a generator that yields after every optimizer step; whoever drives it logs, previews and saves."""
+"""Training as a generator that yields after every optimizer step; its caller logs, previews and saves."""
 
 from __future__ import annotations
 
@@ -22,20 +22,22 @@ from unet_denoiser.data.sources.custom import as_dataset
 from unet_denoiser.diffusion.loss import Losses, training_losses
 from unet_denoiser.diffusion.loss_weighting import LossWeighting
 from unet_denoiser.diffusion.process import Diffusion
+from unet_denoiser.models.conditions import Conditions
 from unet_denoiser.models.unet import UNet
-from unet_denoiser.training.distributed import gather_full, is_sharded, make_accelerator, shard_like
+from unet_denoiser.training.checkpoints import select_averages
+from unet_denoiser.training.distributed import gather_full, make_accelerator, shard_like
 from unet_denoiser.training.ema import EMA
-from unet_denoiser.training.finetuning import add_lora, merge_lora_weights
-from unet_denoiser.training.randomness import DROPPABLE, condition_dropout, draw_for_loss, seed_dropout
+from unet_denoiser.training.lora import add_lora, merge_lora_weights
+from unet_denoiser.training.randomness import DROPPABLE, LossDraws, condition_dropout, draw_for_loss, seed_dropout
 from unet_denoiser.utils.finite import NonFiniteError, first_nonfinite_gradient, first_nonfinite_module
 
 
 class TrainingStep(NamedTuple):
-    """What one optimizer step did.
+    """The result of one optimizer step.
 
-    step: its number, from 1. loss: mean over the batch. grad_norm: before clipping. losses: those of all samples, of
-    all processes, in the order of the data. skipped: it was not finite and changed nothing. stop: a process was asked
-    to stop.
+    step: its number, from 1. loss: mean over the batch. grad_norm: before clipping. losses: of each sample of all
+    processes, in the order of the data. skipped: loss or gradients were not finite, so nothing changed. stop: a process
+    was asked to stop.
     """
 
     step: int
@@ -48,24 +50,31 @@ class TrainingStep(NamedTuple):
 
 
 class MicroBatch(NamedTuple):
-    """One of the parts a batch is computed in, with all that is random in it."""
+    """A part of a batch that is computed at once, with the random draws of its loss.
 
+    first: position of its first sample in the training stream. x0: (B, C, *spatial).
+    """
+
+    first: int
     x0: Tensor
-    inputs: dict[str, Any]
-    first: int  # position of its first sample in the endless stream
+    draws: LossDraws
+    conditions: Conditions
 
 
 class Trainer:
-    """A network in training: model, process and data with optimizer, learning rate and averaged weights.
+    """Trains a network: model, process and data with optimizer, learning rate and averaged weights.
 
-    It runs through Accelerate: in one process as it is, on many with `accelerate launch`. The timestep, the noise and
-    the dropped conditions of a sample depend on the seed and its position in the endless stream of samples alone. So
-    neither the number of processes nor that of a batch's parts changes the training, and resuming is exact.
+    Runs through Accelerate, in one process, or in several with `accelerate launch`. Timestep, noise and dropped
+    conditions of a sample depend only on the seed and on the sample's position in the training stream. So the number of
+    processes and of micro-batches does not change the training, and resuming is exact.
 
     Args:
-        model: trained in place, on the device of `config`; its weights are the start.
-        data: items {"image": (C, *spatial) in the process's range, and conditions by the names that `UNet` takes}; what
-            `load_data` returns, or any map-style or iterable data set of such dicts.
+        model: trained in place, from its present weights, on the device of `config`.
+        data: map-style or iterable dataset of dicts, such as `load_data` returns: "image" (C, *spatial) in the
+            process's range, and conditions under the names of `UNet.forward`'s arguments.
+
+    Raises:
+        ValueError: the network does not fit the data.
     """
 
     def __init__(self, model: UNet, process: Diffusion, data: Any, config: TrainingConfig) -> None:
@@ -73,8 +82,9 @@ class Trainer:
         _check_fit(model.config, process, data)
         self.process, self.data, self.config = process, data, config
         self.step, self.skipped_steps, self.bad_in_a_row = 0, 0, 0
-        self.stop = False  # set it from a signal handler, for example: all processes then see `stop` after this step
+        self.stop = False  # a signal handler may set it: all processes then see `stop` after this step
         self.accelerator = make_accelerator(config)
+        self._scaler = self.accelerator.scaler  # of the gradients in float16, else None
         model.gradient_checkpointing = config.gradient_checkpointing
         if config.lora_rank:
             add_lora(model, config.lora_rank)
@@ -93,20 +103,20 @@ class Trainer:
         """Train from the current step to the last, yielding after each optimizer step.
 
         Raises:
-            NotFinite: `max_bad_steps` in a row had a loss or gradients that are not finite; where it began.
+            NonFiniteError: loss or gradients of `max_bad_steps` steps in a row were not finite; says where that begins.
         """
         for batch in self._batches():
             self.prepared.train()
             learning_rate = self._learning_rate(self.step)
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
-            parts = self._parts(batch)
+            parts = self._split(batch)
             losses = [self._backward(part, last=part is parts[-1]) for part in parts]
             grad_norm = self._clip()
-            everyone, stop = self._gather(losses)
-            bad = not bool(torch.isfinite(everyone.loss).all() & torch.isfinite(grad_norm))
+            gathered, stop = self._gather(losses)
+            bad = not bool(torch.isfinite(gathered.loss).all() & torch.isfinite(grad_norm))
             if bad:
-                self._skip(parts, everyone)
+                self._skip(parts, gathered)
             else:
                 self.optimizer.step()
                 self.weighting.step(partial(self.accelerator.reduce, reduction="mean"))
@@ -115,39 +125,36 @@ class Trainer:
             self.optimizer.zero_grad()
             self.weighting.zero_grad()
             self.step += 1
-            yield TrainingStep(self.step, everyone.loss.mean(), grad_norm, learning_rate, everyone, bad, stop)
+            yield TrainingStep(self.step, gathered.loss.mean(), grad_norm, learning_rate, gathered, bad, stop)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything that training needs to go on: whole tensors by name, and plain facts (JSON).
+        """Return everything that `restore` needs: full tensors by name, and metadata (JSON).
 
-        Every process must call it; the tensors are on the CPU of the main one, the others get none.
+        Every process must call it; the main one gets the tensors, on the CPU, the others none.
         """
         named = {f"model.{name}": p for name, p in self._trained()}
         named |= {f"ema.{name}": average for name, average in self.ema.averages().items()}
         for name, p in self._trained():
             named |= {f"optimizer.{key}.{name}": value for key, value in self.optimizer.state[p].items()}
         named |= {f"weighting.{name}": value for name, value in self.weighting.tensors().items()}
-        facts: dict[str, Any] = {
-            "step": self.step,
-            "skipped_steps": self.skipped_steps,
-            "bad_in_a_row": self.bad_in_a_row,
-        }
-        facts |= {"ema_updates": self.ema.updates, "scaler": self._scaler.state_dict() if self._scaler else None}
-        return gather_full(named, keep=self.accelerator.is_main_process), facts
+        counts = {"step": self.step, "skipped_steps": self.skipped_steps, "bad_in_a_row": self.bad_in_a_row}
+        scaler = self._scaler.state_dict() if self._scaler else None
+        metadata = {**counts, "ema_updates": self.ema.updates, "scaler": scaler}
+        return gather_full(named, keep=self.accelerator.is_main_process), metadata
 
     def averaged_weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The whole network's averaged weights under its own names, a LoRA merged; every process must call it.
+        """Return the network's weights with the averages in the tensors of `state`; a LoRA is merged.
 
-        Args:
-            tensors: those of `state`.
+        Every process must call it.
         """
-        averages = {name.removeprefix("ema."): t for name, t in tensors.items() if name.startswith("ema.")}
-        frozen = {name: t for name, t in self.model.state_dict().items() if name not in self.ema.averages()}
-        return merge_lora_weights(gather_full(frozen, keep=self.accelerator.is_main_process) | averages)
+        averages = self.ema.averages()
+        frozen = {name: t for name, t in self.model.state_dict().items() if name not in averages}
+        weights = gather_full(frozen, keep=self.accelerator.is_main_process) | select_averages(tensors)
+        return merge_lora_weights(weights)
 
     @torch.no_grad()
-    def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Go on from a `state`, of any number of processes."""
+    def restore(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+        """Resume from a `state`, which any number of processes may have written."""
         trained = dict(self._trained())
         groups: dict[str, dict[str, Tensor]] = {name: {} for name in trained}
         for name in tensors:
@@ -160,27 +167,18 @@ class Trainer:
             for key, value in groups[name].items():
                 self.optimizer.state[p][key] = shard_like(value, p) if value.ndim else value.to(p.device)
         self.weighting.load({name: tensors[f"weighting.{name}"] for name in self.weighting.tensors()})
-        self.step, self.skipped_steps = facts["step"], facts["skipped_steps"]
-        self.bad_in_a_row, self.ema.updates = facts["bad_in_a_row"], facts["ema_updates"]
-        if self._scaler and facts["scaler"]:
-            self._scaler.load_state_dict(facts["scaler"])
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether each process has a shard of every weight only, so that all of them must run the network."""
-        return is_sharded(self.accelerator)
+        self.step, self.skipped_steps = metadata["step"], metadata["skipped_steps"]
+        self.bad_in_a_row, self.ema.updates = metadata["bad_in_a_row"], metadata["ema_updates"]
+        if self._scaler and metadata["scaler"]:
+            self._scaler.load_state_dict(metadata["scaler"])
 
     def _trained(self) -> list[tuple[str, Any]]:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
-    @property
-    def _scaler(self) -> Any:
-        return self.accelerator.scaler
-
     # ---- one step --------------------------------------------------------------------------------------------------
 
     def _batches(self) -> Iterator[dict[str, Tensor]]:
-        """This process's share of every batch from the current step on, on its device."""
+        """Load this process's slice of every batch from the current step on, onto its device."""
         c, device = self.config, self.accelerator.device
         loader = make_loader(
             self.data,
@@ -196,92 +194,86 @@ class Trainer:
         self.data_timer = DataTimer(loader)
         return (send_to_device(batch, device, non_blocking=True) for batch in self.data_timer)
 
-    def _parts(self, batch: dict[str, Tensor]) -> list[MicroBatch]:
-        """A loaded batch as what the loss takes: timesteps, noise and dropped conditions drawn, divided into parts."""
-        x0, bounds = batch["image"], self.process.data_range
+    def _split(self, batch: Mapping[str, Tensor]) -> list[MicroBatch]:
+        """Draw the randomness of a loaded batch and divide it into micro-batches."""
+        x0, c = batch["image"], self.config  # x0: (B of this process, C, *spatial)
+        bounds = self.process.data_range
         if self.step == 0 and bounds is not None and (x0.min() < bounds[0] - 1e-3 or x0.max() > bounds[1] + 1e-3):
             found = f"[{x0.min():g}, {x0.max():g}]"
             raise ValueError(f"the images lie in {found}; the process has {list(bounds)}, set by clip_sample_range")
-        given = [name for name, option in CONDITIONS.items() if getattr(self.model.config, option) is not None]
-        inputs: dict[str, Any] = {name: batch[name] for name in given}
-        optional = ["concat"] + ["context_mask"] * ("context" in given)
-        inputs |= {name: batch[name] for name in optional if name in batch}
-        first = self.step * self.config.batch_size + self.accelerator.process_index * len(x0)
-        draws = draw_for_loss(self.config.seed, first, x0, self.process.num_train_timesteps, self.config.noise_offset)
-        inputs |= {"t": draws.t, "noise": draws.noise}
-        if self.process.self_conditioning:
-            inputs["self_condition"] = draws.self_condition
-        names = [n for n in DROPPABLE if n in inputs and (n == "concat" or self.model.config.learned_null)]
-        drop = condition_dropout(names, draws.chances, self.config.condition_dropout) if names else {}
-        size = len(x0) // self.config.gradient_accumulation_steps
-        return [
-            MicroBatch(
-                x0[rows],
-                {name: value[rows] for name, value in inputs.items()}
-                | ({"drop": {name: value[rows] for name, value in drop.items()}} if drop else {}),
-                first + rows.start,
-            )
-            for rows in (slice(start, start + size) for start in range(0, len(x0), size))
-        ]
+        first = self.step * c.batch_size + self.accelerator.process_index * len(x0)
+        draws = draw_for_loss(c.seed, first, x0, self.process.num_train_timesteps, c.noise_offset)
+        conditions = Conditions.select(batch, [*self.model.config.conditions, "concat"])
+        size = len(x0) // c.gradient_accumulation_steps
+        slices = [slice(start, start + size) for start in range(0, len(x0), size)]
+        return [MicroBatch(first + rows.start, x0[rows], draws.rows(rows), conditions.rows(rows)) for rows in slices]
 
     def _losses(self, part: MicroBatch, network: Any) -> Losses:
+        """Compute the losses of a micro-batch, each (B,)."""
         seed_dropout(self.config.seed, part.first)
-        return training_losses(self.process, network, part.x0, weighting=self.weighting, **part.inputs)
+        given, has_null = part.conditions.given(), self.model.config.learned_null
+        droppable = [name for name in DROPPABLE if name in given and (has_null or name == "concat")]
+        drop = condition_dropout(droppable, part.draws.chances, self.config.condition_dropout) or None
+        inputs = {"t": part.draws.t, "noise": part.draws.noise, "self_condition": part.draws.self_condition}
+        return training_losses(self.process, network, part.x0, weighting=self.weighting, drop=drop, **inputs, **given)
 
     def _backward(self, part: MicroBatch, last: bool) -> Losses:
-        """Add the part's gradients; processes exchange them with the last part alone."""
+        """Add the gradients of a micro-batch; processes exchange them with the last one only."""
         with nullcontext() if last else self.accelerator.no_sync(self.prepared):
             losses = self._losses(part, self.prepared)
             self.accelerator.backward(losses.loss.mean() / self.config.gradient_accumulation_steps)
         return Losses(*(value.detach() for value in losses))
 
     def _clip(self) -> Tensor:
-        norm = self.accelerator.clip_grad_norm_(self.prepared.parameters(), self.config.max_grad_norm)
-        norm = torch.as_tensor(norm)
+        """Scale the gradients down to `max_grad_norm`; return their norm before that."""
+        norm = torch.as_tensor(self.accelerator.clip_grad_norm_(self.prepared.parameters(), self.config.max_grad_norm))
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     def _gather(self, losses: list[Losses]) -> tuple[Losses, bool]:
-        """The losses of all processes in the order of the samples' positions, and whether one of them is to stop."""
-        own = torch.stack([torch.stack([x.double() for x in part]) for part in losses])  # (parts, 3, samples)
-        flag = torch.full_like(own[:, :1], float(self.stop))
-        all_of_them = self.accelerator.gather(torch.cat([own, flag], 1)[None])  # (processes, parts, 4, samples)
-        loss, error, t, stop = all_of_them.permute(2, 0, 1, 3).flatten(1)
+        """Return the losses of all processes, ordered by position, and True if one of them was asked to stop."""
+        local = torch.stack([torch.stack([x.double() for x in part]) for part in losses])  # (parts, 3, samples)
+        flag = torch.full_like(local[:, :1], float(self.stop))
+        gathered = self.accelerator.gather(torch.cat([local, flag], 1)[None])  # (processes, parts, 4, samples)
+        loss, error, t, stop = gathered.permute(2, 0, 1, 3).flatten(1)
         return Losses(loss.float(), error.float(), t.long()), bool(stop.any())
 
     def _skip(self, parts: list[MicroBatch], losses: Losses) -> None:
-        """Leave weights and averages as they are; after `max_bad_steps` in a row say where it begins."""
+        """Count a step that is not finite; after `max_bad_steps` in a row raise NonFiniteError."""
         self.skipped_steps, self.bad_in_a_row = self.skipped_steps + 1, self.bad_in_a_row + 1
         if self._scaler:
             self._scaler.update()  # to a lower scale
         if self.bad_in_a_row < self.config.max_bad_steps:
             return
-        found = None
-        if bool(torch.isfinite(losses.loss).all()):
-            self.optimizer.zero_grad()  # clipping has spread it to all gradients
-            for part in parts:
-                self._backward(part, last=part is parts[-1])
-            found = first_nonfinite_gradient(self.model)
-        for part in parts:
-            place = first_nonfinite_module(self.model, partial(self._losses, part, self.prepared))
-            found = found or (place and f"{place}, samples {self._indices(part)}")
-        where = next((place for place in gather_object([found]) if place), "the loss")
+        where = next((place for place in gather_object([self._locate_nonfinite(parts, losses)]) if place), "the loss")
         raise NonFiniteError(
             f"{self.bad_in_a_row} steps in a row were not finite, the last of them step {self.step + 1}; first: {where}"
         )
 
+    def _locate_nonfinite(self, parts: list[MicroBatch], losses: Losses) -> str | None:
+        """Return the gradient or the module in which NaN or infinity begins on this process."""
+        found = None
+        if bool(torch.isfinite(losses.loss).all()):
+            self.optimizer.zero_grad()  # clipping has spread the NaN to all gradients
+            for part in parts:
+                self._backward(part, last=part is parts[-1])
+            found = first_nonfinite_gradient(self.model)
+        for part in parts:  # all of them, as processes with shards must run the network equally often
+            place = first_nonfinite_module(self.model, partial(self._losses, part, self.prepared))
+            found = found or (place and f"{place}, samples {self._indices(part)}")
+        return found
+
     def _indices(self, part: MicroBatch) -> str:
-        """Which items of the data a part has, as the loader chose them."""
+        """Name the items of a micro-batch: by their indices in the data, or by their positions in a stream."""
         if isinstance(self.data, StreamDataset):
             return f"{part.first} to {part.first + len(part.x0) - 1} of the stream"
         size = self.config.batch_size
         batches = EndlessBatches(self.data.buckets or len(self.data), size, self.config.seed, self.step, self.step + 1)
         start = part.first - self.step * size
-        return (
-            ", ".join(str(int(place)) for place in next(iter(batches))[start : start + len(part.x0)]) + " of the data"
-        )
+        indices = next(iter(batches))[start : start + len(part.x0)]
+        return f"{', '.join(str(int(index)) for index in indices)} of the data"
 
     def _learning_rate(self, step: int) -> float:
-        """Linear warm-up, then half a cosine down to zero at the last step."""
+        """Return the learning rate of a step: a linear warm-up, then half a cosine down to zero at the last step."""
         c = self.config
         highest, warmup = self.learning_rate, min(c.warmup_steps, c.steps // 2)
         if step < warmup:
@@ -291,13 +283,13 @@ class Trainer:
 
 
 def _check_fit(config: UNetConfig, process: Diffusion, data: ImageDataset | StreamDataset) -> None:
-    """ValueError for a network that cannot be trained on the data."""
-    process.check_channels(config, data.channels, getattr(data, "concat_channels", 0))
+    """Raise ValueError if the network cannot be trained on the data."""
+    process.check_channels(config, data.channels, data.concat_channels)
     if config.dims != len(data.image_size):
         raise ValueError(f"dims={config.dims}, but the data have {len(data.image_size)} axes")
     if config.num_classes is not None and config.num_classes < (classes := len(data.class_names or [])):
         raise ValueError(f"num_classes={config.num_classes}, but the data have {classes} classes; give that, or None")
-    found = first_item(data)
-    for name, option in CONDITIONS.items():
-        if getattr(config, option) is not None and name not in found:
-            raise ValueError(f"{option}={getattr(config, option)}, but the data have no {name}; give None")
+    item = first_item(data)
+    if missing := [name for name in config.conditions if name not in item]:
+        option = CONDITIONS[missing[0]]
+        raise ValueError(f"{option}={getattr(config, option)}, but the data have no {missing[0]}; give None")

@@ -1,7 +1,6 @@
-"""Arrays that are computed once and kept on disk: text embeddings and latents. Memory-mapped when they are read.
+"""A directory of results that are computed once and kept: text tokens, latents, features, scans of image files.
 
-They lie in $UNET_DENOISER_CACHE, or else in unet-denoiser below $XDG_CACHE_HOME or ~/.cache. Deleting it costs
-time only.
+Deleting it costs time only.
 """
 
 from __future__ import annotations
@@ -10,29 +9,31 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 
 def cache_directory() -> Path:
-    """The directory that arrays are kept in."""
+    """Return $UNET_DENOISER_CACHE, else unet-denoiser in $XDG_CACHE_HOME or ~/.cache; "~" is the home directory."""
     if given := os.environ.get("UNET_DENOISER_CACHE"):
         return Path(given).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "unet-denoiser"
 
 
 def digest(parts: Iterable[str | bytes]) -> str:
-    """A name for what the parts say, in order: 32 hexadecimal digits."""
+    """Hash the parts, in order, to 32 hexadecimal digits."""
     sha = hashlib.sha256()
     for part in parts:
         data = part.encode() if isinstance(part, str) else part
+        # with the length, ("ab", "c") and ("a", "bc") differ
         sha.update(len(data).to_bytes(8, "little") + data)
     return sha.hexdigest()[:32]
 
 
 def fingerprint(paths: Iterable[str | Path]) -> str:
-    """A name for the contents of files and of whole folders, by their paths, sizes and times of change."""
+    """Hash the paths, sizes and modification times of files, and of all files in folders."""
     parts = []
     for path in map(Path, paths):
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
@@ -40,50 +41,46 @@ def fingerprint(paths: Iterable[str | Path]) -> str:
     return digest(parts)
 
 
-def computed_once(kind: str, key: str, compute: Callable[[Path], object]) -> Path:
-    """A directory of the cache that `compute` has filled, now or earlier.
+def compute_once(kind: str, key: str, compute: Callable[[Path], object]) -> Path:
+    """Return a directory of the cache that `compute` has filled, in this call or an earlier one.
 
-    Of several processes that ask at the same time, one computes and the others wait. What an interrupted one leaves
-    behind is never taken for whole.
+    If several processes ask at the same time, one computes and the others wait. An interrupted one is repeated.
 
     Args:
-        kind: a word for people who look into the cache.
-        key: what the contents depend on, as `digest` makes it.
-        compute: fills the directory that it is given.
-
-    Raises:
-        OSError: a cache that cannot be written to.
+        kind: name of the folder in the cache, for example "latents".
+        key: hash of all that the contents depend on, from `digest`.
+        compute: called with an empty directory to fill.
     """
     from filelock import FileLock
 
-    place = cache_directory() / kind / key
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(place.with_name(f"{key}.lock")):
-        if not place.is_dir():
-            unfinished = place.with_name(f"{key}.unfinished")
+    directory = cache_directory() / kind / key
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(directory.with_name(f"{key}.lock")):
+        if not directory.is_dir():
+            unfinished = directory.with_name(f"{key}.unfinished")
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir()
             try:
                 compute(unfinished)
-                unfinished.rename(place)
+                unfinished.rename(directory)
             finally:
                 shutil.rmtree(unfinished, ignore_errors=True)
-    return place
+    return directory
 
 
 class MappedArray:
-    """An array in a .npy file, mapped into memory when it is first read; sent to another process as its path."""
+    """The array of an .npy file, mapped into memory when it is first read.
+
+    It is pickled as its path, so that worker processes map the file instead of copying it.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._array: np.ndarray | None = None
 
-    @property
+    @cached_property
     def array(self) -> np.ndarray:
-        """The array, read-only."""
-        if self._array is None:
-            self._array = np.load(self.path, mmap_mode="r", allow_pickle=False)
-        return self._array
+        """Return the array, read-only."""
+        return np.load(self.path, mmap_mode="r", allow_pickle=False)
 
     def __getstate__(self) -> dict[str, object]:
-        return {"path": self.path, "_array": None}
+        return {"path": self.path}

@@ -1,4 +1,4 @@
-"""Reading and writing files so that a mistake or a crash does no harm. Standard library only."""
+"""Files that are written whole or not at all. Standard library only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; anything else raises ValueError naming the file."""
+    """Return the JSON object in a file; ValueError naming the file if it holds anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -22,17 +22,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON value, indented, whole or not at all; its folder is made if it is not there."""
+def write_json(path: Path, value: Any, *, indent: int | None = 2, ensure_ascii: bool = False) -> None:
+    """Write a JSON value, whole or not at all, and make its folder if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(value, indent=indent, ensure_ascii=ensure_ascii) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a temporary file or folder and rename it to `path`: readers see the old or the new one, whole.
+    """Let `write` make a temporary file or folder, then rename it to `path`: readers see the old or the new, whole.
 
-    A folder cannot replace another one that has something in it. The contents are on the disk before the name is, so
+    A folder replaces another folder only if that is empty. The contents are synced to the disk before the rename, so
     that a power failure does not leave an empty file.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -42,7 +42,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
         sync(path.parent)
     except OSError as error:
-        if error.errno is not None and error.filename is None:  # of a full disk, for one
+        if error.errno is not None and error.filename is None:  # for example when the disk is full
             error.filename = str(path)
         raise
     finally:
@@ -52,16 +52,16 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """OSError, naming the folder, where no file can be made in it, whether it is there or is yet to be made."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    """Raise OSError naming the folder, or its first existing parent, if no file can be made in it."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     try:
-        TemporaryFile(dir=there).close()
+        TemporaryFile(dir=existing).close()
     except OSError as error:
-        raise OSError(f"{there}: no file can be made in it: {error.strerror}") from None
+        raise OSError(f"{existing}: no file can be made in it: {error.strerror}") from None
 
 
 def sync(path: Path) -> None:
-    """Have a file's contents, or a folder's names, written to the disk."""
+    """Sync a file's contents, or a folder's entries, to the disk."""
     if path.is_dir() and os.name == "nt":
         return  # Windows opens no folders
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -72,10 +72,10 @@ def sync(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what `write_atomically` calls that were killed have left, in a folder and those inside."""
+    """Delete temporary files of killed `write_atomically` calls, in a folder and its sub-folders."""
     for path in list(folder.rglob(".*.tmp")):
         if not path.name.removesuffix(".tmp").rpartition(".")[2].isdecimal():
-            continue  # not ours, which end in the number of a process
+            continue  # names of `write_atomically` end in a process id
         if path.is_dir():
             shutil.rmtree(path)
         path.unlink(missing_ok=True)

@@ -1,8 +1,9 @@
-"""Numbers that are not finite: where they begin."""
+"""NaN and infinity: detect them, and find the module or parameter where they begin."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,37 +11,34 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 
-class NonFiniteError(ArithmeticError):  # as in isfinite
-    """Training cannot go on: losses, gradients or weights are NaN or infinite."""
+class NonFiniteError(ArithmeticError):
+    """Losses, gradients or weights are NaN or infinite, and training cannot go on."""
 
 
 def is_finite(t: Tensor) -> bool:
-    """Whether all values are."""
+    """Return True if no value is NaN or infinite; of a sharded tensor, none of this process's shard."""
     local = t.to_local() if isinstance(t, DTensor) else t
     return bool(torch.isfinite(local).all())
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """NotFinite, naming the first tensor that holds NaN or infinity."""
+    """Raise NonFiniteError naming the first tensor that holds NaN or infinity."""
     for name, t in tensors.items():
         if t.is_floating_point() and not is_finite(t):
-            raise NonFiniteError(f"{name} is not finite; nothing has been saved, the checkpoint before is as it was")
+            raise NonFiniteError(f"{name} is not finite; nothing was saved, and the previous checkpoint is unchanged")
 
 
 @torch.no_grad()
 def first_nonfinite_module(model: nn.Module, forward: Callable[[], object]) -> str | None:
-    """Run `forward` and say which module of `model` was the first to return something not finite from finite inputs."""
+    """Run `forward` and describe the first module of `model` whose output is not finite; None if all are finite."""
     found: list[str] = []
 
-    def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if not found and isinstance(output, Tensor) and not is_finite(output):
-                whose = "finite" if all(is_finite(a) for a in args if isinstance(a, Tensor)) else "infinite or NaN"
-                found.append(f"the output of {name or 'the network'} ({type(module).__name__}) from {whose} inputs")
+    def check(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        if not found and isinstance(output, Tensor) and not is_finite(output):
+            inputs = "finite" if all(is_finite(a) for a in args if isinstance(a, Tensor)) else "infinite or NaN"
+            found.append(f"the output of {name or 'the network'} ({type(module).__name__}) from {inputs} inputs")
 
-        return hook
-
-    handles = [module.register_forward_hook(look(name)) for name, module in model.named_modules()]
+    handles = [module.register_forward_hook(partial(check, name)) for name, module in model.named_modules()]
     try:
         forward()
     finally:
@@ -50,6 +48,6 @@ def first_nonfinite_module(model: nn.Module, forward: Callable[[], object]) -> s
 
 
 def first_nonfinite_gradient(model: nn.Module) -> str | None:
-    """The parameter with a gradient that is not finite which the backward pass came to first (the deepest)."""
+    """Describe the deepest parameter with a gradient that is not finite, which is computed first; None if all are."""
     bad = [name for name, p in model.named_parameters() if p.grad is not None and not is_finite(p.grad)]
     return f"the gradient of {bad[-1]}" if bad else None

@@ -1,4 +1,4 @@
-"""Tensors in [-1, 1] to files, and back: PNG for 1, 3 and 4 channels, .npy for anything else."""
+"""Tensors as image files: PNG for 1, 3 and 4 channels, .npy for anything else; grids and GIFs."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch import Tensor
 
 from unet_denoiser.utils.files import write_atomically
 
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's mode by number of channels
 
 
 def to_uint8(x: Tensor, data_range: tuple[float, float] | None = None) -> Tensor:
-    """(…) floats in `data_range` (default [-1, 1]) -> uint8 0 to 255, rounded, clamped."""
+    """Scale floats of any shape from `data_range` (default [-1, 1]) to uint8 in [0, 255], rounded and clamped."""
     low, high = data_range or (-1.0, 1.0)
     return ((x.float() - low) * (255 / (high - low))).round().clamp(0, 255).to(torch.uint8)
 
 
 def save_image(x: Tensor, path: str | Path) -> Path:
-    """Save one sample (C, *spatial): uint8 (C, H, W) with 1, 3 or 4 channels as PNG, others as .npy; the path used."""
+    """Save uint8 (C, H, W) with 1, 3 or 4 channels as PNG, and any other (C, *spatial) as .npy; return the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     array = x.cpu().numpy()
@@ -40,20 +40,19 @@ def save_image(x: Tensor, path: str | Path) -> Path:
 def save_grid(
     x: Tensor, path: str | Path, columns: int | None = None, data_range: tuple[float, float] | None = None
 ) -> Path:
-    """Save samples (N, C, H, W) as one picture, row by row; samples that are no images go to one .npy instead.
+    """Save samples as one PNG, row by row, and return its path; the suffix becomes .npy if that was needed.
 
-    Samples smaller than 32 pixels are enlarged by a whole factor, so that there is something to see.
-
-    Returns:
-        The path used, with the suffix .npy if that was needed.
+    Args:
+        x: (N, C, H, W) floats in `data_range` (default: [-1, 1]), with 1, 3 or 4 channels; any other shape is saved as
+            one .npy instead. Samples smaller than 32 pixels are enlarged by a whole factor, to be visible.
+        columns: number of samples in a row (default: the grid is about square).
     """
-    if x.ndim != 4 or x.shape[1] not in MODES:
-        return save_image(x, path)
-    return save_image(make_grid(x, columns, data_range), path)
+    is_image = x.ndim == 4 and x.shape[1] in MODES
+    return save_image(make_grid(x, columns, data_range) if is_image else x, path)
 
 
 def make_grid(x: Tensor, columns: int | None = None, data_range: tuple[float, float] | None = None) -> Tensor:
-    """Samples (N, C, H, W) row by row in one uint8 picture (C, H', W'), as `save_grid` saves it."""
+    """Arrange samples (N, C, H, W) in one uint8 image (C, H', W'), row by row, as `save_grid` saves it."""
     columns = columns or math.ceil(math.sqrt(len(x)))
     scale, pad = max(1, math.ceil(32 / min(x.shape[2:]))), 2
     tiles = to_uint8(x, data_range).cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
@@ -67,25 +66,24 @@ def make_grid(x: Tensor, columns: int | None = None, data_range: tuple[float, fl
 
 
 def save_gif(frames: Sequence[Tensor], path: str | Path, seconds: float = 3.0) -> Path:
-    """Save uint8 pictures (C, H, W), C 1, 3 or 4, as a GIF that lasts `seconds` and holds its last frame for one more.
+    """Save uint8 images (C, H, W), C 1, 3 or 4, as a GIF of `seconds`, then hold the last frame for a second more.
 
-    Raises:
-        ValueError: no frames, or channels that a GIF cannot have.
+    ValueError for no frames, or frames of another type or number of channels.
     """
     path = Path(path)
     if not frames or frames[0].ndim != 3 or frames[0].shape[0] not in MODES or frames[0].dtype != torch.uint8:
-        raise ValueError(f"{path}: a GIF shows uint8 pictures of 1, 3 or 4 channels")
+        raise ValueError(f"{path}: a GIF shows uint8 images of 1, 3 or 4 channels")
     path.parent.mkdir(parents=True, exist_ok=True)
     first, *others = map(_to_pil, frames)
-    each = max(20, round(1000 * seconds / len(frames)))  # milliseconds; viewers slow down what is faster
-    durations = [each] * len(others) + [1000]
+    milliseconds = max(20, round(1000 * seconds / len(frames)))  # viewers slow down faster GIFs
+    durations = [milliseconds] * len(others) + [1000]
     options: dict[str, Any] = {"append_images": others, "duration": durations, "loop": 0}
     write_atomically(path, lambda p: first.save(p, format="GIF", save_all=True, **options))
     return path
 
 
 def _to_pil(pixels: Tensor) -> Image.Image:
-    array = pixels.cpu().numpy().transpose(1, 2, 0)
+    array = pixels.cpu().numpy().transpose(1, 2, 0)  # (H, W, C)
     return Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array)
 
 

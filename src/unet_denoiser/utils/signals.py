@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a wish to stop: the step is finished and a checkpoint written first."""
+"""SIGTERM and SIGINT as a request to stop: training finishes the step and writes a checkpoint first."""
 
 from __future__ import annotations
 
@@ -10,13 +10,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-class TrainingInterrupted(Exception):  # noqa: N818  # not an error: what was asked for has been done
-    """Training was asked to stop by a signal, and has.
-
-    Args:
-        number: the signal's.
-        step: the step of the checkpoint that was written.
-    """
+class TrainingInterrupted(Exception):  # noqa: N818  # not an error: training stopped as requested
+    """Training stopped because of signal `number`, after writing a checkpoint at `step`."""
 
     def __init__(self, number: int, step: int) -> None:
         self.number, self.step = number, step
@@ -25,25 +20,24 @@ class TrainingInterrupted(Exception):  # noqa: N818  # not an error: what was as
 
 @contextmanager
 def watch_signals(on_first: Callable[[int], None]) -> Iterator[None]:
-    """Within it, the first SIGTERM or SIGINT calls `on_first(number)`; the second ends the process at once.
+    """Call `on_first(number)` at the first SIGTERM or SIGINT inside the block; the second one exits at once.
 
-    Does nothing outside the main thread, where Python cannot handle signals.
+    Outside the main thread it does nothing, since Python handles signals there only.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    count = 0
+    received: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal count
-        count += 1
-        if count > 1:
+        if received:
             os._exit(128 + number)
+        received.append(number)
         on_first(number)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

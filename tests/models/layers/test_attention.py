@@ -157,7 +157,7 @@ def test_a_new_layer_is_the_identity(layer):
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_feed_forward_layer_computes_its_gate_again_and_equals_the_plain_one(autocast, monkeypatch):
-    monkeypatch.setattr(recompute, "_SMALL", 0)
+    monkeypatch.setattr(recompute, "_MIN_RECOMPUTE_NUMEL", 0)
     layer = randomise(FeedForward(8))
     x, weights = torch.randn(2, 5, 8, requires_grad=True), torch.randn(2, 5, 8)
 
@@ -178,6 +178,6 @@ def test_the_feed_forward_layer_computes_its_gate_again_and_equals_the_plain_one
 
 
 def test_second_derivatives_of_the_feed_forward_layer(monkeypatch):
-    monkeypatch.setattr(recompute, "_SMALL", 0)
+    monkeypatch.setattr(recompute, "_MIN_RECOMPUTE_NUMEL", 0)
     layer = randomise(FeedForward(3)).double()
     assert gradgradcheck(layer, torch.randn(1, 2, 3, dtype=torch.float64, requires_grad=True))

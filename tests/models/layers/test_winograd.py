@@ -50,7 +50,7 @@ def cases(draw):
     x = LAYOUTS[draw(st.sampled_from(list(LAYOUTS)))](normal(images, height, width, in_ch))
     grad = LAYOUTS[draw(st.sampled_from(list(LAYOUTS)))](normal(images, height, width, out_ch))
     weight, bias = normal(out_ch, in_ch, 3, 3), normal(out_ch) if draw(st.booleans()) else None
-    tiles = draw(st.sampled_from([winograd._TILES, 1, 2, 5, 12, 40]))
+    tiles = draw(st.sampled_from([winograd._MAX_BLOCK_TILES, 1, 2, 5, 12, 40]))
     return x, weight, bias, grad, tiles
 
 
@@ -64,7 +64,7 @@ def reference(x, weight, bias, grad):
 
 def ours(x, weight, bias, grad):
     out = convolve(x, transform_weight(weight), bias)
-    return out, convolve(grad, transform_weight(weight, turned=True)), weight_gradient(x, grad)
+    return out, convolve(grad, transform_weight(weight, rotated=True)), weight_gradient(x, grad)
 
 
 def assert_close(actual, expected, tolerance):
@@ -78,7 +78,7 @@ def assert_close(actual, expected, tolerance):
 def test_output_and_gradients_equal_torch(case):
     *args, tiles = case
     expected, before = reference(*args), [None if t is None else t.clone() for t in args]
-    with patch.object(winograd, "_TILES", tiles):
+    with patch.object(winograd, "_MAX_BLOCK_TILES", tiles):
         actual = ours(*args)
     assert_close(actual, expected, 1e-11)
     assert actual[0].is_contiguous()
@@ -98,7 +98,7 @@ def test_output_and_gradients_equal_torch(case):
 )
 def test_sizes_that_are_cut_into_blocks_in_every_way(shape, blocks):
     rows, columns = -(-shape[1] // 4), -(-shape[2] // 4)
-    assert {(b.m, b.r) for b in winograd._blocks(shape[0], rows, columns)} == blocks
+    assert {(b.images, b.rows) for b in winograd._blocks(shape[0], rows, columns)} == blocks
     normal = lambda *shape: torch.randn(shape, dtype=torch.float64)  # noqa: E731
     args = normal(*shape, 3), normal(4, 3, 3, 3), normal(4), normal(*shape, 4)
     assert_close(ours(*args), reference(*args), 1e-11)
@@ -108,11 +108,11 @@ def test_sizes_that_are_cut_into_blocks_in_every_way(shape, blocks):
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.sampled_from([1, 2, 5, 12, 128]))
 def test_blocks_hold_each_tile_once_and_no_more_tiles_than_they_should(images, rows, columns, tiles):
     seen = torch.zeros(images, rows)
-    with patch.object(winograd, "_TILES", tiles):
+    with patch.object(winograd, "_MAX_BLOCK_TILES", tiles):
         for block in winograd._blocks(images, rows, columns):
             assert block.tiles <= max(tiles, columns)
-            assert block.m == 1 or block.r == rows
-            seen[block.i : block.i + block.m, block.a : block.a + block.r] += 1
+            assert block.images == 1 or block.rows == rows
+            seen[block.image : block.image + block.images, block.row : block.row + block.rows] += 1
     assert (seen == 1).all()
 
 

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from support.networks import small
 from support.oracles import Gaussian, as_network
 from unet_denoiser import Diffusion, image_to_image, inpaint, outpaint, sample, upscale
-from unet_denoiser.data.wrappers.concat import enlarged, masked
+from unet_denoiser.data.wrappers.concat import enlarge, mask_images
 from unet_denoiser.sampling.editing.image_editing import pad_canvas
 
 SEEDS = range(4)
@@ -123,7 +123,7 @@ def test_resampling_draws_from_the_seed_alone():
 def test_a_network_for_inpainting_sees_mask_and_image():
     model, x, mask = small(in_channels=7), images(), left_half()
     out = inpaint(model, Diffusion(), x, mask, seeds=SEEDS, **FEW)
-    concat = masked(x, mask.expand(4, -1, -1, -1))
+    concat = mask_images(x, mask.expand(4, -1, -1, -1))
 
     def edit(x0, t, indices):
         return torch.where(mask, x0, x[indices])
@@ -165,7 +165,7 @@ def test_upscaling_keeps_the_averages_and_follows_the_data():
 def test_a_network_for_super_resolution_sees_the_enlarged_image():
     model, x = small(in_channels=6), images(1, (4, 6))
     out = upscale(model, Diffusion(), x, 2, seeds=SEEDS, **FEW)
-    concat = enlarged(x, (8, 12)).expand(4, -1, -1, -1)
+    concat = enlarge(x, (8, 12)).expand(4, -1, -1, -1)
     assert torch.equal(out, sample(model, Diffusion(), seeds=SEEDS, concat=concat, **FEW))
 
 

@@ -1,4 +1,4 @@
-"""Many samples on disk: whole files, interrupted and gone on with, one process or two; settings are not mixed."""
+"""Many samples on disk: files appear whole, sampling is resumed, in one process or two; settings are not mixed."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def test_the_files_hold_the_samples(run, undisturbed):
     assert read_shards(undisturbed, "seeds").tolist() == list(range(7, 47))
 
 
-def test_a_file_is_a_data_set(undisturbed):
+def test_a_file_is_a_dataset(undisturbed):
     data = load_data(DataConfig(str(undisturbed / "000000-000015.npz")))
     assert len(data) == 16
     assert data[3]["class_labels"] == 3
@@ -67,9 +67,9 @@ def test_classes_take_turns_across_files(run, tmp_path):
 
 
 def start(args):
-    """The command in a copy of this process, which has everything imported already; its process id.
+    """Run the command in a copy of this process, which has everything imported already; return its process id.
 
-    It rests after each file, so that a signal finds it unfinished however late it comes.
+    It waits after each file, so that a signal finds it unfinished however late it comes.
     """
     child = os.fork()
     if child:
@@ -87,7 +87,7 @@ def start(args):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_goes_on_where_it_was_interrupted(run, undisturbed, tmp_path, number, capfd):
+def test_resumes_after_an_interruption(run, undisturbed, tmp_path, number, capfd):
     folder = tmp_path / "interrupted"
     command = ["sample", run, "--out", folder, *OPTIONS]
     child = start(command)
@@ -151,7 +151,7 @@ def test_other_weights_are_other_settings(run, undisturbed):
     assert digest_weights(model) != weights
 
 
-def test_two_processes_are_one(run, undisturbed, tmp_path):
+def test_two_processes_write_the_same_as_one(run, undisturbed, tmp_path):
     worker = Path(__file__).parents[2] / "support" / "sampling_worker.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", worker]
     command += [run, tmp_path / "two", tmp_path / "two.png", *OPTIONS]
@@ -164,7 +164,7 @@ def test_two_processes_are_one(run, undisturbed, tmp_path):
     assert np.abs(one - two).max() <= 1
 
 
-def test_one_process_of_accelerate_on_a_cpu_is_told(run, tmp_path, monkeypatch):
+def test_warns_if_accelerate_starts_one_process_on_a_cpu(run, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
     monkeypatch.setenv("MASTER_PORT", "29500")
     with pytest.warns(UserWarning, match="accelerate launch starts one process on CPUs"):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -15,70 +13,65 @@ from torch import Tensor
 from unet_denoiser.config.base import per_axis
 from unet_denoiser.config.data import DataConfig
 from unet_denoiser.data.dataset import ImageDataset
-from unet_denoiser.data.sources.verification import PROGRESS_FROM, Header, report_unusable, too_small
-from unet_denoiser.data.transforms import Source, check_colour, fill_colour, open_image, to_pixels
+from unet_denoiser.data.sources.verification import Header, map_images, report_unusable
+from unet_denoiser.data.transforms import Source, make_fill, parse_colour, read_pixels
 from unet_denoiser.utils.images import MODES
 
-LARGEST_DEFAULT_SIZE = 64
+MAX_DEFAULT_SIZE = 64  # pixels
 
 
 class EncodedImages(ImageDataset):
-    """What folders and tables of images share: channels, sizes, buckets and the cache in memory.
+    """Base class for folders and tables of images: channels, size, buckets and the cache in memory.
 
-    A subclass gives `source`, the path or the content of an item. After all else it calls `_set_up`.
+    A subclass defines `source`, and ends its constructor with `_set_up`.
     """
 
     config: DataConfig
 
     def source(self, index: int) -> Source:
+        """Return the path or the content of an item's image file."""
         raise NotImplementedError
 
     def name(self, index: int) -> str:
-        raise NotImplementedError
+        """Return the name of an item, for messages."""
+        return str(self.source(index))
 
     def _set_up(self, config: DataConfig, headers: Sequence[Header]) -> None:
         self.config = config
-        self.channels = config.channels or (1 if all(header.grey for header in headers) else 3)
+        self.channels = config.channels or (1 if all(header.is_grey for header in headers) else 3)
         self.image_size = choose_size(config, headers)
-        self.background = fill_colour(config.background, self.channels)
-        self._bucket: np.ndarray | None = None
+        self.background = make_fill(config.background, self.channels)
+        self._bucket: np.ndarray | None = None  # (N,) number of each item's bucket
         if config.aspect_buckets:
             self.bucket_sizes, self._bucket = assign_buckets(headers, self.image_size)
             self.buckets = [np.flatnonzero(self._bucket == i) for i in range(len(self.bucket_sizes))]
-        self._cached: list[Tensor] | None = None
         self.in_memory = config.cache_images
-        if config.cache_images:
-            self._fill_cache(headers)
+        self._cached = self._decode_all(len(headers)) if config.cache_images else None
 
-    def size_of(self, index: int) -> tuple[int, ...]:
+    def item_size(self, index: int) -> tuple[int, ...]:
         return self.image_size if self._bucket is None else self.bucket_sizes[self._bucket[index]]
 
     def pixels(self, index: int) -> Tensor:
         return self._decode(index) if self._cached is None else self._cached[index]
 
     def _decode(self, index: int) -> Tensor:
-        image = open_image(self.source(index), self.name(index))
-        return to_pixels(image, self.channels, self.size_of(index), self.config.resize_mode, self.config.background)
+        return read_pixels(self.source(index), self.name(index), self.channels, self.item_size(index), self.config)
 
-    def _fill_cache(self, headers: Sequence[Header]) -> None:
-        """Decode everything into one block per type of pixel, which processes share: one handle, not one per image."""
-        from tqdm import tqdm
-
-        indices, hidden = range(len(headers)), True if len(headers) < PROGRESS_FROM else None
-        with ThreadPoolExecutor(min(32, (os.cpu_count() or 1) + 4)) as pool:
-            decoded = list(tqdm(pool.map(self._decode, indices), "caching images", len(headers), disable=hidden))
-        views = list(decoded)
+    def _decode_all(self, count: int) -> list[Tensor]:
+        """Decode all items into one block of shared memory per dtype: one file handle each, not one per image."""
+        decoded: list[Tensor] = map_images(self._decode, range(count), "caching images")
         for dtype in {pixels.dtype for pixels in decoded}:
-            chosen = [i for i in indices if decoded[i].dtype == dtype]
-            block = torch.empty(sum(decoded[i].numel() for i in chosen), dtype=dtype).share_memory_()
-            for i, part in zip(chosen, block.split([decoded[i].numel() for i in chosen]), strict=True):
-                views[i] = part.view_as(decoded[i]).copy_(decoded[i])
-        self._cached = views
+            indices = [i for i in range(count) if decoded[i].dtype == dtype]
+            lengths = [decoded[i].numel() for i in indices]
+            block = torch.empty(sum(lengths), dtype=dtype).share_memory_()
+            for i, part in zip(indices, block.split(lengths), strict=True):
+                decoded[i] = part.view_as(decoded[i]).copy_(decoded[i])
+        return decoded
 
 
 def check_config(config: DataConfig) -> None:
-    """ValueError for options that no image files can have."""
-    check_colour(config.background)
+    """Raise ValueError for options that image files cannot have."""
+    parse_colour(config.background)
     if config.channels is not None and config.channels not in MODES:
         raise ValueError(f"channels={config.channels}: image files have 1, 3 or 4; use an .npy or .npz for others")
     if config.image_size is not None:
@@ -86,49 +79,56 @@ def check_config(config: DataConfig) -> None:
 
 
 def split_usable(headers: dict[str, Header], config: DataConfig, where: str) -> tuple[dict[str, Header], DataConfig]:
-    """The images that can be decoded and are large enough, and the configuration with the size that was chosen.
+    """Return the headers of images that can be decoded and are large enough, and the configuration with their size.
 
     Raises:
-        ValueError: others, by name, for on_bad="raise"; a warning tells of them for "skip".
+        ValueError: there are others and `config.on_bad` is "raise"; for "skip" it warns.
     """
-    bad = {key: header.problem for key, header in headers.items() if header.problem}
-    if good := [header for header in headers.values() if not header.problem]:
-        size = choose_size(config, good)
-        config = replace(config, image_size=size)
-        small = {key: too_small(header, size) for key, header in headers.items() if key not in bad}
-        bad |= {key: problem for key, problem in small.items() if problem}
-    report_unusable(bad, len(headers), where, config.on_bad)
-    return {key: header for key, header in headers.items() if key not in bad}, config
+    problems = {key: header.problem for key, header in headers.items() if header.problem}
+    if decodable := {key: header for key, header in headers.items() if not header.problem}:
+        height, width = choose_size(config, list(decodable.values()))
+        config = replace(config, image_size=(height, width))
+        problems |= {
+            key: f"is {header.height}x{header.width}, less than half of image_size {height}x{width}"
+            for key, header in decodable.items()
+            if 2 * header.height < height or 2 * header.width < width  # it would be enlarged more than twice
+        }
+    report_unusable(problems, len(headers), where, config.on_bad)
+    return {key: header for key, header in headers.items() if key not in problems}, config
 
 
 def choose_size(config: DataConfig, headers: Sequence[Header]) -> tuple[int, int]:
-    """The configured size, else that of at least half of the images if it is small, else what half of them fill."""
+    """Return the configured size, else that of at least half of the images if it is small, else a square.
+
+    The square has the largest side of 64, 32, 16 and 8 that at most doubles half of the images.
+    """
     if config.image_size is not None:
         height, width = per_axis(config.image_size, 2)
         return height, width
     (size, count), *_ = Counter((header.height, header.width) for header in headers).most_common(1)
-    if 2 * count >= len(headers) and max(size) <= LARGEST_DEFAULT_SIZE:
+    if 2 * count >= len(headers) and max(size) <= MAX_DEFAULT_SIZE:
         return size
-    short = sorted(min(header.height, header.width) for header in headers)[len(headers) // 2]
-    side = next((s for s in (LARGEST_DEFAULT_SIZE, 32, 16) if 2 * short >= s), 8)
+    median = sorted(min(header.height, header.width) for header in headers)[len(headers) // 2]
+    side = next((s for s in (MAX_DEFAULT_SIZE, 32, 16) if 2 * median >= s), 8)
     return side, side
 
 
 def assign_buckets(headers: Sequence[Header], size: tuple[int, int]) -> tuple[list[tuple[int, int]], np.ndarray]:
-    """Sizes of about as many pixels as `size`, from 1:2 to 2:1, that images are nearest to; and each image's own.
+    """Assign each image to the bucket of nearest aspect ratio, from 1:2 to 2:1, with about as many pixels as `size`.
 
     Returns:
-        The (height, width) that occur, and for each image the number of its bucket.
+        The (height, width) of each bucket that has images, and (N,) the number of each image's bucket.
     """
     area = size[0] * size[1]
     side = area**0.5
-    step = max(8, int(side / 8) // 8 * 8)
+    step = max(8, int(side / 8) // 8 * 8)  # of the sides: multiples of 8 suit three downsamplings
     widths = range(step, int(2 * side) + 1, step)
-    wide = {(max(step, round(area / width / step) * step), width) for width in widths}
-    sizes = sorted(wide | {(width, height) for height, width in wide})
+    by_width = {(max(step, round(area / width / step) * step), width) for width in widths}
+    sizes = sorted(by_width | {(width, height) for height, width in by_width})
     sizes = [s for s in sizes if 0.5 <= s[0] / s[1] <= 2] or [(max(step, round(side / step) * step),) * 2]
-    aspects = np.log([height / width for height, width in sizes])
-    wanted = np.log([header.height / header.width for header in headers])
-    nearest = np.abs(wanted[:, None] - aspects).argmin(1)
+    # log, so that 1:2 and 2:1 are equally far from 1:1
+    log_aspects = np.log([height / width for height, width in sizes])
+    log_found = np.log([header.height / header.width for header in headers])
+    nearest = np.abs(log_found[:, None] - log_aspects).argmin(1)  # (N, sizes) -> (N,)
     used, bucket = np.unique(nearest, return_inverse=True)
     return [sizes[i] for i in used], bucket

@@ -1,8 +1,9 @@
-"""Hugging Face data sets and Parquet files, held on disk or streamed."""
+"""Hugging Face datasets and Parquet files, held on disk or streamed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,74 +11,70 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from unet_denoiser.config.data import DataConfig
-from unet_denoiser.data.columns import CAPTION_COLUMNS, as_numbered, encode_labels, encode_vectors, pick_column
+from unet_denoiser.data.columns import CAPTION_COLUMNS, encode_labels, encode_vectors, pick_column, renumber_labels
 from unet_denoiser.data.dataset import StreamDataset, StreamIndex
 from unet_denoiser.data.sources.encoded_images import EncodedImages, check_config, choose_size, split_usable
-from unet_denoiser.data.sources.verification import Header, header_of, verify_images
-from unet_denoiser.data.transforms import (
-    Source,
-    UnreadableItemError,
-    augment,
-    fill_colour,
-    open_image,
-    to_float,
-    to_pixels,
-)
+from unet_denoiser.data.sources.verification import Header, verify_images
+from unet_denoiser.data.transforms import Source, UnreadableItemError, augment, make_fill, read_pixels, to_float
 
 if TYPE_CHECKING:
     import datasets
 
+UNNAMED_SOURCE = "the data set"  # spelled as in the keys of existing caches
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp", "pixels")
-FIRST = 64  # images of a stream that tell its channels and size
+STREAM_HEADER_ROWS = 64  # at the start of a stream, which decide its channels and size
 
 
 class Columns(NamedTuple):
-    """Which columns of a table hold what."""
+    """The names of a table's columns that are used."""
 
     image: str
     label: str | None
     caption: str | None
-    vectors: tuple[str, ...]
 
 
 class HubDataset(EncodedImages):
     """The images of a `datasets.Dataset`.
 
     Args:
-        table: it needs a column of images, and may have labels, captions and numbers.
-        config: the other options of the data; its source is for messages.
+        table: with a column of images; it may have labels, captions and numbers.
+        config, options: the other options of the data, and fields of `config` to change; its source is for messages.
 
     Raises:
-        ValueError: no such columns, or images that cannot be used, by their rows.
+        ValueError: missing columns, or images that cannot be used, by their rows.
     """
 
     def __init__(self, table: datasets.Dataset, config: DataConfig | None = None, **options: Any) -> None:
-        config = replace(config or DataConfig("the data set"), **options)
+        config = replace(config or DataConfig(UNNAMED_SOURCE), **options)
         check_config(config)
         columns, table = find_columns(table, config)
-        rows = {f"row {i}": [0] for i in range(len(table))}
-        if not rows:
+        stamps = {f"row {i}": [0] for i in range(len(table))}
+        if not stamps:
             raise ValueError(f"{config.source} has no rows")
         images = table.select_columns([columns.image])
-        fingerprint = f"{config.source} {columns.image} {table._fingerprint}"
-        found = verify_images(fingerprint, rows, lambda row: _content(images[int(row[4:])][columns.image]))
-        headers, config = split_usable(found, config, config.source)
+        # the fingerprint of `datasets` changes with the content, so rows need no stamps
+        name = f"{config.source} {columns.image} {table._fingerprint}"
+        headers = verify_images(name, stamps, lambda row: _read_cell(images[int(row[4:])][columns.image]))
+        headers, config = split_usable(headers, config, config.source)
         kept = [int(row[4:]) for row in headers]
         self.table = table if len(kept) == len(table) else table.select(kept)
         self.columns, self.images = columns, self.table.select_columns([columns.image])
-        if columns.label:
-            found_names = _label_names(table, columns.label)
-            names = found_names or config.class_names
-            self.labels, self.class_names = encode_labels(list(self.table[columns.label]), names, config.source)
-            if found_names and config.class_names:
-                self.class_names = list(config.class_names)
-                self.labels = as_numbered(self.labels, found_names, self.class_names)
-        if columns.caption:
-            self.captions = [_one_caption(caption) for caption in self.table[columns.caption]]
-        if columns.vectors:
-            self.vectors = encode_vectors({name: list(self.table[name]) for name in columns.vectors}, config.source)
-            self.vector_dim = len(columns.vectors)
+        self._read_conditions(config)
         self._set_up(config, list(headers.values()))
+
+    def _read_conditions(self, config: DataConfig) -> None:
+        table, columns = self.table, self.columns
+        if columns.label:
+            own_names = getattr(table.features[columns.label], "names", None)  # of a ClassLabel
+            values, names = list(table[columns.label]), own_names or config.class_names
+            labels, found_names = encode_labels(values, names, config.source)
+            self.class_names = list(config.class_names or found_names)
+            self.labels = renumber_labels(labels, own_names, self.class_names)
+        if columns.caption:
+            self.captions = [_first_caption(caption) for caption in table[columns.caption]]
+        if config.vector_columns:
+            self.vectors = encode_vectors({name: list(table[name]) for name in config.vector_columns}, config.source)
+            self.vector_dim = len(config.vector_columns)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -86,54 +83,54 @@ class HubDataset(EncodedImages):
         return f"row {int(index)} of {self.config.source}"
 
     def source(self, index: int) -> Source:
-        return _content(self.images[int(index)][self.columns.image])
+        return _read_cell(self.images[int(index)][self.columns.image])
 
 
 class HubStream(StreamDataset):
-    """The images of a `datasets.IterableDataset`, in an order shuffled anew each epoch through a buffer.
+    """The images of a `datasets.IterableDataset`, in a new order each epoch, shuffled through a buffer.
 
-    Every process reads the whole stream, and decodes its own part of each batch only; so order and batches are the
-    same for any number of processes, and training goes on exactly, by reading up to its place without decoding.
+    Every process reads the whole stream and decodes its slice of each batch. So order and batches are the same for any
+    number of processes, and a resumed run continues exactly, after reading up to its position without decoding.
+
+    The arguments are those of `HubDataset`.
     """
 
     def __init__(self, table: datasets.IterableDataset, config: DataConfig | None = None, **options: Any) -> None:
-        config = replace(config or DataConfig("the data set", streaming=True), **options)
+        config = replace(config or DataConfig(UNNAMED_SOURCE, streaming=True), **options)
         check_config(config)
         if table.features is None:
             table = table._resolve_features()
         columns, table = find_columns(table, config)
         self.table, self.columns, self.config = table, columns, config
-        first = list(self._headers())
-        if not first:
-            raise ValueError(f"{config.source} has no images that can be read among its first {FIRST} rows")
-        self.channels = config.channels or (1 if all(header.grey for header in first) else 3)
-        self.image_size = choose_size(config, first)
-        self.background = fill_colour(config.background, self.channels)
-        self._names = None
+        headers = list(self._read_headers())
+        if not headers:
+            raise ValueError(f"{config.source} has no readable images among its first {STREAM_HEADER_ROWS} rows")
+        self.channels = config.channels or (1 if all(header.is_grey for header in headers) else 3)
+        self.image_size = choose_size(config, headers)
+        self.background = make_fill(config.background, self.channels)
+        self._own_names: list[str] | None = None
         if columns.label:
-            self._names = _label_names(table, columns.label)
-            chosen = config.class_names or self._names
-            if chosen is None:
+            self._own_names = getattr((table.features or {})[columns.label], "names", None)  # of a ClassLabel
+            names = config.class_names or self._own_names
+            if names is None:
                 raise ValueError(
                     f"label_column={columns.label!r} of the stream {config.source} does not tell its classes; "
                     "give class_names, in label order"
                 )
-            self.class_names = list(chosen)
-        self.vector_dim = len(columns.vectors) or None
+            self.class_names = list(names)
+        self.vector_dim = len(config.vector_columns) or None
 
-    def _headers(self) -> Iterator[Header]:
-        for row in self.table.take(FIRST):
-            try:
-                yield header_of(open_image(_content(row[self.columns.image]), "a row"))
-            except UnreadableItemError:
-                continue
+    def _read_headers(self) -> Iterator[Header]:
+        for row in self.table.take(STREAM_HEADER_ROWS):
+            with suppress(UnreadableItemError):
+                yield Header.read(_read_cell(row[self.columns.image]), "a row")
 
-    def epoch(self, number: int, seed: int) -> Iterator[dict[str, Any]]:
-        """The rows of the shards in a new order, mixed in a buffer.
+    def read_epoch(self, epoch: int, seed: int) -> Iterator[dict[str, Any]]:
+        """Yield the rows of all shards, the shards in a new order and their rows mixed in a buffer.
 
-        `IterableDataset.shuffle` reads shards in threads, and then the order is another in each run.
+        `IterableDataset.shuffle` would not do: it reads shards in threads, in an order that differs from run to run.
         """
-        rng, shards = np.random.default_rng([seed, number, 0, 3]), self.table.num_shards
+        rng, shards = np.random.default_rng([seed, epoch, 0, 3]), self.table.num_shards
         buffer: list[dict[str, Any]] = []
         for shard in rng.permutation(shards).tolist():
             for row in self.table.shard(shards, shard):
@@ -145,24 +142,24 @@ class HubStream(StreamDataset):
                 buffer[i] = row
         yield from (buffer[i] for i in rng.permutation(len(buffer)))
 
-    def decode(self, row: dict[str, Any], place: StreamIndex) -> dict[str, Any]:
-        c, columns = self.config, self.columns
-        name = f"item {place.position} of {c.source}"
-        image = open_image(_content(row[columns.image]), name)
-        pixels = to_float(to_pixels(image, self.channels, self.image_size, c.resize_mode, c.background))
-        item: dict[str, Any] = {"image": augment(pixels, self.image_size, c, place.rng(), self.background)}
+    def decode(self, raw: dict[str, Any], index: StreamIndex) -> dict[str, Any]:
+        config, columns = self.config, self.columns
+        source, name = _read_cell(raw[columns.image]), f"item {index.position} of {config.source}"
+        image = to_float(read_pixels(source, name, self.channels, self.image_size, config))
+        image = augment(image, self.image_size, config, rng=index.rng(), background=self.background)
+        item: dict[str, Any] = {"image": image}
         if columns.label and self.class_names is not None:
-            label, _ = encode_labels([row[columns.label]], self._names or self.class_names, c.source)
-            item["class_labels"] = as_numbered(label, self._names, self.class_names)[0]
+            label, _ = encode_labels([raw[columns.label]], self._own_names or self.class_names, config.source)
+            item["class_labels"] = renumber_labels(label, self._own_names, self.class_names)[0]
         if columns.caption:
-            item["caption"] = _one_caption(row[columns.caption])
-        if columns.vectors:
-            item["vector"] = encode_vectors({name: [row[name]] for name in columns.vectors}, c.source)[0]
+            item["caption"] = _first_caption(raw[columns.caption])
+        if config.vector_columns:
+            item["vector"] = encode_vectors({name: [raw[name]] for name in config.vector_columns}, config.source)[0]
         return item
 
 
 def load_hub(config: DataConfig) -> HubDataset | HubStream:
-    """The data set that `config.source` names: "hf:NAME", "hf:NAME:SUBSET", a .parquet file, or a folder of them."""
+    """Load the dataset that `config.source` names: "hf:NAME", "hf:NAME:SUBSET", a .parquet file or a folder of them."""
     import datasets
 
     path = Path(config.source)
@@ -174,22 +171,21 @@ def load_hub(config: DataConfig) -> HubDataset | HubStream:
             table = load(name, subset or None, split=config.split, streaming=config.streaming)
         else:
             files = [str(path)] if path.is_file() else sorted(map(str, path.rglob("*.parquet")))
-            found = {config.split: files}
-            table = load("parquet", data_files=found, split=config.split, streaming=config.streaming)
-    except Exception as error:  # the hub's, pyarrow's and datasets' own kinds
+            table = load("parquet", data_files={config.split: files}, split=config.split, streaming=config.streaming)
+    except Exception as error:  # the hub, pyarrow and datasets raise exceptions of many types
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{config.source} cannot be loaded as a data set: {lines[0]}") from None
+        raise ValueError(f"{config.source} cannot be loaded as a dataset: {lines[0]}") from None
     return HubStream(table, config) if config.streaming else HubDataset(table, config)
 
 
 def find_columns(table: Any, config: DataConfig) -> tuple[Columns, Any]:
-    """The columns to use, and the table with its images left encoded."""
+    """Return the columns to use, and the table with its images left encoded; ValueError if a column is missing."""
     import datasets
 
     features, where = dict(table.features), config.source
     names = set(features)
-    pictures = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    image = pick_column(names, "image_column", config.image_column, [*pictures, *IMAGE_COLUMNS], where)
+    image_columns = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    image = pick_column(names, "image_column", config.image_column, [*image_columns, *IMAGE_COLUMNS], where)
     if image is None:
         raise ValueError(f"{where} has no column of images; give image_column, one of {', '.join(sorted(names))}")
     kind = getattr(features[image], "dtype", "")
@@ -200,27 +196,19 @@ def find_columns(table: Any, config: DataConfig) -> tuple[Columns, Any]:
     caption = pick_column(names, "caption_column", config.caption_column, CAPTION_COLUMNS, where)
     for name in config.vector_columns:
         pick_column(names, "vector_columns", name, (), where)
+    # decoded by `open_image`, so that all sources give the same pixels
     table = table.cast_column(image, datasets.Image(decode=False))
-    return Columns(image, label, caption, config.vector_columns), table
+    return Columns(image, label, caption), table
 
 
-def _label_names(table: Any, column: str) -> list[str] | None:
-    names: list[str] | None = getattr(table.features[column], "names", None)
-    return names
+def _first_caption(caption: Any) -> str:
+    first = next(iter(caption), None) if isinstance(caption, list) else caption
+    return "" if first is None else str(first)
 
 
-def _one_caption(caption: Any) -> str:
-    """The caption, the first where an image has several."""
-    if isinstance(caption, list):
-        caption = caption[0] if caption else None
-    return "" if caption is None else str(caption)
-
-
-def _content(cell: Any) -> Source:
-    """The content or the path of an image's cell."""
+def _read_cell(cell: Any) -> Source:
+    """Return the content or the path of the image in a cell; b"" for an empty one."""
     if isinstance(cell, bytes):
         return cell
-    if not cell or (cell.get("bytes") is None and cell.get("path") is None):
-        return b""
-    content: Source = cell["bytes"] if cell.get("bytes") is not None else cell["path"]
-    return content
+    contents = [cell[key] for key in ("bytes", "path") if cell and cell.get(key) is not None]
+    return contents[0] if contents else b""

@@ -1,4 +1,4 @@
-"""Images below a folder, with classes, captions and vectors from sub-folders or metadata files."""
+"""A folder of images, with classes, captions and vectors from sub-folders or metadata files."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ from unet_denoiser.data.sources.encoded_images import EncodedImages, check_confi
 from unet_denoiser.data.sources.verification import verify_images
 from unet_denoiser.data.transforms import SUFFIXES
 
-METADATA = ("metadata.csv", "metadata.jsonl")
+METADATA_FILES = ("metadata.csv", "metadata.jsonl")
 
 
 class ImageFolder(EncodedImages):
-    """Images below a folder, decoded when they are asked for.
+    """The images in a folder and its sub-folders, decoded when they are asked for.
 
-    The folder's sub-folders are the classes, whatever lies how deep in them. A metadata.csv or metadata.jsonl, in the
-    folder or in sub-folders of it, names files in its column "file_name" and brings captions, classes and vectors
-    instead; images it does not name are left out. Files that do not end as images do, and hidden ones, are none.
+    The first sub-folder of each image's path is its class, however deep the image lies. Instead, a metadata.csv or
+    metadata.jsonl, in the folder or in sub-folders, may name images in its column "file_name" and give captions,
+    classes and vectors; images that it does not name are left out. Hidden files, and files whose suffix is not that of
+    an image format, are ignored.
 
     Args:
-        folder: any formats that Pillow reads.
-        config: every other option of the data, or some of its fields by name.
+        folder: images in any format that Pillow reads.
+        config, options: the other options of the data, and fields of `config` to change.
 
     Raises:
         FileNotFoundError, ValueError: no folder, no images, or images that cannot be used, by their paths.
@@ -50,74 +51,68 @@ class ImageFolder(EncodedImages):
         if not files:
             raise ValueError(f"no images were found in {folder}")
         stamps = {file: _stamp(self.folder / file) for file in files}
-        found = verify_images(str(self.folder.absolute()), stamps, self._path)
-        headers, config = split_usable(found, config, str(self.folder))
+        headers = verify_images(str(self.folder.absolute()), stamps, lambda file: str(self.folder / file))
+        headers, config = split_usable(headers, config, str(self.folder))
         self.files = list(headers)
         if rows is None:
-            self._classes_of_folders(config)
+            self._read_folder_classes(config)
         else:
-            self._conditions_of_rows([rows[file] for file in self.files], config)
+            self._read_metadata_columns([rows[file] for file in self.files], config)
         self._set_up(config, list(headers.values()))
 
     def __len__(self) -> int:
         return len(self.files)
 
     def source(self, index: int) -> str:
-        return self._path(self.files[index])
+        return str(self.folder / self.files[index])
 
-    def _path(self, file: str) -> str:
-        return str(self.folder / file)
-
-    def name(self, index: int) -> str:
-        return self.source(index)
-
-    def _classes_of_folders(self, config: DataConfig) -> None:
-        tops = [PurePosixPath(file).parts[0] if "/" in file else None for file in self.files]
-        named = [top for top in tops if top is not None]
-        if len(named) == len(tops):
-            self.labels, self.class_names = encode_labels(named, config.class_names, str(self.folder))
-        elif named:
+    def _read_folder_classes(self, config: DataConfig) -> None:
+        first_parts = [PurePosixPath(file).parts[0] if "/" in file else None for file in self.files]
+        classes = [part for part in first_parts if part is not None]
+        if len(classes) == len(first_parts):
+            self.labels, self.class_names = encode_labels(classes, config.class_names, str(self.folder))
+        elif classes:
             warnings.warn(
-                f"{len(tops) - len(named)} of {len(tops)} images lie beside the sub-folders of {self.folder}, not in "
-                "them; so the sub-folders are not taken as classes",
+                f"{len(first_parts) - len(classes)} of {len(first_parts)} images lie beside the sub-folders of "
+                f"{self.folder}, not in them; so the sub-folders are not taken as classes",
                 stacklevel=2,
             )
         refuse_options(config, ("label_column", "caption_column", "vector_columns"), "a folder without metadata")
 
-    def _conditions_of_rows(self, rows: list[dict[str, Any]], config: DataConfig) -> None:
-        names = {name for row in rows for name in row}  # what a row lacks is then said by its column's name
+    def _read_metadata_columns(self, rows: list[dict[str, Any]], config: DataConfig) -> None:
+        names = {name for row in rows for name in row}  # of all rows, so that a row without a value is reported
         where = f"the metadata of {self.folder}"
         label = pick_column(names, "label_column", config.label_column, ("label", "labels"), where)
         caption = pick_column(names, "caption_column", config.caption_column, CAPTION_COLUMNS, where)
         if label:
-            values = _column(rows, label, where)
-            self.labels, self.class_names = encode_labels(_as_integers(values), config.class_names, where)
+            values = _read_column(rows, label, where)
+            self.labels, self.class_names = encode_labels(_parse_integers(values), config.class_names, where)
         if caption:
-            self.captions = [str(value) for value in _column(rows, caption, where)]
+            self.captions = [str(value) for value in _read_column(rows, caption, where)]
         if config.vector_columns:
-            columns = {name: _column(rows, name, where) for name in config.vector_columns}
+            columns = {name: _read_column(rows, name, where) for name in config.vector_columns}
             self.vectors = encode_vectors(columns, where)
             self.vector_dim = len(columns)
 
 
 def list_images(folder: Path) -> list[str]:
-    """The files below a folder that are named as images are, hidden ones left out: sorted paths, relative, with "/"."""
+    """Return the sorted paths of the image files below a folder, relative to it and with "/", without hidden ones."""
     found = []
 
-    def refuse(error: OSError) -> None:
+    def refuse(error: OSError) -> None:  # by default os.walk passes over such folders
         raise error
 
     for root, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith(".")]  # in place: os.walk descends into these
         base = Path(root).relative_to(folder)
-        named = [name for name in files if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES]
-        found += [(base / name).as_posix() for name in named]
+        images = [name for name in files if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES]
+        found += [(base / name).as_posix() for name in images]
     return sorted(found)
 
 
 def read_metadata(folder: Path) -> dict[str, dict[str, Any]] | None:
-    """The rows of all metadata files below a folder by the path of their image; None where there are no such files."""
-    paths = sorted(path for name in METADATA for path in folder.rglob(name))
+    """Return the rows of all metadata files below a folder, by their image's path; None without such files."""
+    paths = sorted(path for name in METADATA_FILES for path in folder.rglob(name))
     if not paths:
         return None
     rows = {}
@@ -126,7 +121,7 @@ def read_metadata(folder: Path) -> dict[str, dict[str, Any]] | None:
         for number, row in enumerate(_read_rows(path), start=1):
             if not row.get("file_name"):
                 raise ValueError(f"row {number} of {path} has no file_name; it has {', '.join(map(str, row))}")
-            if None in row:  # where the csv module puts what is beyond the columns
+            if None in row:  # the csv module's key for values beyond the last column
                 raise ValueError(
                     f"row {number} of {path} has more values than there are columns; put quotes around text with commas"
                 )
@@ -139,20 +134,19 @@ def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             if path.suffix == ".csv":
                 yield from csv.DictReader(file)
-            else:
-                for number, line in enumerate(file, start=1):
-                    if line.strip():
-                        row = json.loads(line)
-                        if not isinstance(row, dict):
-                            raise ValueError(
-                                f"line {number} of {path} is no object with a file_name: {line.strip()[:80]}"
-                            )
-                        yield row
+                return
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError(f"line {number} of {path} is no object with a file_name: {line.strip()[:80]}")
+                yield row
     except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
 
 
-def _column(rows: list[dict[str, Any]], name: str, where: str) -> list[Any]:
+def _read_column(rows: list[dict[str, Any]], name: str, where: str) -> list[Any]:
     missing = [i for i, row in enumerate(rows) if row.get(name) in (None, "")]
     if missing:
         raise ValueError(
@@ -161,13 +155,14 @@ def _column(rows: list[dict[str, Any]], name: str, where: str) -> list[Any]:
     return [row[name] for row in rows]
 
 
-def _as_integers(values: list[Any]) -> list[Any]:
-    """Integers where all values are, as a .csv has them as text; otherwise names."""
+def _parse_integers(values: list[Any]) -> list[Any]:
+    """Return integers if all values are, since a .csv holds text only; otherwise names."""
     texts = [str(value) for value in values]
     return [int(text) for text in texts] if all(text.isdecimal() for text in texts) else texts
 
 
 def _stamp(path: Path) -> list[int]:
+    """Return size and modification time in nanoseconds; -1 for a missing file."""
     try:
         stat = path.stat()
     except OSError:

@@ -1,128 +1,106 @@
-"""Decoding every image once before training, so that a bad one is found now and not at step 40,000."""
+"""Decode every image once before training, so that a bad one is found at the start and not at step 40,000."""
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
-from PIL import Image
+from unet_denoiser.data.transforms import GREY_MODES, Source, UnreadableItemError, open_image
+from unet_denoiser.utils.cache import cache_directory
+from unet_denoiser.utils.files import read_json, write_json
 
-from unet_denoiser.data.transforms import GREY, Source, UnreadableItemError, open_image
-from unet_denoiser.utils.files import read_json, write_atomically
-
-NAMED = 5  # bad items that a message names
-PROGRESS_FROM = 1000  # images from which on a bar is shown
+MAX_NAMED_IMAGES = 5  # in a message about bad ones
+MIN_IMAGES_FOR_PROGRESS_BAR = 1000
 
 
 class Header(NamedTuple):
-    """What the scan found: is it grey, its height and width once it is turned upright, or what is wrong with it."""
+    """The result of decoding an image: its kind, its size once upright, or the problem with it."""
 
-    grey: bool
+    is_grey: bool
     height: int
     width: int
     problem: str | None = None
 
-
-def cache_dir() -> Path:
-    """Where scans are kept: $UNET_DENOISER_CACHE, else unet-denoiser in the user's cache directory."""
-    if own := os.environ.get("UNET_DENOISER_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unet-denoiser"
+    @classmethod
+    def read(cls, source: Source, name: str) -> Self:
+        """Decode an image; UnreadableItemError if that fails."""
+        image = open_image(source, name)
+        return cls(image.mode in GREY_MODES, image.height, image.width)
 
 
 def verify_images(name: str, stamps: dict[str, list[int]], open_source: Callable[[str], Source]) -> dict[str, Header]:
-    """Decode every image in parallel, but for those that the cache knows by key and stamp.
+    """Decode images in parallel, and return their headers by key; those in the cache are not decoded again.
 
     Args:
-        name: what is scanned; it names the cache's file.
-        stamps: for each image's key what changes with it (bytes, time of the last change).
-        open_source: the path or content of a key's image.
+        name: of the dataset; it names the file in the cache.
+        stamps: by each image's key, the size and modification time that it is decoded again for.
     """
-    path = cache_dir() / "scans" / f"{sha256(name.encode()).hexdigest()[:24]}.json"
-    with _one_at_a_time(path):
-        known = _read(path)
-        found = {key: Header(*known[key][1]) for key, stamp in stamps.items() if known.get(key, [None])[0] == stamp}
-        if new := [key for key in stamps if key not in found]:
-            found |= _decode_all(new, open_source)
-            entries = {key: [stamps[key], list(found[key])] for key in stamps}
-            with suppress(OSError):  # a cache that cannot be written costs the next start some time, no more
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(path, lambda p: p.write_text(json.dumps(entries), encoding="utf-8"))
-    return {key: found[key] for key in stamps}
+    path = cache_directory() / "scans" / f"{sha256(name.encode()).hexdigest()[:24]}.json"
+    with _lock(path):
+        cached: dict[str, Any] = {}
+        with suppress(OSError, ValueError):
+            cached = read_json(path)
+        headers = {key: Header(*cached[key][1]) for key, stamp in stamps.items() if cached.get(key, [None])[0] == stamp}
+        if new := [key for key in stamps if key not in headers]:
+            decoded = map_images(lambda key: _decode_header(key, open_source), new, "checking images")
+            headers |= dict(zip(new, decoded, strict=True))
+            entries = {key: [stamps[key], list(headers[key])] for key in stamps}
+            with suppress(OSError):  # without the cache, the next start takes longer
+                # compact, since there may be millions; ASCII, since a file's name may hold bytes that are not UTF-8
+                write_json(path, entries, indent=None, ensure_ascii=True)
+    return {key: headers[key] for key in stamps}
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path)
-    except (OSError, ValueError):
-        return {}
-
-
-def _one_at_a_time(path: Path) -> Any:
-    """A lock, so that of many processes one scans and the others read what it found."""
+def _lock(path: Path) -> AbstractContextManager[Any]:
+    """Acquire a lock: one of many processes decodes, and the others read its results."""
     from filelock import FileLock
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{path}.lock")
-        lock.acquire()
-        lock.release()
-    except (OSError, NotImplementedError):
+        return FileLock(f"{path}.lock").acquire()
+    except (OSError, NotImplementedError):  # a directory that is read-only, or whose file system has no locks
         return nullcontext()
-    return lock
 
 
-def _decode_all(keys: Sequence[str], open_source: Callable[[str], Source]) -> dict[str, Header]:
+def map_images(function: Callable[[Any], Any], items: Sequence[Any], description: str) -> list[Any]:
+    """Apply a function that decodes an image to each item, in threads and with a progress bar."""
     from tqdm import tqdm
 
-    hidden = True if len(keys) < PROGRESS_FROM else None  # None: hidden where there is no terminal
+    hidden = True if len(items) < MIN_IMAGES_FOR_PROGRESS_BAR else None  # None: hidden without a terminal
     with ThreadPoolExecutor(min(32, (os.cpu_count() or 1) + 4)) as pool:  # decoders release the interpreter's lock
-        headers = pool.map(lambda key: _header(key, open_source), keys)
-        return dict(zip(keys, tqdm(headers, "checking images", len(keys), unit="img", disable=hidden), strict=True))
+        return list(tqdm(pool.map(function, items), description, len(items), unit="img", disable=hidden))
 
 
-def _header(key: str, open_source: Callable[[str], Source]) -> Header:
+def _decode_header(key: str, open_source: Callable[[str], Source]) -> Header:
     try:
         source = open_source(key)
-        if (os.path.getsize(source) if isinstance(source, str) else len(source)) == 0:
-            return Header(False, 0, 0, "is empty")
-        image = open_image(source, key)
+        if os.path.getsize(source) if isinstance(source, str) else source:
+            return Header.read(source, key)
+        problem = "is empty"
     except FileNotFoundError:
-        return Header(False, 0, 0, "is missing")
+        problem = "is missing"
     except OSError as error:
-        return Header(False, 0, 0, f"cannot be opened: {error.strerror}")
+        problem = f"cannot be opened: {error.strerror}"
     except UnreadableItemError as error:
-        return Header(False, 0, 0, error.reason)
-    return header_of(image)
+        problem = error.reason
+    return Header(False, 0, 0, problem)
 
 
-def header_of(image: Image.Image) -> Header:
-    return Header(image.mode in GREY, image.height, image.width)
-
-
-def too_small(header: Header, size: Sequence[int]) -> str | None:
-    """The problem of an image that would have to be enlarged more than twice, or None."""
-    if 2 * header.height >= size[0] and 2 * header.width >= size[1]:
-        return None
-    return f"is {header.height}x{header.width}, less than half of image_size {size[0]}x{size[1]}"
-
-
-def report_unusable(bad: dict[str, str], count: int, where: str, on_bad: str) -> None:
-    """Name what cannot be used: ValueError for on_bad="raise", a warning for "skip"."""
-    if not bad:
+def report_unusable(problems: dict[str, str], count: int, where: str, on_bad: str) -> None:
+    """Name those of `count` images that cannot be used: ValueError for on_bad="raise", a warning for "skip"."""
+    if not problems:
         return
-    named = "; ".join(f"{key} {problem}" for key, problem in list(bad.items())[:NAMED])
-    more = f"; and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
-    message = f"{len(bad)} of {count} images in {where} cannot be used: {named}{more}"
+    named = "; ".join(f"{key} {problem}" for key, problem in list(problems.items())[:MAX_NAMED_IMAGES])
+    more = f"; and {len(problems) - MAX_NAMED_IMAGES} more" if len(problems) > MAX_NAMED_IMAGES else ""
+    message = f"{len(problems)} of {count} images in {where} cannot be used: {named}{more}"
     if on_bad == "raise":
         raise ValueError(f"{message}. on_bad='skip' (--on-bad skip) leaves them out")
     warnings.warn(f"{message}. They are left out", stacklevel=2)
-    if len(bad) == count:
+    if len(problems) == count:
         raise ValueError(f"{message}. None is left")

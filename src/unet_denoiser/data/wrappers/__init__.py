@@ -1,1 +1,1 @@
-"""What is put around a data set."""
+"""Wrappers that change the items of a dataset."""

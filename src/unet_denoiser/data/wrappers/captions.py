@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,24 +11,23 @@ import torch
 from torch import Tensor
 
 from unet_denoiser.data.dataset import DatasetWrapper, ImageDataset
-from unet_denoiser.utils.cache import MappedArray, computed_once, digest
+from unet_denoiser.utils.cache import MappedArray, compute_once, digest
+from unet_denoiser.utils.files import write_json
 
 if TYPE_CHECKING:
     from unet_denoiser.models.text_encoder import TextEncoder
 
+ENCODE_BATCH_SIZE = 64  # captions
+
 
 class CaptionedDataset(DatasetWrapper):
-    """Captions become "context" (S, D) and "context_mask" (S,); S is the longest caption's length.
-
-    Args:
-        data: items with a "caption", and the list `captions` of them all.
+    """Replaces "caption" by "context" (S, D) and "context_mask" (S,); S is the longest caption's length in tokens.
 
     Raises:
         ValueError: data without captions.
     """
 
     def __init__(self, data: ImageDataset, encoder: TextEncoder) -> None:
-
         super().__init__(data)
         if not data.captions:
             raise ValueError(f"text_encoder={encoder.name}: the data have no captions; add them, or leave it out")
@@ -37,56 +35,54 @@ class CaptionedDataset(DatasetWrapper):
         self.context_dim = encoder.context_dim
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._encoded(self.data[index])
+        return self._replace_caption(self.data[index])
 
     def conditions(self, index: int) -> dict[str, Any]:
-        return self._encoded(self.data.conditions(index))
+        return self._replace_caption(self.data.conditions(index))
 
-    def _encoded(self, item: dict[str, Any]) -> dict[str, Any]:
-        context, mask = self.store[item["caption"]]
-        rest = {name: value for name, value in item.items() if name != "caption"}
-        return rest | {"context": context, "context_mask": mask}
+    def _replace_caption(self, item: dict[str, Any]) -> dict[str, Any]:
+        item = dict(item)
+        item["context"], item["context_mask"] = self.store[item.pop("caption")]
+        return item
 
 
 class TokenStore:
-    """The tokens of each of a set of captions, kept on disk under a key made of the encoder and the captions.
-
-    Args:
-        captions: any number of times each; every different one is encoded once.
-    """
+    """The tokens of all captions, kept on disk under a hash of the encoder and the captions; each is encoded once."""
 
     def __init__(self, encoder: TextEncoder, captions: Sequence[str]) -> None:
         unique = sorted(set(captions))
-        self.rows = {caption: row for row, caption in enumerate(unique)}
+        self.indices = {caption: i for i, caption in enumerate(unique)}
         self.context_dim = encoder.context_dim
         key = digest([encoder.key, *unique])
-        folder = computed_once("text", key, lambda folder: _write_tokens(encoder, unique, folder))
+        folder = compute_once("text", key, lambda folder: _write_tokens(encoder, unique, folder))
         self.tokens, self.starts = MappedArray(folder / "tokens.npy"), MappedArray(folder / "starts.npy")
         self.length = int(np.diff(self.starts.array).max())
 
     def __getitem__(self, caption: str) -> tuple[Tensor, Tensor]:
-        """`context` (S, D) and `context_mask` (S,), S the length of the longest caption of all."""
-        start, stop = self.starts.array[(row := self.rows[caption]) : row + 2]
+        """Return `context` (S, D) and `context_mask` (S,), padded to the longest of all captions."""
+        start, stop = self.starts.array[(i := self.indices[caption]) : i + 2]
         context = torch.zeros(self.length, self.context_dim)
         context[: stop - start] = torch.from_numpy(self.tokens.array[start:stop].astype(np.float32))
         return context, torch.arange(self.length) < int(stop - start)
 
 
 def _write_tokens(encoder: TextEncoder, captions: list[str], folder: Path) -> None:
-    """tokens.npy, all captions' tokens one after the other, and starts.npy, where each begins and the last ends."""
+    """Write tokens.npy (sum of lengths, D) float16, and starts.npy (N + 1,): where each caption begins and ends."""
     from tqdm import tqdm
 
-    order = sorted(range(len(captions)), key=lambda i: len(captions[i]))  # batches of like length need little padding
+    # captions of similar length share a batch, which saves padding; so they are written in another order first
+    order = sorted(range(len(captions)), key=lambda i: len(captions[i]))
     lengths = np.zeros(len(captions), np.int64)
-    encoded = folder / "unsorted"
-    with encoded.open("wb") as file:
-        for begin in tqdm(range(0, len(order), 64), "captions", unit_scale=64, disable=None):
-            batch = order[begin : begin + 64]
+    unsorted = folder / "unsorted"
+    with unsorted.open("wb") as file:
+        batches = range(0, len(order), ENCODE_BATCH_SIZE)
+        for begin in tqdm(batches, "captions", unit_scale=ENCODE_BATCH_SIZE, disable=None):
+            batch = order[begin : begin + ENCODE_BATCH_SIZE]
             for i, tokens in zip(batch, encoder.tokens([captions[i] for i in batch]), strict=True):
                 lengths[i] = len(tokens)
                 file.write(tokens.half().numpy().tobytes())
     starts = np.concatenate([[0], lengths.cumsum()])
-    source = np.memmap(encoded, np.float16, "r", shape=(int(starts[-1]), encoder.context_dim))
+    source = np.memmap(unsorted, np.float16, "r", shape=(int(starts[-1]), encoder.context_dim))
     target = np.lib.format.open_memmap(folder / "tokens.npy", "w+", np.float16, source.shape)
     position = 0
     for i in order:
@@ -94,6 +90,6 @@ def _write_tokens(encoder: TextEncoder, captions: list[str], folder: Path) -> No
         position += lengths[i]
     target.flush()
     np.save(folder / "starts.npy", starts)
-    (folder / "about.json").write_text(json.dumps({"encoder": encoder.name, "captions": len(captions)}))
-    del source
-    encoded.unlink()
+    write_json(folder / "about.json", {"encoder": encoder.name, "captions": len(captions)})
+    del source  # Windows deletes no mapped file
+    unsorted.unlink()

@@ -2,50 +2,56 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from unet_denoiser.data.dataset import DatasetWrapper, ImageDataset, StreamIndex
-from unet_denoiser.utils.cache import MappedArray, computed_once, digest
-from unet_denoiser.utils.files import read_json
+from unet_denoiser.utils.broadcasting import append_dims
+from unet_denoiser.utils.cache import MappedArray, compute_once, digest
+from unet_denoiser.utils.files import read_json, write_json
 
 if TYPE_CHECKING:
     from unet_denoiser.models.autoencoder import Autoencoder
 
+ENCODE_BATCH_SIZE = 8  # images
+
 
 class LatentDataset(DatasetWrapper):
-    """Pictures become latents, of no fixed range; "concat", where there is one, is encoded likewise.
+    """Replaces "image" and, if there is one, "concat" by their latents (C, h, w), kept on disk in float16.
+
+    Latents are scaled to a standard deviation of about 1 and have no fixed range. `mean` and `std` hold each channel's
+    statistics before that.
 
     Args:
-        data: pictures in [-1, 1], the same whenever an index is asked for.
-        key: what they depend on, as `digest` makes it.
-        flip: mirror half of the samples; an autoencoder does not mirror its latents, so both kinds are kept.
-        standardize: shift and scale by the measured mean and standard deviation of each channel, instead of by what
-            the autoencoder's configuration states.
+        data: images in [-1, 1] that do not change from call to call.
+        key: hash of all that the images depend on, from `digest`.
+        flip: mirror half of the samples. The latents of a mirrored image are not the mirrored latents: both are kept.
+        standardize: shift and scale by `mean` and `std`, instead of by what the autoencoder's configuration states.
 
     Raises:
-        ValueError: pictures that the autoencoder cannot take.
+        ValueError: images that the autoencoder cannot take.
     """
 
     def __init__(
         self, data: ImageDataset, autoencoder: Autoencoder, key: str, *, flip: bool = False, standardize: bool = False
     ) -> None:
-
         super().__init__(data)
-        self.store, self.flip = LatentStore(data, autoencoder, key, flip), flip
+        _check_images(data, autoencoder)
+        parts = [autoencoder.key, key, str(flip), str(data.concat_channels), str(len(data))]
+        folder = compute_once("latents", digest(parts), lambda folder: _write_latents(data, autoencoder, flip, folder))
+        self.latents, about, self.flip = MappedArray(folder / "latents.npy"), read_json(folder / "about.json"), flip
+        self.mean, self.std = tuple(about["mean"]), tuple(about["std"])
         if standardize:
-            autoencoder.set_statistics(self.store.mean, self.store.std)
+            autoencoder.set_statistics(self.mean, self.std)
         self.shift, self.scale = autoencoder.shift, autoencoder.scale
-        size = float((torch.tensor(self.store.std).view(-1, 1, 1) * self.scale).square().mean().sqrt())
-        if not 0.5 < size < 2:
+        std = float((append_dims(torch.tensor(self.std), 3) * self.scale).square().mean().sqrt())
+        if not 0.5 < std < 2:
             warnings.warn(
-                f"the latents of {autoencoder.name} have a standard deviation of {size:.2g} by the scale that it "
+                f"the latents of {autoencoder.name} have a standard deviation of {std:.2g} by the scale that it "
                 "states; training wants about 1: standardize_latents measures it",
                 stacklevel=2,
             )
@@ -54,73 +60,43 @@ class LatentDataset(DatasetWrapper):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         mirrored = self.flip and isinstance(index, StreamIndex) and bool(index.rng().random() < 0.5)
-        latents = (self.store[index, mirrored] - self.shift) * self.scale
+        kept = self.latents.array[index, int(mirrored)].astype(np.float32)  # (1, C, h, w); (2, C, h, w) with "concat"
+        latents = (torch.from_numpy(kept) - self.shift) * self.scale
         return dict(zip(("image", "concat"), latents, strict=False)) | self.conditions(index)
 
-    def size_of(self, index: int) -> tuple[int, ...]:
+    def item_size(self, index: int) -> tuple[int, ...]:
         return self.image_size
 
 
-ENCODED_AT_ONCE = 8  # pictures
-
-
-class LatentStore:
-    """The latents of a data set's pictures before shift and scale, kept on disk in float16.
-
-    Args:
-        data: items with "image", and pictures in "concat" where they have it, in [-1, 1]; the same whenever an index
-            is asked for.
-        key: what the pictures depend on, as `digest` makes it.
-        flip: keep the mirrored pictures' too.
-
-    Raises:
-        ValueError: pictures that the autoencoder cannot take.
-    """
-
-    def __init__(self, data: Any, autoencoder: Autoencoder, key: str, flip: bool = False) -> None:
-        _check_fit(data, autoencoder)
-        parts = [autoencoder.key, key, str(flip), str(data.concat_channels), str(len(data))]
-        folder = computed_once("latents", digest(parts), lambda folder: _write_latents(data, autoencoder, flip, folder))
-        self.latents, about = MappedArray(folder / "latents.npy"), read_json(folder / "about.json")
-        self.mean, self.std = tuple(about["mean"]), tuple(about["std"])
-
-    def __getitem__(self, place: tuple[int, bool]) -> Tensor:
-        """Latents of (index, whether mirrored): (1 or 2 with concat, C, h, w)."""
-        index, mirrored = place
-        return torch.from_numpy(self.latents.array[index, int(mirrored)].astype(np.float32))
-
-
-def _check_fit(data: Any, autoencoder: Autoencoder) -> None:
+def _check_images(data: ImageDataset, autoencoder: Autoencoder) -> None:
     name, factor = autoencoder.name, autoencoder.factor
     if len(data.image_size) != 2 or any(n % factor for n in data.image_size):
         raise ValueError(f"image_size={tuple(data.image_size)}: vae={name} takes multiples of {factor} pixels")
-    if data.channels != autoencoder.picture_channels:
-        raise ValueError(f"channels={data.channels}: vae={name} takes {autoencoder.picture_channels}")
+    if data.channels != autoencoder.image_channels:
+        raise ValueError(f"channels={data.channels}: vae={name} takes {autoencoder.image_channels}")
     if data.concat_channels not in (0, data.channels):
-        raise ValueError(f"concat: with vae={name} it must be pictures of {data.channels} channels, without a mask")
+        raise ValueError(f"concat: with vae={name} it must be images of {data.channels} channels, without a mask")
 
 
-def _write_latents(data: Any, autoencoder: Autoencoder, flip: bool, folder: Path) -> None:
-    """latents.npy (N, 1 or 2 mirrored, 1 or 2 with concat, C, h, w), and about.json with each channel's statistics."""
+def _write_latents(data: ImageDataset, autoencoder: Autoencoder, flip: bool, folder: Path) -> None:
+    """Write latents.npy (N, 1 or 2 with mirrored images, 1 or 2 with "concat", C, h, w), and about.json."""
     from tqdm import trange
 
     size = [n // autoencoder.factor for n in data.image_size]
-    pictures = 1 + bool(data.concat_channels)
-    shape = (len(data), 1 + flip, pictures, autoencoder.channels, *size)
+    names = ("image", "concat")[: 1 + bool(data.concat_channels)]
+    shape = (len(data), 1 + flip, len(names), autoencoder.channels, *size)
     target = np.lib.format.open_memmap(folder / "latents.npy", "w+", np.float16, shape)
-    sums = torch.zeros(2, autoencoder.channels, dtype=torch.float64)
-    names = ("image", "concat")[:pictures]
-    for start in trange(0, len(data), ENCODED_AT_ONCE, desc="latents", unit_scale=ENCODED_AT_ONCE, disable=None):
-        items = [data[i] for i in range(start, min(start + ENCODED_AT_ONCE, len(data)))]
-        images = torch.stack([torch.stack([item[name] for name in names]) for item in items])
-        images = torch.stack([images, images.flip(-1)][: 1 + flip], 1)
-        z = autoencoder.raw(images.flatten(0, 2)).view(*images.shape[:3], *shape[3:])
+    sums = torch.zeros(2, autoencoder.channels, dtype=torch.float64)  # of values and of their squares
+    for start in trange(0, len(data), ENCODE_BATCH_SIZE, desc="latents", unit_scale=ENCODE_BATCH_SIZE, disable=None):
+        items = [data[i] for i in range(start, min(start + ENCODE_BATCH_SIZE, len(data)))]
+        images = torch.stack([torch.stack([item[name] for name in names]) for item in items])  # (B, K, C, H, W)
+        images = torch.stack([images, images.flip(-1)][: 1 + flip], 1)  # (B, M, K, C, H, W)
+        z = autoencoder.encode_unscaled(images.flatten(0, 2)).view(*images.shape[:3], *shape[3:])
         if not z.half().isfinite().all():
             raise ValueError(f"vae={autoencoder.name}: its latents do not fit float16")
         target[start : start + len(z)] = z.numpy()
-        values = z[:, :, 0].double().transpose(0, 2).flatten(1)
+        values = z[:, :, 0].double().transpose(0, 2).flatten(1)  # (C, M * B * h * w), without "concat"
         sums += torch.stack([values.sum(1), values.square().sum(1)]) / values.shape[1] * len(z) / len(data)
     target.flush()
-    std = (sums[1] - sums[0].square()).clamp(min=1e-12).sqrt()
-    about = {"vae": autoencoder.name, "mean": sums[0].tolist(), "std": std.tolist()}
-    (folder / "about.json").write_text(json.dumps(about))
+    mean, std = sums[0], (sums[1] - sums[0].square()).clamp(min=1e-12).sqrt()
+    write_json(folder / "about.json", {"vae": autoencoder.name, "mean": mean.tolist(), "std": std.tolist()})

@@ -1,4 +1,4 @@
-"""Attention: the one multi-head core, and the three kinds of layer that a `UNet` builds from it."""
+"""Multi-head attention (Vaswani et al. 2017), and the three kinds of layer that a `UNet` builds from it."""
 
 from __future__ import annotations
 
@@ -10,30 +10,32 @@ from torch import Tensor, nn
 from unet_denoiser.models.layers.common import Emb, Size, zero_init
 from unet_denoiser.models.layers.context import Context
 from unet_denoiser.models.layers.norm import group_norm
-from unet_denoiser.models.layers.recompute import recomputed
+from unet_denoiser.models.layers.recompute import recompute_input
 
 
 def to_tokens(x: Tensor) -> Tensor:
-    """(B, C, *spatial) -> (B, N, C)."""
+    """Reshape (B, C, *spatial) to (B, N, C), N positions in row-major order."""
     return x.flatten(2).transpose(1, 2)
 
 
 def to_grid(tokens: Tensor, like: Tensor) -> Tensor:
-    """(B, N, C) -> the shape of `like`, (B, C, *spatial)."""
+    """Reshape (B, N, C) to the shape of `like`, (B, C, *spatial)."""
     return tokens.transpose(1, 2).reshape(like.shape)
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention from tokens to context tokens, or to themselves when no context is given.
+    """Multi-head attention from tokens to context tokens, or to themselves if no context is given.
+
+    softmax(Q K^T / sqrt(head_dim)) V for each head (Vaswani et al. 2017, equation 1 and section 3.2.2).
 
     Args:
         query_dim: width of the tokens and of the output.
         context_dim: width of the context tokens; equal to `query_dim` for self-attention.
-        num_heads: heads; divides `query_dim`.
-        qkv_bias: whether the three projections have a bias (Stable Diffusion's have none).
+        num_heads: number of heads; divides `query_dim`.
+        qkv_bias: give the projections to queries, keys and values a bias (Stable Diffusion's have none).
 
-    Shapes: x (B, N, query_dim), context (B, S, context_dim), mask (B, S) bool -> (B, N, query_dim). `projected` are the
-    context's keys and values, as `keys_and_values` has them, where they are there already.
+    Shapes: x (B, N, query_dim), context (B, S, context_dim), mask (B, S) bool, False for tokens to ignore ->
+    (B, N, query_dim). `projected` are keys and values from `keys_and_values`, which then are not computed.
 
     Raises:
         ValueError: num_heads does not divide query_dim.
@@ -57,23 +59,23 @@ class CrossAttention(nn.Module):
         mask: Tensor | None = None,
         projected: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        q = self._split(self.to_q(x))
-        k, v = projected or self.keys_and_values(x if context is None else context)
-        mask = None if mask is None else mask[:, None, None]
+        q = self._split_heads(self.to_q(x))  # (B, heads, N, head_dim)
+        k, v = projected or self.keys_and_values(x if context is None else context)  # (B, heads, S, head_dim)
+        mask = None if mask is None else mask[:, None, None]  # (B, 1, 1, S)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.to_out(out.transpose(1, 2).flatten(2))
 
     def keys_and_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of a context (B, S, context_dim), both (B, heads, S, head_dim)."""
-        return self._split(self.to_k(context)), self._split(self.to_v(context))
+        """Compute keys and values of a context (B, S, context_dim), both (B, heads, S, head_dim)."""
+        return self._split_heads(self.to_k(context)), self._split_heads(self.to_v(context))
 
-    def _split(self, x: Tensor) -> Tensor:
-        """(B, N, heads * head_dim) -> (B, heads, N, head_dim)."""
+    def _split_heads(self, x: Tensor) -> Tensor:
+        """Reshape (B, N, heads * head_dim) to (B, heads, N, head_dim)."""
         return x.view(*x.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
 
 
 class SelfAttention(nn.Module):
-    """Every position attends to every other: x + attention(norm(x)); x (B, channels, *spatial)."""
+    """Attention of every position to every other: x + attention(norm(x)); x (B, channels, *spatial)."""
 
     def __init__(self, channels: int, num_heads: int = 8, *, norm_groups: int = 32, norm_eps: float = 1e-5) -> None:
         super().__init__()
@@ -86,7 +88,7 @@ class SelfAttention(nn.Module):
 
 
 class ContextAttention(nn.Module):
-    """Every position attends to the context: x + attention(norm(x), context); x (B, channels, *spatial)."""
+    """Attention of every position to the context: x + attention(norm(x), context); x (B, channels, *spatial)."""
 
     def __init__(
         self, channels: int, context_dim: int, num_heads: int = 8, *, norm_groups: int = 32, norm_eps: float = 1e-5
@@ -97,14 +99,14 @@ class ContextAttention(nn.Module):
         zero_init(self.attn.to_out)
 
     def forward(self, x: Tensor, emb: Tensor | None, context: Context, size: Size = None) -> Tensor:
-        return x + to_grid(self.attn(to_tokens(self.norm(x)), *context.of(self.attn)), x)
+        return x + to_grid(self.attn(to_tokens(self.norm(x)), *context.arguments_for(self.attn)), x)
 
 
 class SpatialTransformer(nn.Module):
-    """Stable Diffusion's attention: transformer blocks between two projections, with a residual around all.
+    """Stable Diffusion's attention: transformer blocks between two projections, with a residual connection around all.
 
-    x (B, channels, *spatial), context tokens of width `context_dim`, or context_dim=None for self-attention alone.
-    (Rombach et al. 2022, section 3.3)
+    x (B, channels, *spatial); context tokens of width `context_dim`, or context_dim=None for self-attention alone
+    (Rombach et al. 2022, section 3.3).
     """
 
     def __init__(
@@ -118,7 +120,7 @@ class SpatialTransformer(nn.Module):
         norm_groups: int = 32,
     ) -> None:
         super().__init__()
-        self.norm = group_norm(channels, norm_groups, eps=1e-6)  # always 1e-6, whatever the other norms have
+        self.norm = group_norm(channels, norm_groups, eps=1e-6)  # 1e-6 in all checkpoints, whatever norm_eps is
         self.proj_in = nn.Linear(channels, channels)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(channels, num_heads, context_dim, cross_only) for _ in range(depth)
@@ -126,7 +128,7 @@ class SpatialTransformer(nn.Module):
         self.proj_out = zero_init(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor, emb: Emb = None, context: Context | None = None, size: Size = None) -> Tensor:
-        tokens = self.proj_in(to_tokens(self.norm(x)))
+        tokens = self.proj_in(to_tokens(self.norm(x)))  # (B, N, channels)
         for block in self.transformer_blocks:
             tokens = block(tokens, context)
         return x + to_grid(self.proj_out(tokens), x)
@@ -135,7 +137,7 @@ class SpatialTransformer(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention if there is a context, and a gated feed-forward layer; tokens (B, N, dim).
 
-    With `cross_only` the first attention sees the context too (Stable Diffusion's upscaler).
+    With `cross_only` the first attention attends to the context too (Stable Diffusion's upscaler).
     """
 
     def __init__(self, dim: int, num_heads: int, context_dim: int | None, cross_only: bool = False) -> None:
@@ -150,14 +152,15 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(dim)
 
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
-        x = x + self.attn1(self.norm1(x), *(context.of(self.attn1) if self.cross_only and context is not None else ()))
+        first = context.arguments_for(self.attn1) if self.cross_only and context is not None else ()
+        x = x + self.attn1(self.norm1(x), *first)
         if context is not None:
-            x = x + self.attn2(self.norm2(x), *context.of(self.attn2))
+            x = x + self.attn2(self.norm2(x), *context.arguments_for(self.attn2))
         return x + self.ff(self.norm3(x))
 
 
 class FeedForward(nn.Module):
-    """GEGLU feed-forward layer of inner width 4 * dim: value * gelu(gate) (Shazeer 2020, arXiv 2002.05202)."""
+    """GEGLU feed-forward layer of inner width 4 * dim: value * gelu(gate) (Shazeer 2020, equation 6)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -165,21 +168,21 @@ class FeedForward(nn.Module):
         self.out = nn.Linear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return recomputed(_gated, self.out, self.proj(x))
+        return recompute_input(_geglu, self.out, self.proj(x))
 
 
-def _gated(x: Tensor) -> Tensor:
-    value, gate = x.chunk(2, dim=-1)
+def _geglu(x: Tensor) -> Tensor:
+    value, gate = x.chunk(2, dim=-1)  # (B, N, 4 * dim) each
     return value * F.gelu(gate)
 
 
 def project_context(network: nn.Module, context: Context) -> Context:
-    """The context together with the keys and values that the network's layers make of it, whatever they attend from."""
-    layers = [layer for module in network.modules() for layer in _attending_to_context(module)]
+    """Add the keys and values that the network's layers compute from the tokens, which every call then shares."""
+    layers = [layer for module in network.modules() for layer in _context_layers(module)]
     return context._replace(projected={layer: layer.keys_and_values(context.tokens) for layer in layers})
 
 
-def _attending_to_context(module: nn.Module) -> Iterator[CrossAttention]:
+def _context_layers(module: nn.Module) -> Iterator[CrossAttention]:
     if isinstance(module, ContextAttention):
         yield module.attn
     if isinstance(module, TransformerBlock) and hasattr(module, "attn2"):

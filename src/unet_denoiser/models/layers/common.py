@@ -11,38 +11,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unet_denoiser.models.layers.conv import CONV
-from unet_denoiser.models.layers.recompute import watched
+from unet_denoiser.models.layers.recompute import has_hooks
 
 Size = Sequence[int] | None
-
-
 Emb = Tensor | None
 
 
 def silu_inplace(x: Tensor, source: nn.Module) -> Tensor:
-    """SiLU of what `source` returned and nothing else needs: in its place, where that is safe."""
-    return F.silu(x, inplace=_may_overwrite(source))
+    """Apply SiLU to the output x of `source`, which nothing else needs: in place if that is safe."""
+    return F.silu(x, inplace=_may_overwrite_output(source))
 
 
 def add_inplace(x: Tensor, y: Tensor, source: nn.Module) -> Tensor:
-    """The sum of y and what `source` returned and nothing else needs: in its place, where that is safe."""
-    return x.add_(y) if _may_overwrite(source) and x.dtype == y.dtype else x + y
+    """Add y to the output x of `source`, which nothing else needs: in place if that is safe."""
+    return x.add_(y) if _may_overwrite_output(source) and x.dtype == y.dtype else x + y
 
 
-def _may_overwrite(source: nn.Module) -> bool:
-    """Whether the module has made what it returned, and neither autograd nor a hook keeps it."""
-    made = isinstance(source, (nn.GroupNorm, *CONV.values()))
-    return made and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or watched(source))
+def _may_overwrite_output(source: nn.Module) -> bool:
+    """Return True if the module allocates its output, and neither autograd nor a hook keeps it."""
+    allocates = isinstance(source, (nn.GroupNorm, *CONV.values()))
+    return allocates and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or has_hooks(source))
 
 
 def full_precision(device: str) -> AbstractContextManager[Any]:
-    """Out of autocast, which would compute the embeddings' matrix products in half precision."""
+    """Switch autocast off, which would compute the embeddings' matrix products in half precision."""
     used = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if used else nullcontext()
 
 
 def zero_init(module: nn.Module) -> nn.Module:
-    """Zero the parameters, so that the residual branch this module ends starts as the identity (DDPM, ADM)."""
+    """Zero the parameters, so that the residual branch that the module ends is zero at first (DDPM, ADM)."""
     for p in module.parameters():
         nn.init.zeros_(p)
     return module

@@ -1,4 +1,4 @@
-"""The tokens that cross-attention attends to."""
+"""The context of cross-attention: tokens, their mask, and the null token."""
 
 from __future__ import annotations
 
@@ -12,35 +12,42 @@ from torch import Tensor, nn
 class Context(NamedTuple):
     """What cross-attention attends to.
 
-    tokens: (B, S, context_dim). mask: (B, S) bool, True where a token counts, or None when all do; every row of it
-    has at least one True (softmax over nothing is NaN): `UNet` sees to that. projected: keys and values of the tokens,
-    for the layers whose are there already.
+    Args:
+        tokens: (B, S, context_dim).
+        mask: (B, S) bool, False for tokens to ignore, or None. `build_context` ensures that each sample has at least
+            one True, since softmax over nothing is NaN.
+        projected: keys and values of the tokens for the layers that need not compute them (`project_context`).
     """
 
     tokens: Tensor
     mask: Tensor | None = None
-    projected: Mapping[nn.Module, tuple[Tensor, Tensor]] = {}  # nobody changes it
+    projected: Mapping[nn.Module, tuple[Tensor, Tensor]] = {}  # never modified
 
-    def of(self, layer: nn.Module) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
-        """What `CrossAttention.forward` takes of it."""
+    def arguments_for(self, layer: nn.Module) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
+        """Return `context`, `mask` and `projected` of `CrossAttention.forward`."""
         return self.tokens, self.mask, self.projected.get(layer)
 
 
 def build_context(
     tokens: Tensor | None, mask: Tensor | None, drop: Tensor | None, null: Tensor | None, batch: int
 ) -> Context:
-    """The tokens with everything that does not count replaced by the null, and a mask that has no empty row.
+    """Replace ignored tokens by the null token (context_dim,), and give each sample at least one token to attend to.
 
-    Padding is replaced as well, so that whatever it holds (NaN even) has no effect. A row with nothing left, because
-    it was dropped or is all padding, attends to the null: the learned one, or zeros without learned_null.
+    Replacing padding makes its values irrelevant, NaN included. A sample that is dropped or all padding attends to the
+    null token: the learned one, or zeros with learned_null=False.
+
+    Args:
+        tokens: (B, S, context_dim), or None for the null token alone.
+        mask: (B, S) bool, False at padding.
+        drop: (B,) bool, True for samples without context.
     """
     if tokens is None:
         assert null is not None  # check_inputs
         return Context(null.expand(batch, 1, -1))
     if mask is None and drop is None:
         return Context(tokens)
-    counts = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if mask is None else mask
+    keep = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if mask is None else mask  # (B, S)
     if drop is not None:
-        counts = counts & ~drop[:, None]
-    tokens = torch.where(counts[..., None], tokens, torch.zeros_like(tokens[0, 0]) if null is None else null)
-    return Context(tokens, counts | ~counts.any(dim=1, keepdim=True))
+        keep = keep & ~drop[:, None]
+    tokens = torch.where(keep[..., None], tokens, torch.zeros_like(tokens[0, 0]) if null is None else null)
+    return Context(tokens, keep | ~keep.any(dim=1, keepdim=True))

@@ -1,10 +1,10 @@
-"""The convolutions of a `UNet`: torch's own, or on a CPU faster ways to the same numbers where those pay."""
+"""The convolutions of a `UNet`: torch's, or on a CPU Winograd's filtering and matrix products if these are faster."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -13,22 +13,53 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from unet_denoiser.models.layers.winograd import convolve, transform_weight, weight_gradient
+from unet_denoiser.models.layers.winograd import convolve, first_block_only, transform_weight, weight_gradient
 
-_KEPT = 2**30  # bytes of transformed weights that inference keeps
-_WORTH = 0.95  # share of the plain convolution's time from which on the filtering is used
-_enabled = True
+_MAX_CACHED_BYTES = 2**30  # of transformed weights, in inference
+_MAX_TIME_RATIO = 0.95  # Winograd's filtering is used up to this ratio of its time to torch's
+_MAX_CACHED_PIXELS = 4096  # with more pixels, transforming the weights takes a small share of the convolution's time
+_plain = False
+_assumed_device: str | None = None
 
 
 @contextmanager
 def plain_convolutions() -> Iterator[None]:
-    """Within it, networks use torch's own convolutions and autograd: the reference for this file and `recompute.py`."""
-    global _enabled
-    before, _enabled = _enabled, False
+    """Within it, use torch's own convolutions and autograd: the reference for this file and `recompute.py`."""
+    global _plain
+    before, _plain = _plain, True
     try:
         yield
     finally:
-        _enabled = before
+        _plain = before
+
+
+@contextmanager
+def convolutions_as_on(device: str) -> Iterator[None]:
+    """Within it, convolve tensors on a CPU as tensors on `device` are convolved: to count memory without storage.
+
+    On a "cpu", one block of tiles stands for all: the others use the same memory.
+    """
+    global _assumed_device
+    before, _assumed_device = _assumed_device, device
+    try:
+        with first_block_only() if device == "cpu" else nullcontext():
+            yield
+    finally:
+        _assumed_device = before
+
+
+def is_on_cpu(x: Tensor) -> bool:
+    """Return True if x is on a CPU, and no other device is assumed (`convolutions_as_on`)."""
+    return x.device.type == "cpu" and _assumed_device in (None, "cpu")
+
+
+def requires_plain() -> bool:
+    """Return True if torch's own convolutions are asked for, or needed: export, function transforms, forward mode."""
+    if _plain or torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 class Conv2d(nn.Conv2d):
@@ -38,8 +69,8 @@ class Conv2d(nn.Conv2d):
         return self.run(x, training=torch.is_grad_enabled())
 
     def run(self, x: Tensor, training: bool) -> Tensor:
-        """The convolution; `training` says that the weights change after each call, so that nothing is kept of them."""
-        if only_plain() or x.device.type != "cpu" or x.ndim != 4:
+        """Convolve x; in `training` the weights change after each call, so nothing is cached."""
+        if requires_plain() or not is_on_cpu(x) or x.ndim != 4:
             return super().forward(x)
         if winograd_pays(self, x, training):
             if torch.compiler.is_compiling() or torch.is_grad_enabled():
@@ -48,17 +79,8 @@ class Conv2d(nn.Conv2d):
         if _is_pointwise(self) and is_channels_last(x):
             return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
         if x.shape[0] * x.shape[2] * x.shape[3] <= 256 and self.weight.numel() >= 128 * 128 * 9:
-            x = x.contiguous()  # so few pixels cost less than the reordering of so many weights for channels last
+            x = x.contiguous()  # channels last would reorder the weights, which takes longer than these few pixels
         return super().forward(x)
-
-
-def only_plain() -> bool:
-    """Whether torch's own convolutions are asked for, or needed: by exporting, function transforms, forward mode."""
-    if not _enabled or torch.compiler.is_exporting() or torch.jit.is_tracing():
-        return True
-    if torch.compiler.is_compiling():
-        return False
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _is_pointwise(conv: nn.Conv2d) -> bool:
@@ -68,101 +90,117 @@ def _is_pointwise(conv: nn.Conv2d) -> bool:
 CONV: dict[int, Any] = {1: nn.Conv1d, 2: Conv2d, 3: nn.Conv3d}
 
 
-# ---- Winograd's filtering where it pays ------------------------------------------------------------------------------
+def channels_last(x: Tensor) -> Tensor:
+    """Return an image on a CPU with its channels last: convolutions and norms there are fastest so, and keep it."""
+    use = x.ndim == 4 and is_on_cpu(x) and not requires_plain()
+    return x.contiguous(memory_format=torch.channels_last) if use else x
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Return True if x is an image (N, C, H, W) whose channels are last in memory."""
+    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+
+
+# ---- when Winograd's filtering is used -------------------------------------------------------------------------------
 
 
 def winograd_pays(conv: nn.Conv2d, x: Tensor, training: bool) -> bool:
-    """Whether the filtering is faster than torch's convolution.
+    """Return True if Winograd's filtering is faster than torch's convolution, by `winograd_time_ratio`.
 
-    Not for strides and other kernels, in other precisions, where its rounding shows, nor on other devices, whose
-    libraries have it; else by `winograd_share`.
+    Never for strides and other kernels; nor in other precisions, where its rounding matters; nor on other devices,
+    whose libraries have it.
     """
     if conv.kernel_size != (3, 3) or not conv.stride == conv.padding == conv.dilation == (1, 1):
         return False
-    if conv.groups != 1 or conv.padding_mode != "zeros" or x.device.type != "cpu":
+    if conv.groups != 1 or conv.padding_mode != "zeros" or not is_on_cpu(x):
         return False
     if torch.is_autocast_enabled("cpu") or not x.dtype == conv.weight.dtype == torch.float32:
         return False
-    kept = not training and _may_keep(conv.weight)
-    return bool(winograd_share(conv.in_channels, conv.out_channels, x.shape, kept) <= _WORTH)
+    cached = not training and _fits_cache(conv.weight)
+    return bool(winograd_time_ratio(conv.in_channels, conv.out_channels, x.shape, cached) <= _MAX_TIME_RATIO)
 
 
-def winograd_share(in_ch: int, out_ch: int, shape: Sequence[int], kept: bool) -> float:
-    """The time of the filtering as a share of torch's convolution, fitted to what `benchmarks/winograd.py` measured.
+def winograd_time_ratio(in_ch: int, out_ch: int, shape: Sequence[int], cached: bool) -> float:
+    """Estimate the time of Winograd's filtering over that of torch's convolution.
 
-    A quarter of the multiplications and what comes with them, the transforms of input and output, which count more
-    the fewer the channels are, both for whole tiles, and more for partly empty ones, which are few or small; reading
-    the transformed weights or making them, which cost as much as the convolution of so many pixels; and the time of
-    some twenty calls of torch.
+    Fitted to measurements of `benchmarks/winograd.py`. The first term is a quarter of the multiplications, and the
+    transforms of input and output, which weigh more with few channels; both count whole tiles, and partly empty tiles
+    cost more. The second is reading the transformed weights, or making them. The third is some twenty calls of torch.
 
     Args:
         shape: (N, C, H, W) of the input.
-        kept: the transformed weights are there.
+        cached: the transformed weights are cached.
     """
     images, _, height, width = shape
     pixels, in_tiles = images * height * width, images * 16 * -(-height // 4) * -(-width // 4)
     arithmetic = (in_tiles / pixels) ** 1.5 * (0.28 + 24 / in_ch + 24 / out_ch)
-    return arithmetic + (60 if kept else 220) / pixels + 1.2e6 / (pixels * in_ch * out_ch)
+    return arithmetic + (60 if cached else 220) / pixels + 1.2e6 / (pixels * in_ch * out_ch)
 
 
-class _Transformed(NamedTuple):
-    """Transformed weights, and what tells that the weights have changed since."""
+# ---- the cache of transformed weights --------------------------------------------------------------------------------
+
+
+class _CachedWeight(NamedTuple):
+    """Transformed weights (36, C, K), with the version and a sample of the original ones, to notice changes."""
 
     weight: Tensor
     version: int
     sample: Tensor
 
 
-_transformed: Any = WeakTensorKeyDictionary()
+_weight_cache: Any = WeakTensorKeyDictionary()
 
 
-def _may_keep(weight: Tensor) -> bool:
-    """Whether the transformed weights, four times as large, still fit into what is kept: 1 GiB in all."""
+def _fits_cache(weight: Tensor) -> bool:
+    """Return True if the transformed weights, which are four times as large, are in the cache or fit into it."""
     if torch.compiler.is_compiling():
-        return weight.numel() <= 2**22  # a graph cannot ask what is kept; the operator does, and may transform again
+        return weight.numel() <= 2**22  # a graph cannot ask the cache; the operator does, and may transform again
     if weight.is_inference():
-        return False
-    return (
-        weight in _transformed or sum(kept.weight.nbytes for kept in _transformed.values()) + 4 * weight.nbytes <= _KEPT
-    )
+        return False  # an inference tensor has no version
+    if weight in _weight_cache:
+        return True
+    return sum(cached.weight.nbytes for cached in _weight_cache.values()) + 4 * weight.nbytes <= _MAX_CACHED_BYTES
 
 
-def _transform(weight: Tensor, pixels: int) -> Tensor:
-    """Transformed weights, kept for the next call where making them takes a share of it: few pixels, many weights."""
-    if pixels > 4096 or not _may_keep(weight):
-        return transform_weight(weight, keep=False)
-    kept = _transformed.get(weight)
-    # a change through .data leaves the version as it is; but it seldom spares all of 1024 values, of all channels
+def _transform_cached(weight: Tensor, pixels: int) -> Tensor:
+    """Transform weights, or take them from the cache, which is for few pixels: there it saves a share of the time."""
+    if pixels > _MAX_CACHED_PIXELS or not _fits_cache(weight):
+        return transform_weight(weight, scratch=True)
+    cached = _weight_cache.get(weight)
+    # a change through .data leaves the version as it is, but seldom all of 1024 values from all channels
     step = max(1, weight.numel() // 1024)
     while math.gcd(step, 9 * weight.shape[1]) > 1:
         step += 1
     sample = weight.detach().flatten()[::step].clone()
-    if kept is None or kept.version != weight._version or not torch.equal(kept.sample, sample):
-        whole = transform_weight(weight.detach()).contiguous()  # worth its time if used again
-        kept = _transformed[weight] = _Transformed(whole, weight._version, sample)
-    return kept.weight
+    if cached is None or cached.version != weight._version or not torch.equal(cached.sample, sample):
+        transformed = transform_weight(weight.detach()).contiguous()
+        cached = _weight_cache[weight] = _CachedWeight(transformed, weight._version, sample)
+    return cached.weight
+
+
+# ---- Winograd's filtering as functions and as operators of torch -----------------------------------------------------
 
 
 def convolve_3x3(x: Tensor, weight: Tensor, bias: Tensor | None, *, cache: bool = False) -> Tensor:
-    """The filtering of an image (N, C, H, W); `cache` may keep the transformed weights."""
+    """Convolve images (N, C, H, W) by Winograd's filtering; `cache` may keep the transformed weights."""
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
-    transformed = _transform(weight, pixels) if cache else transform_weight(weight, keep=False)
+    transformed = _transform_cached(weight, pixels) if cache else transform_weight(weight, scratch=True)
     return convolve(x.permute(0, 2, 3, 1), transformed, bias).permute(0, 3, 1, 2)
 
 
 def convolve_3x3_backward(
     grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of the input, the weights and the bias, where `needs` says so."""
-    grad = grad.permute(0, 2, 3, 1)
-    dx = convolve(grad, transform_weight(weight, turned=True, keep=False)).permute(0, 3, 1, 2) if needs[0] else None
+    """Compute the gradients of input, weights and bias, each if `needs` says so."""
+    grad = grad.permute(0, 2, 3, 1)  # (N, H, W, K)
+    dx = convolve(grad, transform_weight(weight, rotated=True, scratch=True)).permute(0, 3, 1, 2) if needs[0] else None
     dw = weight_gradient(x.permute(0, 2, 3, 1), grad) if needs[1] else None
     return dx, dw, grad.sum((0, 1, 2)) if needs[2] else None
 
 
 @torch.library.custom_op("unet_denoiser::conv3x3", mutates_args=())
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, cache: bool) -> Tensor:
-    """Winograd's filtering as one operator, which torch.compile takes as it is."""
+    """Convolve as one operator, which torch.compile does not look into."""
     return convolve_3x3(x, weight, bias, cache=cache)
 
 
@@ -173,7 +211,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, cache: bool) -> Tensor:
 
 @torch.library.custom_op("unet_denoiser::conv3x3_backward", mutates_args=())
 def conv3x3_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the input, the weights and the bias."""
+    """Compute the gradients of input, weights and bias as one operator."""
     return convolve_3x3_backward(grad, x, weight, (True, True, True))  # type: ignore[return-value]
 
 
@@ -190,23 +228,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():  # of gradients, too
-        sizes = [[1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, True]]
-        dx, dw, db = torch.ops.aten.convolution_backward(grad, *ctx.saved_tensors, [grad.shape[1]], *sizes)
+    if torch.is_grad_enabled():  # second derivatives need torch's own operator
+        options = [[1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, True]]
+        dx, dw, db = torch.ops.aten.convolution_backward(grad, *ctx.saved_tensors, [grad.shape[1]], *options)
     else:
         dx, dw, db = conv3x3_backward(grad, *ctx.saved_tensors)
     return dx, dw, db if ctx.has_bias else None, None
 
 
 conv3x3.register_autograd(_backward, setup_context=_save)
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """An image on a CPU in the layout that convolutions and norms there are fastest in, and which they hand on."""
-    use = x.ndim == 4 and x.device.type == "cpu" and not only_plain()
-    return x.contiguous(memory_format=torch.channels_last) if use else x
-
-
-def is_channels_last(x: Tensor) -> bool:
-    """Whether an image lies in memory with its channels last."""
-    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""Embeddings of timesteps and classes."""
+"""Embeddings of timesteps, classes and vectors."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# ---- time ----------------------------------------------------------------------------------------------------------
+Frequencies = Literal["endpoint", "half"]
 
 
 class SinusoidalPosEmb(nn.Module):
     """Sinusoidal embedding of timesteps: (B,) integer or float -> (B, dim) float32, sines then cosines.
 
     Angles are t * 10000^(-k / (half - 1)) for k < half = dim // 2 with frequencies="endpoint" (DDPM), or
-    t * 10000^(-k / half) with "half" (ADM). An odd `dim` is zero-padded on the right. (Vaswani et al. 2017, 3.5)
+    t * 10000^(-k / half) with "half" (ADM). An odd `dim` is zero-padded on the right. (Vaswani et al. 2017, section
+    3.5, where sines and cosines alternate)
 
     Raises:
         ValueError: dim < 2.
     """
 
-    def __init__(self, dim: int, frequencies: Literal["endpoint", "half"] = "endpoint") -> None:
+    def __init__(self, dim: int, frequencies: Frequencies = "endpoint") -> None:
         super().__init__()
         if dim < 2:
             raise ValueError(f"dim={dim} has no room for a sine and a cosine; give at least 2")
@@ -34,15 +35,15 @@ class SinusoidalPosEmb(nn.Module):
         steps = max(half - 1, 1) if self.frequencies == "endpoint" else half
         # float32 throughout: bfloat16 could not tell timestep 999 from 1000
         k = torch.arange(half, device=t.device, dtype=torch.float32)
-        # in the peers' order of operations: another rounds otherwise, by 6e-5 at t = 1000
-        angles = t.float()[:, None] * torch.exp(-math.log(10000) * k / steps)
+        # the order of operations of ADM and diffusers: another one rounds differently, by 6e-5 at t = 1000
+        angles = t.float()[:, None] * torch.exp(-math.log(10000) * k / steps)  # (B, half)
         return F.pad(torch.cat([angles.sin(), angles.cos()], dim=-1), (0, self.dim % 2))
 
 
 class TimeMLP(nn.Sequential):
-    """Timesteps (B,) -> embedding (B, 4 * dim): sinusoids, plus `shift` (B, dim) if given, Linear, SiLU, Linear."""
+    """Embeds timesteps (B,) as (B, 4 * dim): sinusoids, plus `shift` (B, dim) if given, Linear, SiLU, Linear."""
 
-    def __init__(self, dim: int, frequencies: Literal["endpoint", "half"] = "endpoint") -> None:
+    def __init__(self, dim: int, frequencies: Frequencies = "endpoint") -> None:
         super().__init__(
             SinusoidalPosEmb(dim, frequencies), nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, 4 * dim)
         )
@@ -53,11 +54,15 @@ class TimeMLP(nn.Sequential):
         return linear2(act(linear1(h if shift is None else h + shift)))
 
 
-# ---- resampling: any size down to ceil(size / 2), and back up to the size of the skip ------------------------------
-
-
 class ClassEmbedding(nn.Embedding):
-    """Embeddings of classes (B,), or their weighted sums for weights (B, num_classes)."""
+    """Embeds classes (B,), or weights of the classes (B, num_classes) as the weighted sum of their embeddings."""
 
     def forward(self, labels: Tensor) -> Tensor:
         return labels @ self.weight if labels.is_floating_point() else super().forward(labels)
+
+
+class VectorEmbedding(nn.Sequential):
+    """Embeds vectors (B, vector_dim) as (B, dim): Linear, SiLU, Linear."""
+
+    def __init__(self, vector_dim: int, dim: int) -> None:
+        super().__init__(nn.Linear(vector_dim, dim), nn.SiLU(), nn.Linear(dim, dim))

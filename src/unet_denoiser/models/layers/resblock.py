@@ -1,11 +1,11 @@
-"""The parts of a `UNet` but for attention: time embedding, resampling, residual block.
+"""The residual block of a `UNet`.
 
 Every layer is called the same way, `layer(x, emb, context, size)`, and takes what it needs:
 
     x        (B, C, *spatial)     the features
     emb      (B, time_emb_dim)    time embedding, with the class and vector embeddings added
     context  Context              tokens for cross-attention
-    size     spatial shape        what an upsampling must come out at: its skip's, odd sizes included
+    size     spatial shape        output size of an upsampling: that of the skip, odd sizes included
 """
 
 from __future__ import annotations
@@ -20,39 +20,20 @@ from unet_denoiser.models.layers.common import Size, add_inplace, silu_inplace, 
 from unet_denoiser.models.layers.context import Context
 from unet_denoiser.models.layers.conv import CONV, is_channels_last
 from unet_denoiser.models.layers.norm import group_norm
-from unet_denoiser.models.layers.recompute import recomputed
+from unet_denoiser.models.layers.recompute import recompute_input
 from unet_denoiser.models.layers.resampling import average_pool, identity, upsample_nearest
-
-# ---- residual block ------------------------------------------------------------------------------------------------
-
-
-def dropout_mask(like: Tensor, p: float) -> Tensor:
-    """Where dropout keeps a value: bool, of the shape and layout of `like`; p counts in steps of 1/32768.
-
-    One draw of 63 bits serves four values; on a CPU that takes a fifth of the time of torch's own mask.
-    """
-    if torch.compiler.is_compiling():  # a generated kernel draws where it needs them
-        return torch.rand_like(like) >= p
-    draws = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device).random_()
-    fifteen_bits = draws.view(torch.int16)[: like.numel()] & (2**15 - 1)  # the sign of a draw is always the same
-    keep = fifteen_bits >= _of_fifteen_bits(p)
-    if is_channels_last(like):
-        return keep.view(like.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
-    return keep.view(like.shape)
-
-
-def _of_fifteen_bits(p: float) -> int:
-    return min(round(p * 2**15), 2**15 - 1)
+from unet_denoiser.utils.broadcasting import append_dims
 
 
 class ResBlock(nn.Module):
     """Two convolutions around the time embedding, with a residual connection.
 
-    h = conv1(silu(norm1(x))); the embedding is added to h ("add") or, after norm2, scales and shifts it
-    ("scale_shift"; ADM, Dhariwal and Nichol 2021, AdaGN); h = conv2(dropout(silu(h))); out = skip(x) + h.
+    h = conv1(silu(norm1(x))). With y from the embedding, modulation="add" computes h = norm2(h + y) (Ho et al. 2020);
+    "scale_shift" computes h = y_s norm2(h) + y_b, where y_s = 1 + scale (AdaGN; Dhariwal and Nichol 2021, section 3.1).
+    Then h = conv2(dropout(silu(h))), and the output is skip(x) + h.
 
     Args:
-        in_ch, out_ch: channels; `skip` is a 1x1 convolution where they differ.
+        in_ch, out_ch: channels; `skip` is a 1x1 convolution if they differ.
         time_emb_dim: width of the embedding.
         resample: "down" or "up" resample both h and x before conv1 (ADM's resblock_updown).
 
@@ -84,26 +65,26 @@ class ResBlock(nn.Module):
         self.skip = nn.Identity() if in_ch == out_ch else CONV[dims](in_ch, out_ch, 1)
 
     def forward(self, x: Tensor, emb: Tensor, context: Context | None = None, size: Size = None) -> Tensor:
-        emb = self.time_mlp(F.silu(emb))
-        emb = emb.reshape(*emb.shape, *[1] * (x.ndim - 2))
-        h = recomputed(
+        emb = append_dims(self.time_mlp(F.silu(emb)), x.ndim)  # (B, out_ch or 2 out_ch, 1, ...)
+        h = recompute_input(
             lambda x: self.resample(silu_inplace(self.norm1(x), self.norm1), size), self.conv1, x, norm=self.norm1
-        )
+        )  # (B, out_ch, *spatial)
         if self.scale_shift:
             scale, shift = emb.chunk(2, dim=1)
         else:
             h, scale, shift = add_inplace(h, emb, self.conv1), None, None
-        # drawn here, as the backward pass calls `_activate` again
-        mask = dropout_mask(h, self.dropout.p) if self.training and self.dropout.p else None
-        h = recomputed(self._activate, self.conv2, h, scale, shift, mask, norm=self.norm2)
+        # drawn here and not in `_activate`, which the backward pass calls again
+        mask = draw_dropout_mask(h, self.dropout.p) if self.training and self.dropout.p else None
+        h = recompute_input(self._activate, self.conv2, h, scale, shift, mask, norm=self.norm2)
         return add_inplace(h, self.skip(self.resample(x, size)), self.conv2)
 
     def _activate(self, h: Tensor, scale: Tensor | None, shift: Tensor | None, mask: Tensor | None) -> Tensor:
+        """Compute conv2's input: norm, modulation, SiLU, dropout."""
         h = self.norm2(h)
         if scale is not None and shift is not None:
             h = torch.addcmul(shift, h, 1 + scale)
         h = silu_inplace(h, self.norm2)
-        return h if mask is None else torch.where(mask, h, 0.0).div_(1 - _of_fifteen_bits(self.dropout.p) / 2**15)
+        return h if mask is None else torch.where(mask, h, 0.0).div_(1 - _to_fifteen_bits(self.dropout.p) / 2**15)
 
 
 class Block(nn.ModuleList):
@@ -113,3 +94,22 @@ class Block(nn.ModuleList):
         for layer in self:
             x = layer(x, emb, context, size)
         return x
+
+
+def draw_dropout_mask(like: Tensor, p: float) -> Tensor:
+    """Draw the values that dropout keeps: bool, of the shape and layout of `like`; p is rounded to 1/32768.
+
+    One draw of 63 bits serves four values: on a CPU, a fifth of the time of torch's own mask.
+    """
+    if torch.compiler.is_compiling():  # a generated kernel draws without a mask in memory
+        return torch.rand_like(like) >= p
+    draws = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device).random_()
+    fifteen_bits = draws.view(torch.int16)[: like.numel()] & (2**15 - 1)  # random_ leaves the sign bit of int64 zero
+    keep = fifteen_bits >= _to_fifteen_bits(p)
+    if is_channels_last(like):
+        return keep.view(like.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+    return keep.view(like.shape)
+
+
+def _to_fifteen_bits(p: float) -> int:
+    return min(round(p * 2**15), 2**15 - 1)

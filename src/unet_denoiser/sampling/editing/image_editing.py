@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unet_denoiser.config.sampling import SamplingConfig
-from unet_denoiser.data.wrappers.concat import enlarged, masked
+from unet_denoiser.data.wrappers.concat import enlarge, mask_images
 from unet_denoiser.diffusion.process import Diffusion
 from unet_denoiser.models.unet import UNet
 from unet_denoiser.sampling.arguments import Start, pop_config
@@ -86,7 +86,7 @@ def inpaint(
     device = model.input_conv.weight.device
     images, mask = images.to(device), mask.to(device)
     if process.concat_channels(model.config) == images.shape[1] + 1:
-        request.setdefault("concat", masked(images, mask))
+        request.setdefault("concat", mask_images(images, mask))
 
     def edit(x0: Tensor, t: float, indices: slice) -> Tensor:
         return torch.where(mask[indices], x0, images[indices])
@@ -153,7 +153,7 @@ def upscale(
     images = _expand_to_seeds("images", images, seeds).to(model.input_conv.weight.device)
     size = tuple(n * factor for n in images.shape[2:])
     if process.concat_channels(model.config) == images.shape[1]:
-        return sample(model, process, seeds=seeds, concat=enlarged(images, size), **request)
+        return sample(model, process, seeds=seeds, concat=enlarge(images, size), **request)
 
     def edit(x0: Tensor, t: float, indices: slice) -> Tensor:
         # x0 + A^+ (y - A x0), with A the average pooling and A^+ the repetition of pixels

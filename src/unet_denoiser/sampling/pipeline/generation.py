@@ -1,4 +1,4 @@
-"""What `unet-denoiser sample` does with a run: from names and picture files to samples, as pictures."""
+"""The work of `unet-denoiser sample`: from class names, captions and image files to images."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from unet_denoiser.config.editing import DEFAULT_STRENGTH, EditingConfig
 from unet_denoiser.config.sampling import SamplingConfig
+from unet_denoiser.models.conditions import Conditions
 from unet_denoiser.models.unet import UNet
 from unet_denoiser.sampling.editing.image_editing import image_to_image, inpaint, pad_canvas, upscale
 from unet_denoiser.sampling.editing.interpolation import interpolate
@@ -23,18 +24,18 @@ from unet_denoiser.sampling.pipeline.pipeline import Pipeline
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """Samples that are asked of a run.
+    """Images that are asked of a pipeline.
 
     Args:
-        edit: what to make of which picture.
-        config: how.
-        seeds: one per sample.
-        classes, captions: take turns; no class is every class of the run in turn.
-        vector: everybody's numbers.
-        concat_image: a file, for a network that sees a picture.
-        image_size: of the samples, or of the picture that is given; in pixels.
-        negative_class, negative_caption: what guidance leads away from, in place of nothing.
-        guide: a weaker network that guidance leads away from.
+        edit: the image to edit and how, or the ends of an interpolation.
+        config: how samples are made.
+        seeds: one per image.
+        classes, captions: given to the images in turn; without either, all classes of the pipeline.
+        vector: numbers that condition every image.
+        concat_image: file of an image that the network sees, if it was trained with one.
+        image_size: in pixels, of the images, or of the image to edit.
+        negative_class, negative_caption: what guidance leads away from, instead of no condition.
+        guide: a weaker network, for autoguidance.
     """
 
     edit: EditingConfig
@@ -50,124 +51,154 @@ class GenerationRequest:
     guide: UNet | None = None
 
 
-def generate(run: Pipeline, model: UNet, request: GenerationRequest, **options: Any) -> Tensor:
-    """The samples, decoded.
+def generate(pipeline: Pipeline, request: GenerationRequest, **options: Any) -> Tensor:
+    """Return the images that a request asks for, (N, C, *spatial) in the pipeline's `image_range`.
 
     Args:
-        options: of `sample`: batch_size, on_step.
+        options: `batch_size` and `on_step` of `sample`.
 
     Raises:
-        ValueError, OSError: what cannot work, in one line and before the network runs.
+        ValueError, OSError: the request cannot be fulfilled; in one line, before the network runs.
     """
-    edit, count = request.edit, len(request.seeds)
-    options |= {"config": request.config} | _conditions(run, request)
-    options |= {"negative": _negative(run, request), "guide": request.guide}
-    followed = {"class_labels", "vector", "context", "concat"} & set(options) or run.data.concat is not None
-    if not followed and request.guide is None and request.config.guidance_scale != 1:
-        raise ValueError(
-            f"guidance_scale={request.config.guidance_scale} needs a class, caption, vector or picture to follow; "
-            "give one, or 1"
-        )
-    if (options["negative"] or request.guide is not None) and request.config.guidance_scale == 1:
-        raise ValueError(
-            "guidance_scale=1 leads away from nothing: with a negative or a guide give 2 to 5, for example"
-        )
+    edit, process, model = request.edit, pipeline.process, pipeline.model
+    conditions, negative = _read_conditions(pipeline, request), _read_negative(pipeline, request)
+    conditional = bool(conditions.given()) or pipeline.data.concat is not None
+    _check_guidance(request, conditional, has_negative=bool(negative.given()))
+    options |= {"config": request.config, "negative": negative.given(), "guide": request.guide, **conditions.given()}
     if edit.image is not None:
-        return _edit(run, model, request, options)
-    options["image_size"] = run.sample_size(request.image_size)
+        return _edit_image(pipeline, request, edit.image, options)
+    options["image_size"] = pipeline.sample_size(request.image_size)
     if edit.interpolates:
         seeds = edit.interpolate_seeds or (request.seeds[0], request.seeds[0])
-        return run.decode(interpolate(model, run.process, seeds=seeds, count=count, **options))
-    return run.decode(sample(model, run.process, seeds=request.seeds, **options))
+        return pipeline.decode(interpolate(model, process, seeds=seeds, count=len(request.seeds), **options))
+    return pipeline.decode(sample(model, process, seeds=request.seeds, **options))
 
 
-def _edit(run: Pipeline, model: UNet, request: GenerationRequest, options: dict[str, Any]) -> Tensor:
-    edit, seeds, process = request.edit, request.seeds, run.process
-    assert edit.image is not None
-    if edit.upscale is not None:
-        _check_upscaling(run, edit.upscale)
-        if request.image_size is not None:
-            raise ValueError(f"image_size={request.image_size}: upscale={edit.upscale} sets the size; leave it out")
-        small = run.read_picture(edit.image, as_it_is=True)
-        return upscale(model, process, small, edit.upscale, seeds=seeds, resample=edit.resample, **options)
-    picture = run.read_picture(edit.image, request.image_size)
-    if edit.mask is not None or edit.outpaint is not None:
-        if edit.outpaint is not None:
-            picture, mask = pad_canvas(picture, edit.outpaint)
-            if any(n % run.latent_factor for n in picture.shape[2:]):
-                raise ValueError(
-                    f"outpaint={edit.outpaint} makes a picture of {tuple(picture.shape[2:])}; with latents both must "
-                    f"be multiples of {run.latent_factor}"
-                )
-        else:
-            assert edit.mask is not None
-            mask = run.read_mask(edit.mask, picture.shape[2:])
-        hidden = mask if run.data.vae is None else F.max_pool2d(mask.float(), run.latent_factor) > 0
-        known = run.encode(picture)
-        x = run.decode(inpaint(model, process, known, hidden, seeds=seeds, resample=edit.resample, **options))
-        return torch.where(mask.to(x.device), x, picture.to(x))
-    if edit.invert:
-        return _regenerated(run, model, request, run.encode(picture), options)
-    strength = DEFAULT_STRENGTH if edit.strength is None else edit.strength
-    return run.decode(image_to_image(model, process, run.encode(picture), seeds=seeds, strength=strength, **options))
+# ---- conditions ------------------------------------------------------------------------------------------------------
 
 
-def _regenerated(run: Pipeline, model: UNet, request: GenerationRequest, x: Tensor, options: dict[str, Any]) -> Tensor:
-    """The picture inverted with its own class or caption, and made again with each of those asked for."""
-    edit, count = request.edit, len(request.seeds)
-    own = dict(options) | {"config": replace(request.config, guidance_scale=1.0)}
-    for name in ("on_step", "negative", "guide"):
-        own.pop(name, None)
-    if edit.image_class is not None:
-        own["class_labels"] = run.labels(count, [edit.image_class])
-    if edit.image_caption is not None:
-        own |= run.encode_captions([edit.image_caption] * count)
-    inversion = invert(model, run.process, x.expand(count, *x.shape[1:]), **own)
-    return run.decode(regenerate(model, run.process, inversion, **options))
-
-
-def _conditions(run: Pipeline, request: GenerationRequest) -> dict[str, Tensor]:
-    """What the samples shall follow: one row each, or with interpolation one or two rows (from, to)."""
-    edit, count = request.edit, len(request.seeds)
-    classes, captions = edit.interpolate_classes or request.classes, edit.interpolate_captions or request.captions
+def _read_conditions(pipeline: Pipeline, request: GenerationRequest) -> Conditions:
+    """Return the conditions of the images: one per seed, or for an interpolation one or two (from, to)."""
+    edit, count = request.edit, 2 if request.edit.interpolates else len(request.seeds)
     if edit.interpolates:
-        count = 2
-        for name, ways, names in (
-            ("class", edit.interpolate_classes, request.classes),
-            ("caption", edit.interpolate_captions, request.captions),
-        ):
-            if ways and names:
-                raise ValueError(f"{name}={names[0]!r} and a way from one {name} to another: give one of them")
-            if len(names) > 1:
-                raise ValueError(f"{name}={names[1]!r}: with interpolation all samples have one {name}; give one")
-        if run.class_names is not None and not classes and not captions:
-            raise ValueError(f"interpolate_seeds needs a class of {', '.join(run.class_names)}; give one as class")
-    conditions: dict[str, Tensor] = {}
-    if classes or (run.class_names and not captions):
-        conditions["class_labels"] = run.labels(count, classes)
+        _check_interpolation(pipeline, request)
+    classes, captions = edit.interpolate_classes or request.classes, edit.interpolate_captions or request.captions
+    conditions = Conditions()
     if captions:
-        conditions |= run.encode_captions([captions[i % len(captions)] for i in range(count)])
+        conditions = pipeline.encode_captions([captions[i % len(captions)] for i in range(count)])
+    if classes or (pipeline.class_names and not captions):
+        conditions = replace(conditions, class_labels=pipeline.labels(count, classes))
     if request.vector:
-        conditions["vector"] = torch.tensor(request.vector).expand(count, -1)
+        conditions = replace(conditions, vector=torch.tensor(request.vector).expand(count, -1))
     if request.concat_image is not None:
-        concat = run.read_concat(request.concat_image)
-        conditions["concat"] = concat.expand(count, *concat.shape[1:])
+        concat = pipeline.read_concat(request.concat_image)
+        conditions = replace(conditions, concat=concat.expand(count, *concat.shape[1:]))
     return conditions
 
 
-def _negative(run: Pipeline, request: GenerationRequest) -> dict[str, Tensor]:
-    """What guidance leads away from: one row for all samples."""
-    negative: dict[str, Tensor] = {}
-    if request.negative_class is not None:
-        negative["class_labels"] = run.labels(1, [request.negative_class])
+def _check_interpolation(pipeline: Pipeline, request: GenerationRequest) -> None:
+    """Raise ValueError unless each condition is given once, either fixed or as two ends."""
+    edit = request.edit
+    for name, ends, names in (
+        ("class", edit.interpolate_classes, request.classes),
+        ("caption", edit.interpolate_captions, request.captions),
+    ):
+        if ends and names:
+            raise ValueError(f"{name}={names[0]!r} and a way from one {name} to another: give one of them")
+        if len(names) > 1:
+            raise ValueError(f"{name}={names[1]!r}: with interpolation all samples have one {name}; give one")
+    given = edit.interpolate_classes or request.classes or edit.interpolate_captions or request.captions
+    if pipeline.class_names is not None and not given:
+        raise ValueError(f"interpolate_seeds needs a class of {', '.join(pipeline.class_names)}; give one as class")
+
+
+def _read_negative(pipeline: Pipeline, request: GenerationRequest) -> Conditions:
+    """Return the negative conditions, one for all images."""
+    negative = Conditions()
     if request.negative_caption is not None:
-        negative |= run.encode_captions([request.negative_caption])
+        negative = pipeline.encode_captions([request.negative_caption])
+    if request.negative_class is not None:
+        negative = replace(negative, class_labels=pipeline.labels(1, [request.negative_class]))
     return negative
 
 
-def _check_upscaling(run: Pipeline, factor: int) -> None:
-    if run.data.vae is not None:
-        raise ValueError(f"upscale={factor}: {run.path} was trained on latents, whose averages are not the picture's")
-    trained = (run.data.concat or "").removeprefix("downscaled:")
-    if trained.isdecimal() and int(trained) != factor:
-        raise ValueError(f"upscale={factor}: {run.path} was trained with concat='downscaled:{trained}'; give {trained}")
+def _check_guidance(request: GenerationRequest, conditional: bool, has_negative: bool) -> None:
+    """Raise ValueError if guidance has nothing to lead to, or if it is off although something is given to lead from."""
+    scale, guide = request.config.guidance_scale, request.guide
+    if not conditional and guide is None and scale != 1:
+        raise ValueError(f"guidance_scale={scale} needs a class, caption, vector or image to follow; give one, or 1")
+    if (has_negative or guide is not None) and scale == 1:
+        raise ValueError(
+            "guidance_scale=1 leads away from nothing: with a negative or a guide give 2 to 5, for example"
+        )
+
+
+# ---- editing ---------------------------------------------------------------------------------------------------------
+
+
+def _edit_image(pipeline: Pipeline, request: GenerationRequest, file: Path, options: dict[str, Any]) -> Tensor:
+    """Return edited versions of an image file; `options` are arguments of `sample`."""
+    edit = request.edit
+    if edit.upscale is not None:
+        return _upscale(pipeline, request, pipeline.read_image(file, keep_size=True), options)
+    image = pipeline.read_image(file, request.image_size)
+    if edit.mask is not None or edit.outpaint is not None:
+        return _inpaint(pipeline, request, image, options)
+    if edit.invert:
+        return _regenerate(pipeline, request, image, options)
+    options["strength"] = DEFAULT_STRENGTH if edit.strength is None else edit.strength
+    x = pipeline.encode(image)
+    return pipeline.decode(image_to_image(pipeline.model, pipeline.process, x, seeds=request.seeds, **options))
+
+
+def _upscale(pipeline: Pipeline, request: GenerationRequest, small: Tensor, options: dict[str, Any]) -> Tensor:
+    """Return images whose averages over squares are `small` (1, C, h, w)."""
+    edit, factor, data = request.edit, request.edit.upscale, pipeline.data
+    assert factor is not None
+    if data.vae is not None:
+        raise ValueError(
+            f"upscale={factor}: {pipeline.path} was trained on latents, whose averages are not the image's"
+        )
+    kind = data.concat_kind
+    if kind is not None and kind.name == "downscaled" and kind.factor != factor:
+        raise ValueError(
+            f"upscale={factor}: {pipeline.path} was trained with concat={data.concat!r}; give {kind.factor}"
+        )
+    if request.image_size is not None:
+        raise ValueError(f"image_size={request.image_size}: upscale={factor} sets the size; leave it out")
+    options |= {"seeds": request.seeds, "resample": edit.resample}
+    return upscale(pipeline.model, pipeline.process, small, factor, **options)
+
+
+def _inpaint(pipeline: Pipeline, request: GenerationRequest, image: Tensor, options: dict[str, Any]) -> Tensor:
+    """Return versions of an image (1, C, H, W) that are new inside a mask, or in margins around it."""
+    edit, factor = request.edit, pipeline.latent_factor
+    if edit.outpaint is not None:
+        image, mask = pad_canvas(image, edit.outpaint)
+        if any(n % factor for n in image.shape[2:]):
+            raise ValueError(
+                f"outpaint={edit.outpaint} makes an image of {tuple(image.shape[2:])}; with latents both must be "
+                f"multiples of {factor}"
+            )
+    else:
+        assert edit.mask is not None
+        mask = pipeline.read_mask(edit.mask, image.shape[2:])
+    hidden = F.max_pool2d(mask.float(), factor) > 0  # a latent is new if any of its pixels is
+    options |= {"seeds": request.seeds, "resample": edit.resample}
+    x = pipeline.decode(inpaint(pipeline.model, pipeline.process, pipeline.encode(image), hidden, **options))
+    return torch.where(mask.to(x.device), x, image.to(x))
+
+
+def _regenerate(pipeline: Pipeline, request: GenerationRequest, image: Tensor, options: dict[str, Any]) -> Tensor:
+    """Invert an image with its own class or caption, and generate it again with those of the request."""
+    edit, count, model, process = request.edit, len(request.seeds), pipeline.model, pipeline.process
+    original = dict(options) | {"config": replace(request.config, guidance_scale=1.0)}
+    for name in ("on_step", "negative", "guide"):
+        original.pop(name, None)
+    if edit.image_class is not None:
+        original["class_labels"] = pipeline.labels(count, [edit.image_class])
+    if edit.image_caption is not None:
+        original |= pipeline.encode_captions([edit.image_caption] * count).given()
+    x = pipeline.encode(image)
+    inversion = invert(model, process, x.expand(count, *x.shape[1:]), **original)
+    return pipeline.decode(regenerate(model, process, inversion, **options))

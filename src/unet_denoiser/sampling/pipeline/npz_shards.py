@@ -1,4 +1,4 @@
-"""Many samples on disk: files of some hundreds each, written whole, so that a run that is interrupted goes on."""
+"""Many samples on disk, in .npz files of some hundreds each that appear whole, so that sampling can be resumed."""
 
 from __future__ import annotations
 
@@ -12,66 +12,64 @@ import torch
 from torch import nn
 
 from unet_denoiser.utils.cache import digest
-from unet_denoiser.utils.files import read_json, remove_leftovers, write_atomically
+from unet_denoiser.utils.files import read_json, remove_leftovers, write_atomically, write_json
 
 SETTINGS = "settings.json"
 
 
 class Shards:
-    """A folder of `.npz` files of equally many samples, named by the first and the last, and what they are made with.
+    """A folder of `.npz` files, each with the same number of samples and named by the first and last of them.
 
-    Several processes may fill it, each its share of what was missing when all of them opened it.
+    Several processes may fill it, each with its share of the files that were missing when all of them opened it.
 
     Args:
-        folder: made where it is not there.
-        count: samples in all; more than a folder was made for are added to what it has.
-        size: samples of a file; that of the folder counts where it has files.
-        settings: what decides how the samples come out, of what JSON knows; kept in `settings.json`.
+        folder: created if it does not exist.
+        count: total number of samples. A larger count than the folder's extends it.
+        size: samples per file; a folder that has files keeps theirs.
+        settings: everything that the values of the samples depend on, as JSON values; kept in `settings.json`.
 
     Raises:
-        ValueError: the folder holds something else, or samples with other settings, by the name of the first that
-            differs.
+        ValueError: the folder holds something else, or samples with other settings; names the first that differs.
     """
 
     def __init__(self, folder: Path, count: int, size: int, settings: Mapping[str, Any]) -> None:
         self.folder, self.count = folder, count
-        wanted, grows = {"num_images": count, **json.loads(json.dumps(settings))}, False
-        if not (folder / SETTINGS).is_file() or self._only_settings():  # of a command that could not start, perhaps
-            others = (path for path in folder.glob("[!.]*") if path.name != SETTINGS)
-            if folder.exists() and (not folder.is_dir() or any(others)):
-                raise ValueError(f"out={folder} holds something else than samples; give a new folder")
-            folder.mkdir(parents=True, exist_ok=True)
-            self._write_settings({"shard_size": size, **wanted})
+        wanted = {"num_images": count, **json.loads(json.dumps(settings))}
+        if not (folder / SETTINGS).is_file() or self._is_empty():
+            self._create({"shard_size": size, **wanted})
         found = read_json(folder / SETTINGS)
         self.size: int = found.pop("shard_size", size)
+        if grows := isinstance(found.get("num_images"), int) and count > found["num_images"]:
+            found["num_images"] = count
         for name in wanted | found:
-            had, wants = found.get(name), wanted.get(name)
-            if name == "num_images" and isinstance(had, int) and count > had:
-                grows = True
-            elif wants != had:
-                raise ValueError(
-                    f"out={folder} holds samples made with {name}={_shortly(had)}, not {_shortly(wants)}; give another "
-                    "folder"
-                )
-        if grows:  # a last file that is not full stays until the full one, which has another name, is there
-            self._write_settings({"shard_size": self.size, **wanted})
+            if (old := found.get(name)) != (new := wanted.get(name)):
+                values = f"{_abbreviate(old)}, not {_abbreviate(new)}"
+                raise ValueError(f"out={folder} holds samples made with {name}={values}; give another folder")
+        if grows:  # an incomplete last file stays until the complete one, which has another name, is written
+            write_json(folder / SETTINGS, {"shard_size": self.size, **wanted})
         self.missing = [part for part in self.parts() if not self.path(part).exists()]
 
-    def _only_settings(self) -> bool:
-        """Whether the folder has our settings, and no samples yet."""
+    def _create(self, settings: Mapping[str, Any]) -> None:
+        others = (path for path in self.folder.glob("[!.]*") if path.name != SETTINGS)
+        if self.folder.exists() and (not self.folder.is_dir() or any(others)):
+            raise ValueError(f"out={self.folder} holds something else than samples; give a new folder")
+        write_json(self.folder / SETTINGS, settings)
+
+    def _is_empty(self) -> bool:
+        """Return True if the folder has settings but no samples, as a command leaves it that cannot start."""
         ours = {"shard_size", "num_images"} <= read_json(self.folder / SETTINGS).keys()
         return ours and not any(self.folder.glob("*.npz"))
 
     def parts(self) -> list[range]:
-        """The numbers of each file's samples."""
+        """Return the sample indices of each file."""
         return [range(i, min(i + self.size, self.count)) for i in range(0, self.count, self.size)]
 
     def path(self, part: range) -> Path:
-        """The file of such numbers."""
+        """Return the file for sample indices."""
         return self.folder / f"{part[0]:06d}-{part[-1]:06d}.npz"
 
     def write(self, part: range, arrays: Mapping[str, np.ndarray]) -> Path:
-        """Write a file, whole or not at all."""
+        """Write a file, which appears whole or not at all."""
         path = self.path(part)
         if wrong := {name: len(array) for name, array in arrays.items() if len(array) != len(part)}:
             raise ValueError(f"{path.name} is for {len(part)} samples, not {wrong}")
@@ -85,29 +83,25 @@ class Shards:
         return path
 
     def clean(self) -> None:
-        """Delete what killed processes have left; nobody may be writing."""
+        """Delete what killed processes left; no process may be writing."""
         remove_leftovers(self.folder)
         self._drop_covered("[0-9]*")
 
     def _drop_covered(self, first: str) -> None:
-        """Delete shorter files, beginning with sample `first`, all of whose samples a file of this number has too."""
+        """Delete files from sample `first` on that are shorter than another file with the same first sample."""
         for path in self.folder.glob(f"{first}-*.npz"):
             start, _, end = path.stem.partition("-")
             if start.isdecimal() and end.isdecimal() and int(start) < self.count:
-                whole = self.path(range(int(start), min(int(start) + self.size, self.count)))
-                if path != whole and whole.exists():
+                complete = self.path(range(int(start), min(int(start) + self.size, self.count)))
+                if path != complete and complete.exists():
                     path.unlink()
-
-    def _write_settings(self, settings: Mapping[str, Any]) -> None:
-        text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-        write_atomically(self.folder / SETTINGS, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def read_shards(folder: Path, name: str = "images") -> np.ndarray:
-    """One array of all files of a finished folder, in order; `images`, `labels` and `seeds` are what `sample` writes.
+    """Concatenate an array of all files of a finished folder; `sample` writes `images`, `labels` and `seeds`.
 
     Raises:
-        ValueError: files are missing, or the folder is not of samples.
+        ValueError: files are missing, or the folder holds no samples.
     """
     settings = read_json(folder / SETTINGS)
     if not {"num_images", "shard_size"} <= settings.keys():
@@ -119,11 +113,11 @@ def read_shards(folder: Path, name: str = "images") -> np.ndarray:
 
 
 def digest_weights(model: nn.Module) -> str:
-    """A name for a network's weights, the same for the same values only."""
+    """Return a digest of a network's weights, equal for equal values only."""
     weights = ((name, t.detach().cpu().contiguous().view(-1)) for name, t in model.state_dict().items())
     return digest(part for name, t in weights for part in (name, t.view(torch.uint8).numpy().tobytes()))
 
 
-def _shortly(value: object) -> str:
+def _abbreviate(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."

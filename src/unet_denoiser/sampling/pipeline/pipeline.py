@@ -1,159 +1,205 @@
-"""What samples of a trained network mean: classes and captions by name on their way in, pictures on their way out."""
+"""A trained network with all that its samples need: class names, captions and images in, images out."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from unet_denoiser.config.data import DataConfig
-from unet_denoiser.config.unet import UNetConfig
-from unet_denoiser.data.load import autoencoder, text_encoder
-from unet_denoiser.diffusion.process import Diffusion
-from unet_denoiser.sampling.pipeline.read_images import read_concat, read_mask, read_picture
+from unet_denoiser.data.load import load_autoencoder, load_text_encoder
+from unet_denoiser.diffusion.process import SCHEDULER_NAME, Diffusion
+from unet_denoiser.models.conditions import Conditions
+from unet_denoiser.models.unet import UNet
+from unet_denoiser.sampling.pipeline.read_images import read_concat, read_image, read_mask
+from unet_denoiser.utils.files import read_json
 from unet_denoiser.utils.images import MODES, save_grid
+
+if TYPE_CHECKING:
+    from unet_denoiser.models.autoencoder import Autoencoder
+
+CLASS_NAMES = "class_names.json"
+
+
+def find_scheduler_config(folder: Path) -> dict[str, Any] | None:
+    """Read the `scheduler_config.json` of a model: in its folder, or in a folder `scheduler` beside it (diffusers)."""
+    files = [folder / SCHEDULER_NAME, folder.parent / "scheduler" / SCHEDULER_NAME]
+    return next((read_json(file) for file in files if file.is_file()), None)
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A network with the data and the process that it was trained with; `Run` is one with its training.
+    """A network with its process and the description of its data; `Run.load_pipeline` makes one.
 
     Args:
-        path: the directory, as messages name it.
-        data: what it is trained on, with size, channels and class names as they were found.
-        model: the architecture.
+        path: the directory it was loaded from, for messages.
+        model: the network; samples are made on its device.
         process: schedule, prediction type, data range.
+        data: what it was trained on: size, channels, class names, text encoder, VAE.
     """
 
     path: Path
-    data: DataConfig
-    model: UNetConfig
+    model: UNet
     process: Diffusion
+    data: DataConfig
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> Pipeline:
+        """Load a saved model, such as RUN/model, or a U-Net folder of diffusers with the folder `scheduler` beside it.
+
+        Classes are named by their numbers, unless the folder has a class_names.json.
+
+        Raises:
+            FileNotFoundError, ValueError: the folder has no readable network, or no schedule.
+        """
+        folder = Path(folder)
+        model, schedule = UNet.from_pretrained(folder), find_scheduler_config(folder)
+        if schedule is None:
+            raise FileNotFoundError(
+                f"{folder} has no {SCHEDULER_NAME}, nor a folder scheduler beside it; "
+                f"write one with Diffusion(...).save_pretrained({str(folder)!r})"
+            )
+        process, names = Diffusion.from_dict(schedule), folder / CLASS_NAMES
+        found = json.loads(names.read_text("utf-8")) if names.is_file() else range(model.config.num_classes or 0)
+        classes, channels = tuple(map(str, found)) or None, process.data_channels(model.config)
+        data = DataConfig(str(folder), image_size=model.config.sizes, channels=channels, class_names=classes)
+        return cls(folder, model.to(device), process, data)
+
+    # ---- conditions ------------------------------------------------------------------------------------------------
 
     @property
     def class_names(self) -> list[str] | None:
-        """Names of the classes in label order, or None for a run without classes."""
-        return list(self.data.class_names) if self.model.num_classes and self.data.class_names else None
+        """Names of the classes in label order, or None if the network has no classes."""
+        return list(self.data.class_names) if self.model.config.num_classes and self.data.class_names else None
 
     def labels(self, count: int, names: Sequence[str] = ()) -> Tensor:
-        """(count,) labels that go round the classes `names` (default: all), so that label i does not depend on count.
+        """Return (count,) labels that repeat the classes `names` (default: all) in turn.
 
         Raises:
-            ValueError: a run without classes, or a name it does not have.
+            ValueError: the network has no classes, or none of that name.
         """
         if self.class_names is None:
             raise ValueError(f"class={names[0] if names else None!r}: {self.path} was trained without classes")
         if unknown := [name for name in names if name not in self.class_names]:
             raise ValueError(f"class={unknown[0]!r} is not one of {', '.join(self.class_names)}")
-        chosen = [self.class_names.index(name) for name in names or self.class_names]
-        return torch.tensor([chosen[i % len(chosen)] for i in range(count)])
+        labels = [self.class_names.index(name) for name in names or self.class_names]
+        return torch.tensor([labels[i % len(labels)] for i in range(count)])
 
-    def encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """`context` and `context_mask` of captions, one row each, by the text encoder that the run was trained with.
+    def encode_captions(self, captions: Sequence[str]) -> Conditions:
+        """Return `context` and `context_mask` of captions, from the text encoder of the training.
 
         Raises:
-            ValueError: a run that was trained without captions.
+            ValueError: the network was trained without captions.
         """
         if self.data.text_encoder is None:
             raise ValueError(f"caption={captions[0]!r}: {self.path} was trained without captions (text_encoder)")
-        from unet_denoiser.models.text_encoder import padded
+        from unet_denoiser.models.text_encoder import pad_tokens
 
         if new := [caption for caption in dict.fromkeys(captions) if caption not in self._tokens]:
-            self._tokens.update(zip(new, text_encoder(self.data).tokens(new), strict=True))
-        context, mask = padded([self._tokens[caption] for caption in captions])
-        return {"context": context, "context_mask": mask}
+            self._tokens.update(zip(new, load_text_encoder(self.data).tokens(new), strict=True))
+        context, mask = pad_tokens([self._tokens[caption] for caption in captions])
+        return Conditions(context=context, context_mask=mask)
 
     @cached_property
     def _tokens(self) -> dict[str, Tensor]:
-        """Those of the captions that were encoded so far; the encoder, which may be large, is not kept."""
+        """Tokens of the captions encoded so far; the encoder, which may be large, is not kept."""
         return {}
 
-    def read_concat(self, image: Path) -> Tensor:
-        """(1, C2, H, W) for `sample` from a picture file; see `unet_denoiser.data.conditioned.read_concat`."""
-        return read_concat(self.data, self.process.concat_channels(self.model), image)
+    # ---- images and samples ----------------------------------------------------------------------------------------
 
-    def read_picture(self, image: str | Path, size: Sequence[int] | None = None, *, as_it_is: bool = False) -> Tensor:
-        """(1, C, H, W) of a picture file in [-1, 1], prepared as in training.
+    def read_image(self, image: str | Path, size: Sequence[int] | None = None, *, keep_size: bool = False) -> Tensor:
+        """Read an image file as (1, C, H, W) in [-1, 1], resized and cropped as in training.
 
         Args:
-            size: one number or height and width (default: as trained).
-            as_it_is: keep the file's size.
+            size: in pixels, one number or height and width (default: that of the training).
+            keep_size: keep the size of the file instead.
 
         Raises:
-            ValueError, OSError: a file that is no picture, or a run that makes none.
+            ValueError, OSError: the file is no image, or the network makes none.
         """
-        if not self.makes_pictures:
-            raise ValueError(f"image={image}: {self.path} makes no pictures")
-        return read_picture(self.data, self.picture_channels, image, self._pixels(size), as_it_is=as_it_is)
+        if not self.makes_images:
+            raise ValueError(f"image={image}: {self.path} makes no images")
+        sizes: Any = None if keep_size else self._check_size(size) or self.data.image_size
+        return read_image(self.data, self.image_channels, image, sizes)
+
+    def read_concat(self, image: Path) -> Tensor:
+        """Read an image file as `concat` (1, C2, *spatial) of a sample; ValueError if the network sees no image."""
+        latent = self.data.vae is not None
+        channels = self.image_channels if latent else self.process.concat_channels(self.model.config)
+        return self.encode(read_concat(self.data, channels, image))
 
     def read_mask(self, mask: str | Path, size: Sequence[int]) -> Tensor:
-        """(1, 1, H, W) bool of a picture file, True where it is white, prepared as a picture is."""
+        """Read a mask file as (1, 1, H, W) bool, True where it is white, framed as images are."""
         return read_mask(self.data, mask, size)
 
-    def encode(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, C, H, W) as the run's samples: its vae's latents, or as they are."""
-        return pictures if self.data.vae is None else self._autoencoder.encode(pictures)
+    def encode(self, images: Tensor) -> Tensor:
+        """Turn images (B, C, H, W) into samples: latents, or the images themselves if there is no VAE."""
+        return images if self.data.vae is None else self._autoencoder.encode(images)
 
-    def sample_size(self, pixels: Sequence[int] | None) -> tuple[int, ...] | None:
-        """`image_size` for `sample` from one in pixels; ValueError where there are no such latents."""
-        size = self._pixels(pixels)
-        return size if size is None else tuple(n // self.latent_factor for n in size)
-
-    def _pixels(self, size: Sequence[int] | None) -> tuple[int, ...] | None:
-        if size is None:
-            return None
-        size = tuple(size) * (self.model.dims if len(size) == 1 else 1)
-        if any(n < 1 or n % self.latent_factor for n in size) or len(size) != self.model.dims:
-            multiples = f" multiples of {self.latent_factor}" if self.latent_factor > 1 else ""
-            raise ValueError(f"image_size={size} must be 1 or {self.model.dims} positive numbers{multiples}")
-        return size
+    def decode(self, x: Tensor) -> Tensor:
+        """Turn samples into images; without a VAE they are that already."""
+        return x if self.data.vae is None else self._autoencoder.decode(x)
 
     @cached_property
-    def _autoencoder(self) -> Any:
-        return autoencoder(self.data)
+    def _autoencoder(self) -> Autoencoder:
+        return load_autoencoder(self.data)
 
     @property
     def latent_factor(self) -> int:
-        """Pixels a side for one of the samples' values: 1, but for latents."""
+        """Pixels along an axis for each value of a sample: 1, except for latents."""
         return 1 if self.data.vae is None else self._autoencoder.factor
 
     @property
-    def picture_channels(self) -> int:
-        """Channels of what `decode` gives."""
+    def image_channels(self) -> int:
+        """Channels of the images that `decode` returns."""
         if self.data.vae is not None:
-            return self._autoencoder.picture_channels
-        return self.process.data_channels(self.model)
+            return self._autoencoder.image_channels
+        return self.process.data_channels(self.model.config)
 
     @property
-    def makes_pictures(self) -> bool:
-        """Whether `decode` gives what a PNG can hold."""
-        return self.model.dims == 2 and self.picture_channels in MODES
-
-    def decode(self, x: Tensor) -> Tensor:
-        """Samples as pictures: decoded by the run's vae where it was trained on latents, else as they are."""
-        return x if self.data.vae is None else self._autoencoder.decode(x)
-
-    @property
-    def picture_range(self) -> tuple[float, float] | None:
-        """The range of what `decode` gives; None for unbounded data."""
+    def image_range(self) -> tuple[float, float] | None:
+        """Range of the values that `decode` returns; None for unbounded data."""
         return self.process.data_range if self.data.vae is None else (-1.0, 1.0)
 
-    def save_grid(self, x: Tensor, path: Path, names: Sequence[str] = (), columns: int | None = None) -> Path:
-        """One picture of samples, decoded: one row per class or caption, which took turns, or else a square.
+    @property
+    def makes_images(self) -> bool:
+        """True if a PNG can hold what `decode` returns."""
+        return self.model.config.dims == 2 and self.image_channels in MODES
+
+    def sample_size(self, pixels: Sequence[int] | None) -> tuple[int, ...] | None:
+        """Convert a size in pixels to `image_size` for `sample`; ValueError if no latents have that size."""
+        size = self._check_size(pixels)
+        return size if size is None else tuple(n // self.latent_factor for n in size)
+
+    def _check_size(self, size: Sequence[int] | None) -> tuple[int, ...] | None:
+        """Return a size in pixels, one int per axis; ValueError if no samples have that size."""
+        if size is None:
+            return None
+        dims, factor = self.model.config.dims, self.latent_factor
+        size = tuple(size) * (dims if len(size) == 1 else 1)
+        if any(n < 1 or n % factor for n in size) or len(size) != dims:
+            multiples = f" multiples of {factor}" if factor > 1 else ""
+            raise ValueError(f"image_size={size} must be 1 or {dims} positive numbers{multiples}")
+        return size
+
+    def save_grid(self, images: Tensor, path: Path, names: Sequence[str] = (), columns: int | None = None) -> Path:
+        """Save images (N, C, H, W) in one PNG, one row per class or caption; in a square if there are neither.
 
         Args:
-            columns: so many a row, in order, instead.
+            names: the classes or captions, in turn (default: all classes).
+            columns: images in a row; they are then in order.
         """
         if columns is not None or (not names and self.class_names is None):
-            return save_grid(x, path, columns, self.picture_range)
+            return save_grid(images, path, columns, self.image_range)
         classes = len(names or self.class_names or [])
-        columns = max(1, -(-len(x) // classes))
-        blank = torch.full_like(x[:1], float(x.min()) if self.picture_range is None else self.picture_range[0])
-        rows = [x[i::classes] for i in range(min(classes, len(x)))]
+        columns = max(1, -(-len(images) // classes))
+        blank = torch.full_like(images[:1], float(images.min()) if self.image_range is None else self.image_range[0])
+        rows = [images[i::classes] for i in range(min(classes, len(images)))]
         by_class = torch.cat([part for row in rows for part in (row, *[blank] * (columns - len(row)))])
-        return save_grid(by_class, path, columns, self.picture_range)
+        return save_grid(by_class, path, columns, self.image_range)

@@ -9,64 +9,52 @@ import torch
 from torch import Tensor
 
 from unet_denoiser.config.data import DataConfig
-from unet_denoiser.data.load import autoencoder
-from unet_denoiser.data.transforms import augment, fill_colour, open_image, to_float, to_pixels
-from unet_denoiser.data.wrappers.concat import enlarged
+from unet_denoiser.data.transforms import augment, make_fill, open_image, to_float, to_pixels
+from unet_denoiser.data.wrappers.concat import enlarge
 
 
-def read_concat(config: DataConfig, channels: int, image: Path) -> Tensor:
-    """(1, C2, H, W) `concat` from a picture file, prepared as in training; a small one to enlarge may have any size.
-
-    Args:
-        config: that of the run.
-        channels: what its network takes beside the noisy picture.
-
-    Raises:
-        ValueError: a file that is no picture, or of no use to this run.
-    """
-    if config.concat is None:
-        raise ValueError(f"concat_image={image}: the run was trained without concat")
-    if config.concat == "inpainting":
-        raise ValueError(f"concat_image={image}: the run was trained for inpainting; give image, and mask or outpaint")
-    wanted = (config.channels or 3) if config.vae is not None else channels
-    if config.concat.startswith("downscaled:"):
-        factor = int(config.concat.removeprefix("downscaled:"))
-        small = read_picture(config, wanted, image, as_it_is=True)
-        picture = enlarged(small, tuple(n * factor for n in small.shape[2:]))
-    else:
-        picture = read_picture(config, wanted, image)
-    return picture if config.vae is None else autoencoder(config).encode(picture)
-
-
-def read_picture(
-    config: DataConfig, channels: int, image: str | Path, size: Sequence[int] | None = None, *, as_it_is: bool = False
-) -> Tensor:
-    """(1, channels, H, W) of a picture file in [-1, 1], prepared as in training.
+def read_image(data: DataConfig, channels: int, image: str | Path, size: Sequence[int] | None) -> Tensor:
+    """Read an image file as (1, channels, H, W) in [-1, 1], resized and cropped as in training.
 
     Args:
-        size: height and width (default: the configuration's).
-        as_it_is: keep the file's.
+        size: height and width; None keeps the size of the file.
 
     Raises:
-        ValueError: a file that is no picture.
+        ValueError: the file is no image.
     """
     opened = open_image(str(image))
-    if as_it_is:
-        return to_float(to_pixels(opened, channels, (opened.height, opened.width), "stretch", config.background))[None]
-    size = tuple(size or config.image_size or ())  # type: ignore[arg-type]  # a run's is a tuple
-    pixels = to_pixels(opened, channels, size, config.resize_mode, config.background)
-    return augment(to_float(pixels), size, config, None, fill_colour(config.background, channels))[None]
+    if size is None:
+        return to_float(to_pixels(opened, channels, (opened.height, opened.width), "stretch", data.background))[None]
+    pixels = to_pixels(opened, channels, tuple(size), data.resize_mode, data.background)
+    return augment(to_float(pixels), tuple(size), data, background=make_fill(data.background, channels))[None]
 
 
-def read_mask(config: DataConfig, mask: str | Path, size: Sequence[int]) -> Tensor:
-    """(1, 1, H, W) bool of a picture file, True where it is more white than black; prepared as pictures are.
+def read_concat(data: DataConfig, channels: int, image: Path) -> Tensor:
+    """Read an image file as (1, channels, H, W) for `concat`; a small one to upscale may have any size.
 
     Raises:
-        ValueError: a file that is no picture, or has nothing white.
+        ValueError: the file is no image, or the network sees no such image.
+    """
+    kind = data.concat_kind
+    if kind is None:
+        raise ValueError(f"concat_image={image}: the run was trained without concat")
+    if kind.name == "inpainting":
+        raise ValueError(f"concat_image={image}: the run was trained for inpainting; give image, and mask or outpaint")
+    if kind.name == "folder":
+        return read_image(data, channels, image, data.image_size)  # type: ignore[arg-type]  # a run's is a tuple
+    small = read_image(data, channels, image, None)
+    return enlarge(small, tuple(n * kind.factor for n in small.shape[2:]))
+
+
+def read_mask(data: DataConfig, mask: str | Path, size: Sequence[int]) -> Tensor:
+    """Read a mask file as (1, 1, H, W) bool, True where it is more white than black; framed as images are.
+
+    Raises:
+        ValueError: the file is no image, or nothing in it is white.
     """
     size = tuple(size)
-    drawn = to_float(to_pixels(open_image(str(mask)), 1, size, config.resize_mode, "black"))
-    white = augment(drawn, size, config, None, -torch.ones(1))[None] > 0
+    drawn = to_float(to_pixels(open_image(str(mask)), 1, size, data.resize_mode, "black"))
+    white = augment(drawn, size, data, background=-torch.ones(1))[None] > 0
     if not white.any():
         raise ValueError(f"mask={mask} has nothing white, so there is nothing to paint")
     return white

@@ -6,28 +6,28 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from unet_denoiser.models.layers import conv, recompute
 
-WORTH, SMALL = conv._WORTH, recompute._SMALL
+MAX_TIME_RATIO, MIN_RECOMPUTE_NUMEL = conv._MAX_TIME_RATIO, recompute._MIN_RECOMPUTE_NUMEL
 
 
 @pytest.fixture(autouse=True)
 def narrow_winograd(monkeypatch):
     """The filtering also where it is slower, with 64 channels, which tests can afford; small layers compute again."""
-    monkeypatch.setattr(conv, "_WORTH", 2.5)
-    monkeypatch.setattr(recompute, "_SMALL", 0)
+    monkeypatch.setattr(conv, "_MAX_TIME_RATIO", 2.5)
+    monkeypatch.setattr(recompute, "_MIN_RECOMPUTE_NUMEL", 0)
 
 
 @pytest.fixture
 def as_measured(monkeypatch, narrow_winograd):
     """The rules as they are for users."""
-    monkeypatch.setattr(conv, "_WORTH", WORTH)
-    monkeypatch.setattr(recompute, "_SMALL", SMALL)
+    monkeypatch.setattr(conv, "_MAX_TIME_RATIO", MAX_TIME_RATIO)
+    monkeypatch.setattr(recompute, "_MIN_RECOMPUTE_NUMEL", MIN_RECOMPUTE_NUMEL)
 
 
 @pytest.fixture
 def _same_masks(monkeypatch):
     """Dropout that leaves out the same values whatever the layout in memory."""
     monkeypatch.setattr(
-        "unet_denoiser.models.layers.resblock.dropout_mask", lambda like, p: torch.rand(like.shape) >= p
+        "unet_denoiser.models.layers.resblock.draw_dropout_mask", lambda like, p: torch.rand(like.shape) >= p
     )
 
 
@@ -49,8 +49,8 @@ def calls(monkeypatch):
 @pytest.fixture
 def cache(monkeypatch):
     """The cache of transformed weights, empty."""
-    monkeypatch.setattr(conv, "_transformed", WeakTensorKeyDictionary())
-    return conv._transformed
+    monkeypatch.setattr(conv, "_weight_cache", WeakTensorKeyDictionary())
+    return conv._weight_cache
 
 
 @pytest.fixture

@@ -111,7 +111,7 @@ def test_transformed_weights_go_with_their_network(cache):
 
 
 def test_no_more_transformed_weights_are_kept_than_there_is_room_for(monkeypatch, calls, cache):
-    monkeypatch.setattr(conv, "_KEPT", 2 * 4 * 64 * 64 * 36)  # of two layers
+    monkeypatch.setattr(conv, "_MAX_CACHED_BYTES", 2 * 4 * 64 * 64 * 36)  # of two layers
     layers, x = [Conv2d(64, 64, 3, padding=1) for _ in range(3)], torch.randn(1, 64, 32, 32)
     with torch.no_grad():
         for layer in layers * 2:

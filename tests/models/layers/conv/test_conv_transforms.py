@@ -13,7 +13,7 @@ from support.convolutions import KINDS, SHALLOW, AfterSiLU, Twice, assert_same, 
 from support.networks import SMALL, inputs, randomise, relative_error
 from unet_denoiser import UNet
 from unet_denoiser.models.layers.conv import Conv2d
-from unet_denoiser.models.layers.recompute import recomputed
+from unet_denoiser.models.layers.recompute import recompute_input
 
 # ---- torch.func, derivatives of derivatives ------------------------------------------------------------------------
 
@@ -157,7 +157,7 @@ def test_what_is_computed_again_has_the_precision_that_it_had():
 
     class Module(AfterSiLU):
         def forward(self, x):
-            return recomputed(cheap, self.conv, x)
+            return recompute_input(cheap, self.conv, x)
 
     gradients(Autocast(Module(Conv2d(4, 4, 3, padding=1))), torch.randn(1, 4, 8, 8, requires_grad=True))
     assert seen == [torch.bfloat16, torch.bfloat16]

@@ -1,0 +1,48 @@
+"""Images of a dataset by index."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unet_denoiser.data.dataset import ImageDataset
+from unet_denoiser.data.sources.encoded_images import EncodedImages
+from unet_denoiser.data.transforms import UnreadableItemError
+
+BATCH_SIZE = 64
+T = TypeVar("T")
+
+
+def spread_indices(length: int, count: int) -> Tensor:
+    """Return `count` evenly spaced indices of a sequence, or all of a shorter one."""
+    return torch.linspace(0, length - 1, min(length, count)).long()
+
+
+def stack_images(data: ImageDataset, indices: np.ndarray) -> Tensor:
+    """Return the images at these indices, (N, C, *spatial)."""
+    return torch.stack(_map(lambda index: data[index]["image"], data, indices))
+
+
+def read_images(data: ImageDataset, indices: np.ndarray) -> dict[int, Tensor]:
+    """Return the images at these indices, by index, without those that cannot be decoded."""
+
+    def read(index: int) -> Tensor | None:
+        try:
+            return data[index]["image"]
+        except UnreadableItemError:
+            return None
+
+    images = zip(indices.tolist(), _map(read, data, indices), strict=True)
+    return {index: image for index, image in images if image is not None}
+
+
+def _map(read: Callable[[int], T], data: ImageDataset, indices: np.ndarray) -> list[T]:
+    if not isinstance(data, EncodedImages):
+        return [read(index) for index in indices.tolist()]
+    with ThreadPoolExecutor() as pool:  # decoders release the GIL
+        return list(pool.map(read, indices.tolist()))

@@ -1,0 +1,81 @@
+"""Convert a checkpoint of any format into any other: the work of the `convert` command."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from unet_denoiser.config.base import ForeignFormat, check_choice
+from unet_denoiser.convert.checkpoint import ForeignCheckpoint, export_checkpoint
+from unet_denoiser.convert.lora import merge_lora
+from unet_denoiser.models.pretrained import WEIGHTS_NAME
+from unet_denoiser.models.unet import UNet
+from unet_denoiser.models.verify import MAX_RELATIVE_ERROR, Comparison, compare
+from unet_denoiser.utils.files import write_atomically
+
+NetworkFormat = Literal["unet-denoiser", ForeignFormat]
+
+
+class Conversion(NamedTuple):
+    """Number of parameters, comparison with the checkpoint's own code, number of weights that a LoRA changed."""
+
+    parameters: int
+    comparison: Comparison | None
+    merged_weights: int | None
+
+
+def convert_checkpoint(
+    source: Path,
+    target: Path,
+    to: NetworkFormat = "unet-denoiser",
+    *,
+    lora: Path | None = None,
+    lora_scale: float = 1.0,
+    verify: bool = False,
+    **options: Any,
+) -> Conversion:
+    """Write the network of `source` to `target` in another format.
+
+    Args:
+        source: anything that `UNet.from_pretrained` loads.
+        target: a folder for "unet-denoiser" and "diffusers", else a .safetensors file; it must not exist.
+        lora, lora_scale: a LoRA file to merge into the weights, and its strength.
+        verify: first compare the outputs with those of the checkpoint's own code.
+        options: as for `ForeignCheckpoint.open`.
+
+    Raises:
+        FileExistsError, FileNotFoundError, ValueError: a wrong argument or file, by name; then nothing is written.
+    """
+    check_choice("to", to, NetworkFormat)
+    if not math.isfinite(lora_scale):
+        raise ValueError(f"lora_scale={lora_scale} must be a finite number, for example 1.0")
+    if lora is None and lora_scale != 1:
+        raise ValueError(f"lora_scale={lora_scale} needs lora, the file to merge")
+    if target.exists():
+        raise FileExistsError(f"{target} exists; give a new name")
+    if (source / WEIGHTS_NAME).is_file():
+        if options:
+            raise ValueError(f"{source} is this library's own, which tells all; leave out {', '.join(options)}")
+        if verify:
+            raise ValueError(f"verify: {source} is this library's own; there is no other code to compare with")
+    model, comparison = _load_verified(source, options) if verify else (UNet.from_pretrained(source, **options), None)
+    merged_weights = None if lora is None else merge_lora(model, lora, lora_scale)
+    if to == "unet-denoiser":
+        write_atomically(target, model.save_pretrained)
+    elif to == "diffusers":
+        write_atomically(target, lambda path: export_checkpoint(model.state_dict(), model.config, path, to))
+    else:
+        export_checkpoint(model.state_dict(), model.config, target, to, qkv_order=options.get("qkv_order"))
+    return Conversion(sum(p.numel() for p in model.parameters()), comparison, merged_weights)
+
+
+def _load_verified(source: Path, options: dict[str, Any]) -> tuple[UNet, Comparison]:
+    """Load a checkpoint, which is read once, and compare it with its own code; ValueError if the outputs differ."""
+    checkpoint = ForeignCheckpoint.open(source, **options)
+    model = UNet.from_checkpoint(checkpoint)
+    comparison = compare(checkpoint, model)
+    if not comparison.error < MAX_RELATIVE_ERROR:
+        difference = f"{comparison.error:.1e} of the largest output apart"
+        raise ValueError(f"{comparison.peer} gives other numbers, {difference}; nothing written")
+    return model, comparison

@@ -1,0 +1,69 @@
+"""The cache directory, which every cache of the package shares."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unet_denoiser import load_data
+from unet_denoiser.data.sources import verification
+from unet_denoiser.utils.cache import cache_directory, compute_once
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A home directory that a quoted "~" in UNET_DENOISER_CACHE stands for; the working directory is another."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "work").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("UNET_DENOISER_CACHE", "~/x")
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "home"
+
+
+def write_images(folder, names):
+    folder.mkdir(parents=True)
+    for name in names:
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(folder / name)
+    return folder
+
+
+def test_a_tilde_is_the_home_directory_for_every_cache(home):
+    images = write_images(home.parent / "images", ["a.png"])
+    load_data(images)
+    compute_once("features", "key", lambda folder: (folder / "file").write_text(""))
+    assert cache_directory() == home / "x"
+    assert sorted(path.name for path in (home / "x").iterdir()) == ["features", "scans"]
+    assert list((home / "x" / "scans").glob("*.json"))
+    assert list((home.parent / "work").iterdir()) == []
+
+
+def test_the_default_directory(home, monkeypatch):
+    monkeypatch.delenv("UNET_DENOISER_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache_directory() == home / ".cache" / "unet-denoiser"
+    monkeypatch.setenv("XDG_CACHE_HOME", "~/y")
+    assert cache_directory() == home / "y" / "unet-denoiser"
+
+
+def test_a_scan_of_an_earlier_version_is_found(home, monkeypatch):
+    """Its file is named by the folder, and holds [stamp, header] by each image's path."""
+    images = write_images(home.parent / "images", ["a.png"])
+    stat = (images / "a.png").stat()
+    entries = {"a.png": [[stat.st_size, stat.st_mtime_ns], [True, 8, 8, None]]}
+    name = verification.sha256(str(images).encode()).hexdigest()[:24]
+    (home / "x" / "scans").mkdir(parents=True)
+    (home / "x" / "scans" / f"{name}.json").write_text(json.dumps(entries))
+    monkeypatch.setattr(verification, "open_image", lambda *args: pytest.fail("scanned again"))
+    assert load_data(images).channels == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="only there a file's name may be any bytes")
+def test_a_file_name_that_is_not_utf_8_is_remembered(home, monkeypatch):
+    images = write_images(home.parent / "images", ["a.png"])
+    (images / "a.png").rename(images / os.fsdecode(b"\xff.png"))
+    load_data(images)
+    monkeypatch.setattr(verification, "open_image", lambda *args: pytest.fail("scanned again"))
+    assert len(load_data(images)) == 1

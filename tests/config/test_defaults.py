@@ -8,7 +8,7 @@ from unet_denoiser.config.defaults import architecture_for
 
 
 @pytest.mark.parametrize("size", [8, 32, 64])
-def test_no_level_loses_the_time_embedding(size):
+def test_default_norm_groups_have_several_channels(size):
     """At least 4 channels in every group of the normalisation."""
     for options in ({}, {"model_channels": 12}):
         config = architecture_for(1, (size, size), None, options)
@@ -28,14 +28,14 @@ def test_every_size_gets_a_network_with_attention(size):
 @pytest.mark.parametrize(
     "options", [{"model_channels": 20}, {"channel_mult": (1, 2, 3)}, {"num_heads": 4, "head_dim": None}]
 )
-def test_options_win_and_the_rest_adapts(options):
+def test_given_options_replace_defaults(options):
     config = architecture_for(1, (16, 16), 10, options)
     assert all(getattr(config, name) == value for name, value in options.items())
     assert config.num_classes == 10
 
 
 @pytest.mark.parametrize("size", [8, 16, 28, 32, 64, 256])
-def test_on_a_cpu_the_network_is_small(size):
+def test_smaller_network_on_a_cpu(size):
     usual, small = (architecture_for(3, (size, size), None, {}, on_cpu=on_cpu) for on_cpu in (False, True))
     assert small.resolutions == usual.resolutions
     assert (count_parameters(small) < 0.5 * count_parameters(usual)) == (size > 8)
@@ -43,7 +43,7 @@ def test_on_a_cpu_the_network_is_small(size):
     assert architecture_for(3, (size, size), None, {}, base=preset("ddpm-cifar10"), on_cpu=True).model_channels == 128
 
 
-def test_starts_from_a_preset():
+def test_architecture_from_a_preset():
     config = architecture_for(3, (32, 32), 5, {"dropout": 0.0}, base=preset("ddpm-cifar10"))
     assert (config.widths, config.downsample) == ((128, 256, 256, 256), "conv_asymmetric")
     assert (config.num_classes, config.dropout) == (5, 0.0)
@@ -51,7 +51,7 @@ def test_starts_from_a_preset():
 
 
 @pytest.mark.parametrize("base", [None, "adm-256", "ddpm-cifar10"])
-def test_channels_of_the_process(base):
+def test_channels_with_learned_variance_and_self_conditioning(base):
     process = Diffusion(variance_type="learned_range", self_conditioning=True)
     config = architecture_for(1, (16, 16), None, {}, base=base and preset(base), network_channels=process.channels(1))
     assert (config.in_channels, config.out_channels) == (2, 2)

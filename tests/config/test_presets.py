@@ -61,7 +61,7 @@ def test_every_published_preset_is_counted():
     assert UNet.from_preset("ddpm-cifar10", dropout=0.0).config.dropout == 0.0
 
 
-def test_unknown_names_the_known():
+def test_unknown_preset_is_refused_with_the_known_names():
     with pytest.raises(ValueError, match=r"preset='sd-9' is not one of .*ddpm-cifar10"):
         preset("sd-9")
 

@@ -1,4 +1,4 @@
-"""UNetConfig: what it accepts, what it refuses and how it says so, and what it derives."""
+"""UNetConfig: valid and invalid options, messages, derived values."""
 
 import dataclasses
 import json
@@ -87,14 +87,14 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("options", "error", "parts"), REFUSED, ids=lambda v: str(v) if isinstance(v, dict) else "")
-def test_refuses_and_says_what_is_valid(options, error, parts):
+def test_invalid_options_are_refused_with_a_valid_value(options, error, parts):
     with pytest.raises(error) as caught:
         UNetConfig(**VALID | options)
     message = str(caught.value)
     assert [part for part in parts if part not in message] == [], message
 
 
-def test_every_field_is_refused_somewhere():
+def test_every_field_has_a_refused_value():
     refused = {name for options, _, _ in REFUSED for name in options}
     assert refused == {f.name for f in dataclasses.fields(UNetConfig)}
 
@@ -197,7 +197,7 @@ def test_warns_when_attention_matches_no_level(image_size):
 
 
 @pytest.mark.parametrize("options", [{}, {"attention_resolutions": ()}, {"image_size": 128}])
-def test_does_not_warn_otherwise(options):
+def test_no_warning_for_valid_options(options):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         UNetConfig(**options)
@@ -212,7 +212,7 @@ def test_heads_per_level():
     assert [by_widths.heads(level) for level in range(3)] == [1, 4, 8]
 
 
-def test_heads_matter_only_where_there_is_attention():
+def test_heads_are_checked_only_at_levels_with_attention():
     UNetConfig(**VALID | {"num_heads": 3, "attention_resolutions": ()})  # 16 and 32 channels: no attention there
 
 
@@ -229,16 +229,16 @@ def test_skip_levels_of_stable_diffusion():
     )
 
 
-def test_warns_where_the_norm_takes_the_embedding_away():
+def test_warns_of_one_channel_per_norm_group():
     """With one channel per group, GroupNorm removes what is added to whole channels: the output ignores t."""
     with pytest.warns(UserWarning, match=r"norm_groups=32 leaves one channel per group .* give norm_groups=4"):
-        deaf = small(model_channels=16, channel_mult=(1, 1), norm_groups=32)
+        unresponsive = small(model_channels=16, channel_mult=(1, 1), norm_groups=32)
     x = torch.randn(1, 3, 8, 8)
 
     def change(model):
         return relative_error(model(x, torch.tensor([900])), model(x, torch.tensor([10])))
 
-    assert change(deaf) < 1e-4
+    assert change(unresponsive) < 1e-4
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert change(small(model_channels=16, channel_mult=(1, 1), norm_groups=4)) > 1e-2

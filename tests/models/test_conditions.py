@@ -13,28 +13,28 @@ def conditions():
     )
 
 
-def test_given_are_those_that_are_present(conditions):
+def test_given_returns_present_conditions(conditions):
     assert list(conditions.given()) == ["class_labels", "context", "context_mask"]
     assert Conditions().given() == {}
 
 
-def test_rows_by_slice_and_by_index(conditions):
+def test_rows_by_slice_and_index(conditions):
     assert conditions.rows(slice(1, None)).class_labels.tolist() == [1, 2]
     assert conditions.rows(torch.tensor([2, 0])).context.equal(conditions.context[[2, 0]])
 
 
-def test_only_floats_change_their_dtype(conditions):
+def test_to_converts_only_floats(conditions):
     moved = conditions.to("cpu", torch.bfloat16)
     assert [v.dtype for v in moved.given().values()] == [torch.int64, torch.bfloat16, torch.bool]
 
 
-def test_a_context_takes_its_mask_along(conditions):
+def test_context_and_mask_go_together(conditions):
     assert list(conditions.without(["context"]).given()) == ["class_labels"]
     batch = conditions.given() | {"image": torch.zeros(3, 1, 2, 2)}
     assert list(Conditions.select(batch, ["context"]).given()) == ["context", "context_mask"]
 
 
-def test_items_are_stacked(conditions):
+def test_stack_items(conditions):
     items = [{"image": None, "class_labels": i, "vector": [0.5, i]} for i in range(3)]
     stacked = Conditions.stack(items, ["class_labels", "vector"])
     assert stacked.class_labels.tolist() == [0, 1, 2]
@@ -42,5 +42,5 @@ def test_items_are_stacked(conditions):
     assert Conditions.stack(items, []).given() == {}
 
 
-def test_one_row_stands_for_all():
+def test_expand_repeats_a_single_sample():
     assert Conditions(vector=torch.rand(1, 2)).expand(4).vector.shape == (4, 2)

@@ -1,4 +1,4 @@
-"""What forward refuses: before anything is computed, with the argument's name, what it was, and what is valid."""
+"""Arguments that forward refuses before it computes anything, with their name, value and a valid one."""
 
 import pytest
 import torch
@@ -123,7 +123,7 @@ def forbid_computation(model):
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refuses_before_computing(case):
+def test_invalid_arguments_are_refused_before_computing(case):
     options, changes, error, parts = REFUSED[case]
     model = small(**CONDITIONS | options)
     args = inputs(model.config) | changes
@@ -150,7 +150,7 @@ def test_forbidding_computation_works():
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_labels_may_be_either_integer(dtype):
+def test_labels_may_be_int32_or_int64(dtype):
     model, labels = small(num_classes=5), torch.tensor([0, 4])
     args = inputs(model.config)
     expected = model(**args | {"class_labels": labels})

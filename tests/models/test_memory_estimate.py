@@ -1,4 +1,4 @@
-"""The estimate against what real tensors take: autograd's hooks, torch's own record of allocations, its counter."""
+"""The memory estimate against real steps: autograd's hooks, torch's record of allocations, its FLOP counter."""
 
 from dataclasses import replace
 
@@ -37,8 +37,8 @@ def inputs(config, batch, tokens=7):
     return given | ({"context": torch.randn(batch, tokens, config.context_dim)} if config.context_dim else {})
 
 
-def kept(model, given):
-    """Bytes of the distinct storages that a real forward pass keeps, without the parameters'."""
+def kept_bytes(model, given):
+    """Bytes of the distinct storages that a real forward pass keeps, without the parameters."""
     storages = {}
 
     def pack(tensor):
@@ -54,22 +54,22 @@ def kept(model, given):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("config", [PLAIN, TEXT])
-def test_activations_are_those_of_a_real_forward_pass(config, checkpointing):
+def test_activations_equal_those_of_a_real_forward_pass(config, checkpointing):
     model = UNet.from_config(config).train()
     model.gradient_checkpointing = checkpointing
     options = MemoryConfig(batch_size=6, context_tokens=7, gradient_checkpointing=checkpointing)
     found = estimate(config, options).activations
-    assert found == pytest.approx(kept(model, inputs(config, 6)), abs=4096)  # timesteps: float there, integers here
+    assert found == pytest.approx(kept_bytes(model, inputs(config, 6)), abs=4096)  # t is float there
 
 
 def test_autocast_keeps_half_of_the_activations_and_half_size_weights():
     model = UNet.from_config(TEXT).train()
     found = estimate(TEXT, MemoryConfig(batch_size=4, context_tokens=7, mixed_precision="bf16")).activations
     with torch.autocast("cpu", torch.bfloat16):
-        assert found == pytest.approx(kept(model, inputs(TEXT, 4)), rel=0.01)
+        assert found == pytest.approx(kept_bytes(model, inputs(TEXT, 4)), rel=0.01)
 
 
-def test_peak_is_that_of_the_allocations_of_a_real_step():
+def test_peak_equals_the_allocations_of_a_real_step():
     model = UNet.from_config(PLAIN).train()
     given = inputs(PLAIN, 8)
     model(**given).square().mean().backward()  # sets up what stays
@@ -86,7 +86,7 @@ def test_peak_is_that_of_the_allocations_of_a_real_step():
 
 
 @pytest.mark.parametrize("config", [PLAIN, TEXT])
-def test_operations_are_those_that_torch_counts(config):
+def test_operations_equal_those_that_torch_counts(config):
     model = UNet.from_config(replace(config, dropout=0.0)).train()
     with plain_convolutions(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(**inputs(config, 2)).square().mean().backward()
@@ -96,8 +96,8 @@ def test_operations_are_those_that_torch_counts(config):
     assert twice.flops == pytest.approx(found.flops * 2 * 4 / 3)
 
 
-def test_shares():
-    """What each device holds: a copy with DDP and its buckets, a share with FSDP; a part of the batch either way."""
+def test_bytes_per_device_with_ddp_and_fsdp():
+    """Each device holds a copy with DDP, and its buckets, or a share with FSDP; a part of the batch either way."""
     one = estimate(PLAIN, MemoryConfig(batch_size=2))
     parameters = sum(p.numel() for p in UNet.from_config(PLAIN).parameters())
     assert (one.parameters, one.optimizer, one.ema) == (4 * parameters, 8 * parameters, 4 * parameters)
@@ -112,8 +112,8 @@ def test_shares():
     assert one.peak - bare.peak == 12 * parameters
 
 
-def test_nothing_stays_behind():
-    """A real step after an estimate has its numbers: no tensor without storage is left in the fast convolutions."""
+def test_an_estimate_leaves_later_steps_unchanged():
+    """No tensor without storage stays in the buffers of the convolutions."""
     torch.manual_seed(0)
     model, given = UNet.from_config(PLAIN).eval(), inputs(PLAIN, 8)
     before = model(**given)
@@ -122,7 +122,7 @@ def test_nothing_stays_behind():
     assert torch.equal(model(**given), before)
 
 
-def test_command(capsys):
+def test_info_memory_command(capsys):
     main(["info", "ddpm-cifar10", "--memory", "--batch-size", "2", "--image-size", "16", "--device", "cpu"])
     text = capsys.readouterr().out
     assert "parameters (float32)" in text
@@ -140,7 +140,7 @@ def test_command(capsys):
         ("--memory --image-size 4 4 4", "image_size=(4, 4, 4) must be a positive int, or 2 of them"),
     ],
 )
-def test_mistakes(capsys, options, message):
+def test_invalid_options_are_refused(capsys, options, message):
     with pytest.raises(SystemExit) as exit_info:
         main(["info", "ddpm-cifar10", *options.split()])
     assert exit_info.value.code == 2

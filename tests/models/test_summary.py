@@ -1,4 +1,4 @@
-"""A network's summary against counts made another way."""
+"""The summary of a network against independent counts."""
 
 from pathlib import Path
 from xml.etree import ElementTree
@@ -11,20 +11,20 @@ from unet_denoiser.models.diagram import draw_diagram
 
 
 @pytest.mark.parametrize("options", [{}, CONDITIONS, {"upsample": "resblock", "dims": 3}, {"image_size": (8, 5)}])
-def test_parameters_add_up(options):
+def test_parameters_of_all_parts_add_up(options):
     config = UNetConfig(**SMALL | options)
     parts = summarize(config)
     assert sum(p.parameters for p in parts) == sum(p.numel() for p in UNet.from_config(config).parameters())
 
 
-def test_flops_of_one_convolution():
+def test_flops_of_single_layers():
     parts = {p.name: p for p in summarize(UNetConfig(**SMALL))}
     assert parts["input"].flops == 2 * 3 * 8 * 9 * 8 * 8
     assert parts["output"].flops == 2 * 8 * 3 * 9 * 8 * 8
     assert parts["time and conditions"].flops == 2 * (8 * 32 + 32 * 32)
 
 
-def test_rows_of_ddpm_cifar10():
+def test_summary_of_ddpm_cifar10():
     parts = {p.name: p for p in summarize(preset("ddpm-cifar10"))}
     assert list(parts)[2:7] == ["encoder 0", "encoder 1", "encoder 2", "encoder 3", "bottleneck"]
     assert parts["encoder 1"]._replace(parameters=0, flops=0) == ("encoder 1", "16x16", 256, 2, "1 heads x 256", 0, 0)

@@ -21,7 +21,7 @@ from unet_denoiser.models.layers.resblock import Block
 # ---- the specification ---------------------------------------------------------------------------------------------
 
 
-def test_the_first_eight_parameters_are_the_specification_s():
+def test_the_first_eight_parameters_are_those_of_the_specification():
     def listed(cls):
         parameters = list(inspect.signature(cls).parameters.values())[:8]
         return [(p.name, list(p.default) if isinstance(p.default, tuple) else p.default) for p in parameters]
@@ -31,7 +31,7 @@ def test_the_first_eight_parameters_are_the_specification_s():
 
 
 @pytest.mark.parametrize("cls", [ResBlock, SinusoidalPosEmb, SelfAttention, CrossAttention])
-def test_components_take_the_specification_s_parameters(cls):
+def test_layers_take_the_parameters_of_the_specification(cls):
     expected = inspect.signature(getattr(specification, cls.__name__)).parameters
     ours = list(inspect.signature(cls).parameters.values())[: len(expected)]
     assert [(p.name, p.default) for p in ours] == [(p.name, p.default) for p in expected.values()]
@@ -95,7 +95,7 @@ def test_equals_the_specification(options):
 # ---- layout --------------------------------------------------------------------------------------------------------
 
 
-def test_layout():
+def test_layers_of_encoder_bottleneck_and_decoder():
     """Encoder block j of level i is entry i(n+1)+j, decoder (L-1-i)(n+1)+j; L = 3 levels, n = 2 blocks here."""
     options = {"channel_mult": (1, 2, 3), "num_res_blocks": 2, "attention_resolutions": (4,), "num_heads": 1}
     model = small(**options)
@@ -132,7 +132,7 @@ def test_layout():
 
 
 @pytest.mark.parametrize(("levels", "blocks"), [(1, 1), (2, 3), (4, 2)])
-def test_lengths(levels, blocks):
+def test_lengths_of_encoder_and_decoder(levels, blocks):
     model = small(channel_mult=(1,) * levels, num_res_blocks=blocks, attention_resolutions=())
     assert len(model.encoder) == levels * (blocks + 1) - 1
     assert len(model.decoder) == levels * (blocks + 1) == len(model.config.skip_levels)
@@ -251,7 +251,7 @@ DOWN, UP = ["conv", "conv_asymmetric", "avgpool", "resblock"], ["conv_transpose"
 @pytest.mark.parametrize("downsample", DOWN)
 @pytest.mark.parametrize("upsample", UP)
 @pytest.mark.parametrize("dims", [1, 2, 3])
-def test_any_size(dims, downsample, upsample):
+def test_forward_at_any_size(dims, downsample, upsample):
     model = small(dims=dims, downsample=downsample, upsample=upsample, channel_mult=(1, 1, 2), out_channels=2)
     for n in range(1, 10):
         size = (n, 10 - n, (2 * n) % 9 + 1)[:dims]
@@ -288,7 +288,7 @@ def test_one_sample_of_one_position_with_one_channel_per_group(dims):
     assert_close(model(**args), model(**{name: torch.cat([v, v]) for name, v in args.items()})[:1])
 
 
-def test_image_size_does_not_bind_the_input():
+def test_input_size_may_differ_from_image_size():
     model, other = small(image_size=8), small(image_size=(7, 8))
     args = inputs(model.config, size=(5, 11))
     assert torch.equal(model(**args), other(**args))

@@ -1,4 +1,4 @@
-"""What UNet.forward takes besides x and t: conditions, how they are dropped or left out, and residual hooks."""
+"""Arguments of UNet.forward besides x and t: conditions, dropped or absent ones, and control residuals."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def other(value):
 
 
 def embedding(model, args):
-    """What the residual blocks get as their embedding."""
+    """Return the embedding that the residual blocks receive."""
     seen = []
     handle = model.encoder[0].register_forward_pre_hook(lambda module, args: seen.append(args[1]))
     model(**args)
@@ -34,7 +34,7 @@ def embedding(model, args):
     return seen[0]
 
 
-# ---- each alone and together ---------------------------------------------------------------------------------------
+# ---- one or several conditions ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
@@ -60,14 +60,14 @@ def test_class_and_vector_are_added_to_the_time_embedding():
     assert_close(embedding(model, args), time + label + vector)
 
 
-def test_left_out_class_and_vector_are_their_learned_nulls():
+def test_absent_class_and_vector_are_their_learned_nulls():
     model, args = conditioned("class_labels", "vector")
     given = {"x": args["x"], "t": args["t"]}
     assert_close(embedding(model, given), model.time_mlp(args["t"]) + model.null_class + model.null_vector)
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
-def test_left_out_context_is_one_learned_token(attention):
+def test_absent_context_is_one_learned_token(attention):
     model, args = conditioned("context", attention=attention)
     token = model.null_context.expand(3, 1, 6)
     assert_close(model(args["x"], args["t"]), model(args["x"], args["t"], token))
@@ -79,7 +79,7 @@ def test_left_out_context_is_one_learned_token(attention):
 
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("names", [[name] for name in NAMES] + [list(NAMES), ["class_labels", "context"]], ids="+".join)
-def test_a_dropped_row_equals_a_call_without_the_condition(names, attention):
+def test_a_dropped_sample_equals_a_call_without_the_condition(names, attention):
     model, args = conditioned(*NAMES, attention=attention)
     drop = torch.tensor([True, False, True])
     out, full = model(**args, drop=dict.fromkeys(names, drop)), model(**args)
@@ -97,7 +97,7 @@ def test_each_condition_has_its_own_drop(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_null_learns_exactly_when_it_is_used(name):
+def test_a_null_gets_a_gradient_only_if_used(name):
     model, args = conditioned(*NAMES)
     null = {"class_labels": model.null_class, "vector": model.null_vector, "context": model.null_context}[name]
     for call, used in [
@@ -131,7 +131,7 @@ def test_a_masked_context_equals_a_shorter_one(attention):
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
-def test_a_fully_masked_row_equals_a_dropped_one(attention):
+def test_a_fully_masked_sample_equals_a_dropped_one(attention):
     model, args = conditioned("context", attention=attention)
     out = model(**args, context_mask=MASK)
     assert out.isfinite().all()
@@ -139,7 +139,7 @@ def test_a_fully_masked_row_equals_a_dropped_one(attention):
     assert_close(out[2], model(**args, drop={"context": torch.tensor([False, False, True])})[2])
 
 
-def test_a_fully_masked_row_without_a_learned_null_sees_zeros():
+def test_a_fully_masked_sample_without_a_learned_null_attends_to_zeros():
     model, args = conditioned("context", learned_null=False)
     out = model(**args, context_mask=MASK)
     assert_close(out[2], model(**args | {"context": torch.zeros(3, 1, 6)})[2])
@@ -154,7 +154,7 @@ def test_masks_and_drops_combine():
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
 @pytest.mark.parametrize("learned_null", [True, False])
 @pytest.mark.parametrize("attention", ATTENTION)
-def test_what_is_masked_has_no_effect(poison, learned_null, attention):
+def test_masked_tokens_have_no_effect(poison, learned_null, attention):
     model, args = conditioned("context", learned_null=learned_null, attention=attention)
     poisoned = args | {"context": args["context"].masked_fill(~MASK[..., None], poison)}
     out = model(**poisoned, context_mask=MASK)
@@ -163,7 +163,7 @@ def test_what_is_masked_has_no_effect(poison, learned_null, attention):
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_what_is_dropped_has_no_effect():
+def test_dropped_values_have_no_effect():
     model, args = conditioned(*NAMES)
     row = torch.tensor([False, True, False])
     poisoned = {"vector": args["vector"].clone(), "context": args["context"].clone()}
@@ -218,7 +218,7 @@ def test_bottleneck_residual_is_added_to_its_output():
     assert_close(model(**args), changed)
 
 
-def test_residuals_leave_the_callers_list_alone_and_carry_gradients():
+def test_residuals_are_not_modified_and_get_gradients():
     model = small()
     residuals = [torch.randn(2, 8, 8, 6), torch.randn(2, 8, 8, 6), torch.randn(2, 8, 4, 3), torch.randn(2, 16, 4, 3)]
     given = [r.requires_grad_() for r in residuals]

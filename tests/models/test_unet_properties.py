@@ -98,11 +98,11 @@ def test_forward_and_backward_are_finite(call):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-def idle(model, args):
-    """The parameters that cannot change the output of this call, for a reason that is known.
+def unused_parameters(model, args):
+    """Ids of the parameters that cannot change the output of this call.
 
-    A key's bias never does, as softmax ignores what is common to all scores; nor do queries and keys where there is
-    but one token, or copies of one; nor conditions that are not given and nulls that are not needed.
+    A key's bias never does, as softmax ignores what is common to all scores; nor do queries and keys for a single
+    token, or copies of one; nor embeddings of absent conditions and nulls that are not used.
     """
     found, none = [], torch.zeros(len(args["t"]), dtype=torch.bool)
     dropped = {name: ~none if name not in args else args.get("drop", {}).get(name, none) for name in CONDITIONS}
@@ -134,8 +134,8 @@ def idle(model, args):
     return {id(p) for m in found for p in (m.parameters() if isinstance(m, nn.Module) else [m])}
 
 
-def watch(model):
-    """Note which attention sees a single token, and the smallest group (channels, values) that a norm sees."""
+def record_shapes(model):
+    """Mark attention with a single token as `single`, and list the groups (channels, values) of all norms."""
     groups = []
 
     def see(module, args, out):
@@ -156,15 +156,15 @@ def watch(model):
 
 @checked
 @given(calls(configs(norm_groups=st.integers(1, 2))))
-def test_every_parameter_that_takes_part_gets_a_gradient(call):
+def test_every_used_parameter_gets_a_gradient(call):
     model, args = call
     assume(model.config.learned_null or "context_mask" not in args or args["context_mask"].any())  # else all is zeros
-    groups, model = watch(model), model.double()  # so that zero and not zero are far apart
+    groups, model = record_shapes(model), model.double()  # so that zero and not zero are far apart
     out = model(**{k: v.double() if k != "drop" and v.is_floating_point() else v for k, v in args.items()})
     # a norm over one value gives zero, over two plus and minus one; and over one channel it removes what is added to it
     assume(all(channels > 1 and values > 3 for channels, values in groups))
     (out * torch.randn_like(out)).sum().backward()
-    exempt = idle(model, args)
+    exempt = unused_parameters(model, args)
     for name, p in model.named_parameters():
         largest = 0 if p.grad is None else p.grad.abs().max()
         assert (largest > 1e-9) == (id(p) not in exempt), (name, largest)

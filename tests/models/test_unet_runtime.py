@@ -103,7 +103,7 @@ def test_checkpointing_needs_less_memory(measure):
     assert measure(model, args) == pytest.approx(plain, rel=0.01)
 
 
-def test_checkpointing_costs_nothing_without_gradients(monkeypatch):
+def test_no_checkpointing_without_gradients(monkeypatch):
     model = small()
     model.enable_gradient_checkpointing()
     monkeypatch.setattr(
@@ -137,7 +137,7 @@ def two_calls(model):
 
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize("attention", ATTENTION)
-def test_compiles_whole_and_once_for_all_values(attention):
+def test_compiles_once_without_graph_breaks(attention):
     model, counter = small(**CONDITIONS, attention=attention), CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     with torch.no_grad():
@@ -234,7 +234,7 @@ def test_autocast_stays_near_float32_and_trains(attention):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-def test_fractional_timesteps_count():
+def test_fractional_timesteps():
     model = small()
     x, t = inputs(model.config)["x"], torch.tensor([3.0, 500.0])
     assert_close(model(x, t), model(x, t.long()))

@@ -1,6 +1,6 @@
-"""What the convolutions' tests share: networks wide enough for Winograd's filtering, gradients, and the plain ways.
+"""Helpers for tests of the convolutions: networks wide enough for Winograd's filtering, and gradients.
 
-`plain_convolutions()` is the reference for networks, torch's own layers are that for single convolutions.
+The reference is `plain_convolutions()` for networks, and torch's own layers for single convolutions.
 """
 
 import torch
@@ -12,7 +12,7 @@ from unet_denoiser import ResBlock, UNet
 from unet_denoiser.models.layers.conv import plain_convolutions
 from unet_denoiser.models.layers.recompute import recompute_input
 
-# networks whose first level is large enough for Winograd's filtering, by the parts that the presets are made of
+# options of networks whose first level is large enough for Winograd's filtering, by the layers of the presets
 WIDE = SMALL | {"model_channels": 64, "norm_groups": 32, "image_size": 32, "attention_resolutions": (16,)}
 KINDS = {
     "conv_transpose": {},
@@ -23,19 +23,19 @@ KINDS = {
 SHALLOW = {"channel_mult": (1,), "attention_resolutions": ()}
 
 
-def wide(batch=1, size=(32, 32), **options):
-    """A network, and arguments for it."""
+def make_wide_unet(batch=1, size=(32, 32), **options):
+    """Build a network, and arguments for it."""
     model = randomise(UNet(**WIDE | options))
     return model, inputs(model.config, batch, size)
 
 
-def leaf(x):
+def as_leaf(x):
     return x.detach().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
 
 
 def gradients(module, *args, **kwargs):
-    """The output of a module, and the gradients of its parameters and inputs that arrive at them."""
-    args, kwargs = [leaf(x) for x in args], {name: leaf(x) for name, x in kwargs.items()}
+    """Return the output of a module, and the gradients of its parameters and inputs."""
+    args, kwargs = [as_leaf(x) for x in args], {name: as_leaf(x) for name, x in kwargs.items()}
     module.zero_grad()
     torch.manual_seed(1)  # of the dropout
     out = module(*args, **kwargs)
@@ -44,13 +44,13 @@ def gradients(module, *args, **kwargs):
     return {"output": out.detach()} | {name: getattr(p, "grad", None) for name, p in named.items()}
 
 
-def plain(function, *args, **kwargs):
+def run_plain(function, *args, **kwargs):
     with plain_convolutions():
         return function(*args, **kwargs)
 
 
 def assert_same(actual, expected, tolerance=1e-5):
-    """Within the tolerance of the largest value of each; what should be zero (keys' biases), of that of all."""
+    """Compare relative to the largest value of each tensor or, for those near zero (keys' biases), of all tensors."""
     assert actual.keys() == expected.keys()
     largest = max(e.abs().max() for e in expected.values() if e is not None)
     for name, e in expected.items():
@@ -61,8 +61,8 @@ def assert_same(actual, expected, tolerance=1e-5):
             assert (a - e).abs().max() <= tolerance * (e.abs().max() + largest / 30), name
 
 
-def recomputed_steps(out):
-    """The number of `recompute_input` in what autograd has recorded."""
+def count_recomputed_steps(out):
+    """Count the steps of `recompute_input` in the autograd graph."""
     seen, nodes = set(), [out.grad_fn]
     while nodes:
         node = nodes.pop()
@@ -72,14 +72,14 @@ def recomputed_steps(out):
     return sum(node.name() == "_RecomputeInputBackward" for node in seen)
 
 
-def block_and_args(in_ch=4, out_ch=6, size=(8, 6), dtype=torch.float64, batch=2, dropout=0.0, **options):
+def make_block(in_ch=4, out_ch=6, size=(8, 6), dtype=torch.float64, batch=2, dropout=0.0, **options):
     block = randomise(ResBlock(in_ch, out_ch, 8, dropout, dims=len(size), **{"norm_groups": 2} | options)).to(dtype)
     x, emb = torch.randn(batch, in_ch, *size, dtype=dtype), torch.randn(batch, 8, dtype=dtype)
     return block, x.requires_grad_(), emb.requires_grad_()
 
 
 class AfterSiLU(nn.Module):
-    """A convolution after an activation."""
+    """A convolution after an activation, whose input is recomputed with `again`."""
 
     def __init__(self, convolution, again=False):
         super().__init__()
@@ -90,7 +90,7 @@ class AfterSiLU(nn.Module):
 
 
 class Twice(nn.Module):
-    """A block that is used two times over, and whose first result is used two times."""
+    """A block that is called twice, and whose first result is used twice."""
 
     def __init__(self, block):
         super().__init__()

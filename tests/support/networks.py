@@ -1,4 +1,4 @@
-"""What the network's tests share: random weights, small networks, and inputs that fit a configuration."""
+"""Helpers for tests of networks: random weights, small networks, and inputs that fit a configuration."""
 
 import math
 
@@ -9,7 +9,7 @@ from unet_denoiser import UNet
 
 
 def randomise(module, seed=0):
-    """Give every parameter a random value, the zero-initialised ones too, such that activations stay of order one."""
+    """Give every parameter a random value, zero-initialised ones too, that keeps activations of order one."""
     generator = torch.Generator().manual_seed(seed)
     norms = [m for m in module.modules() if isinstance(m, nn.GroupNorm | nn.LayerNorm)]
     gains = {id(m.weight) for m in norms}
@@ -43,17 +43,17 @@ ODD_AND_EVEN_SIZES = [(1,), (6,), (7,), (1, 1), (8, 6), (7, 4), (5, 9), (4, 3, 5
 
 
 def half_size(size):
-    """Half of a spatial size, rounded up."""
+    """Halve a spatial size, rounding up."""
     return [(n + 1) // 2 for n in size]
 
 
 def small(seed=0, **options):
-    """A small network in evaluation mode, without conditions, with random weights."""
+    """Build a small network in evaluation mode, without conditions, with random weights."""
     return randomise(UNet(**SMALL | options), seed).eval()
 
 
 def inputs(config, batch=2, size=None, seed=0, tokens=3):
-    """Arguments of forward, all that the configuration has, as a dict."""
+    """Make the arguments of forward, all that the configuration has, as a dict."""
     g = torch.Generator().manual_seed(seed)
     size = size or (8, 6, 4)[: config.dims]
     args = {
@@ -70,18 +70,18 @@ def inputs(config, batch=2, size=None, seed=0, tokens=3):
 
 
 def count_parameters(config):
-    """Number of parameters of a network, which is built without storage."""
+    """Count the parameters of a network, which is built without storage."""
     with torch.device("meta"):
         return sum(p.numel() for p in UNet.from_config(config).parameters())
 
 
 def relative_error(actual, expected):
-    """Largest difference in units of the largest expected value."""
+    """Return the largest difference over the largest expected value."""
     return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
 def as_multihead(attn):
-    """nn.MultiheadAttention with the weights of a CrossAttention."""
+    """Build an nn.MultiheadAttention with the weights of a CrossAttention."""
     dim, width = attn.to_q.in_features, attn.to_k.in_features
     peer = nn.MultiheadAttention(dim, attn.num_heads, kdim=width, vdim=width, batch_first=True)
     projections = (attn.to_q, attn.to_k, attn.to_v)

@@ -1,4 +1,4 @@
-"""What the configurations share: names that options may have, checks, sizes."""
+"""Shared by the configurations: names that options may have, checks, sizes."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ SigmaSchedule = Literal["karras", "exponential"]
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How the reverse process makes samples.
+    """The reverse process: sampler, noise levels, guidance.
 
     Args:
         sampler: the sampler (docs/reference/samplers.md has a table); ddpm needs hundreds of steps, the others tens.

@@ -17,7 +17,7 @@ from unet_denoiser.config.base import (
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How a network is trained.
+    """The training of a network: optimizer, loss, precision, checkpoints.
 
     Args:
         steps: optimizer steps in total, including those before a resume.

@@ -81,12 +81,10 @@ def infer_options(layout: str, shapes: Shapes, structure: BlockStructure) -> dic
     Heads, dropout and groups are left open. The image size is one that puts attention where the checkpoint has it.
     """
     tensors = _TensorShapes(LAYOUTS[layout], structure, shapes)
-    options = _infer_channels(tensors)
     image_size = structure.resolution or max(64, 2 ** (structure.levels + 1))
     attended = tuple(image_size // 2**level for level, has in enumerate(structure.attended) if has)
-    options |= {"image_size": image_size, "attention_resolutions": attended, "learned_null": False}
-    options |= {"context_dim": None, "upsample": "nearest", **tensors.layout.implied}
-    options |= _infer_resampling(tensors)
+    options = _infer_channels(tensors) | {"image_size": image_size, "attention_resolutions": attended}
+    options |= {"learned_null": False, "context_dim": None, **tensors.layout.implied, **_infer_resampling(tensors)}
     for option, (name, axis) in _CONDITION_SHAPES.items():
         if tensors.find(name) is not None:
             options[option] = tensors.require(name, 2)[axis]
@@ -96,8 +94,8 @@ def infer_options(layout: str, shapes: Shapes, structure: BlockStructure) -> dic
 
 
 def _infer_channels(tensors: _TensorShapes) -> dict[str, Any]:
-    stem, time = tensors.require("input_conv.weight"), tensors.require("time_mlp.1.weight", 2)
-    width, widths = time[1], _get_widths(tensors)
+    stem, widths = tensors.require("input_conv.weight"), _get_widths(tensors)
+    width = tensors.require("time_mlp.1.weight", 2)[1]
     modulation = tensors.require("encoder.0.0.time_mlp.weight", 2)
     return {
         "in_channels": stem[1],
@@ -112,14 +110,13 @@ def _infer_channels(tensors: _TensorShapes) -> dict[str, Any]:
 
 
 def _get_widths(tensors: _TensorShapes) -> list[int]:
-    """Return the channels of each level."""
     blocks, levels = tensors.structure.blocks, tensors.structure.levels
     return [tensors.require(f"encoder.{level * (blocks + 1)}.0.conv1.weight")[0] for level in range(levels)]
 
 
 def _infer_resampling(tensors: _TensorShapes) -> dict[str, Any]:
     structure, blocks = tensors.structure, tensors.structure.blocks
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"upsample": "nearest"}
     if structure.levels == 1:
         return options
     downs = [f"encoder.{level * (blocks + 1) + blocks}" for level in range(structure.levels - 1)]
@@ -133,7 +130,7 @@ def _infer_resampling(tensors: _TensorShapes) -> dict[str, Any]:
 
 def _infer_transformer(tensors: _TensorShapes) -> dict[str, Any]:
     blocks, levels = tensors.structure.blocks, tensors.structure.levels
-    # with attention everywhere, so that every level can be asked
+    # so that every level can be asked
     everywhere = tensors._replace(structure=tensors.structure._replace(attended=(True,) * levels))
 
     def count_depth(prefix: str) -> int:
@@ -157,17 +154,11 @@ def _infer_transformer(tensors: _TensorShapes) -> dict[str, Any]:
     return options
 
 
-# ---- published networks ----------------------------------------------------------------------------------------------
-
-
 def fill_from_preset(options: dict[str, Any], given: Mapping[str, Any]) -> tuple[UNetConfig, str | None]:
     """Add the options that shapes do not tell: from `given`, else from the preset that equals the rest.
 
-    Returns:
-        The configuration, and the preset's name if one was needed.
-
-    Raises:
-        ValueError: the number of heads is not given, and no preset equals the rest.
+    Return the configuration, and the preset's name if one was needed. Raise ValueError if the number of heads is not
+    given, and no preset equals the rest.
     """
     if "num_heads" in given or "head_dim" in given:
         heads = {"num_heads": given.get("num_heads"), "head_dim": given.get("head_dim")}
@@ -196,12 +187,11 @@ def describe(config: UNetConfig) -> str:
     differences = {
         name: [field for field, value in _get_visible(preset(name)).items() if seen[field] != value] for name in PRESETS
     }
-    name = min(differences, key=lambda name: len(differences[name]))
-    if not differences[name]:
-        return f"this looks like {name}"
-    if len(differences[name]) > 3:
+    name, different = min(differences.items(), key=lambda item: len(item[1]))
+    if len(different) > 3:
         return "this looks like no published network"
-    return f"this looks like {name} with {', '.join(f'{field}={seen[field]}' for field in differences[name])}"
+    options = ", ".join(f"{field}={seen[field]}" for field in different)
+    return f"this looks like {name} with {options}" if options else f"this looks like {name}"
 
 
 def _get_visible(config: UNetConfig) -> dict[str, Any]:

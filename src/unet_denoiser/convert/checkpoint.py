@@ -85,11 +85,8 @@ class ForeignCheckpoint:
     def parameters(self, shapes: Shapes) -> dict[str, Tensor]:
         """Return the parameters under our names; most share the memory of `tensors`.
 
-        Args:
-            shapes: names and shapes of the parameters of a `UNet` of this `config`.
-
-        Raises:
-            ValueError: tensors that are missing, left over or of another shape, by name.
+        `shapes` are those of a `UNet` of this `config`. Raise ValueError for tensors that are missing, left over or of
+        another shape, by name.
         """
         try:
             return to_internal(self.tensors, shapes, self.kind)
@@ -123,8 +120,7 @@ def export_state_dict(
     Raises:
         ValueError: a parameter that the layout has no place for.
     """
-    # DDPM's spacing comes with DDPM's order in every layout
-    cosines_first = config.time_frequencies == "half"
+    cosines_first = config.time_frequencies == "half"  # DDPM's spacing comes with DDPM's order in every layout
     packing = LAYOUTS[layout].packing or qkv_order or published_order(config)
     structure, linear = BlockStructure.from_config(config), has_linear_projections(config)
     return to_foreign(state, FormatVariant(LAYOUTS[layout], structure, config.heads, packing, cosines_first, linear))

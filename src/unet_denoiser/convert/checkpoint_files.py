@@ -20,24 +20,20 @@ _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": 
 _LDM_PREFIX = "model.diffusion_model."
 
 
-def read_state(
-    path: Path, ema: bool = False, variant: str | None = None
-) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+def read_state(path: Path, ema: bool, variant: str | None) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """Read the U-Net's tensors of a checkpoint and, from a folder, diffusers' configuration."""
     if path.is_dir():
         if ema:
             raise ValueError(f"ema=True: {path} is a folder with one set of weights")
         config = read_json(_find_inside(path, "config.json"))
-        state: dict[str, Tensor] = {}
-        for file in find_weights(lambda name: _find_inside(path, name), variant):
-            state |= read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
+        files = find_weights(lambda name: _find_inside(path, name), variant)
+        state = {name: tensor for file in files for name, tensor in _read_tensors(file).items()}
         return {_rename_old_attention(name): tensor for name, tensor in state.items()}, config
     if variant is not None:
         raise ValueError(f"variant={variant!r}: {path} is a single file")
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
-    state = read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    return _select_unet(state, ema), None
+    return _select_unet(_read_tensors(path), ema), None
 
 
 def save_state(state: Mapping[str, Tensor], path: Path, config: Mapping[str, Any] | None = None) -> None:
@@ -65,9 +61,7 @@ def find_weights(find: Callable[[str], Path], variant: str | None = None) -> lis
                 except FileNotFoundError as error:
                     missing.append(error)
                     continue
-                if file.suffix != ".json":
-                    return [file]
-                return [find(shard) for shard in _list_shards(file)]
+                return [file] if file.suffix != ".json" else [find(shard) for shard in _list_shards(file)]
     raise missing[1]
 
 
@@ -85,7 +79,9 @@ def _find_inside(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -113,12 +109,10 @@ def _select_unet(state: dict[str, Tensor], ema: bool) -> dict[str, Tensor]:
     # EDM keeps its resampling kernel, the mean of four pixels, as a buffer; ours is a function
     state = {n: t for n, t in state.items() if not (n.endswith(".resample_filter") and bool((t == 0.25).all()))}
     unet = {name[len(_LDM_PREFIX) :]: tensor for name, tensor in state.items() if name.startswith(_LDM_PREFIX)}
-    if not unet:
-        if ema:
-            raise ValueError("ema=True: the file has no averaged weights beside the others")
-        return state
     if not ema:
-        return unet
+        return unet or state
+    if not unet:
+        raise ValueError("ema=True: the file has no averaged weights beside the others")
     averages = {name: "model_ema." + f"diffusion_model.{name}".replace(".", "") for name in unet}
     if missing := [name for name in averages.values() if name not in state]:
         raise ValueError(f"ema=True: the file lacks {missing[0]}")

@@ -9,25 +9,16 @@ from unet_denoiser.config.unet import UNetConfig
 
 # the values that our network has a counterpart for; most fields switch on something that it lacks
 _VALID_VALUES: dict[str, tuple[Any, ...]] = {
-    "center_input_sample": (None, False),
+    **dict.fromkeys(("center_input_sample", "class_embeddings_concat", "dual_cross_attention"), (None, False)),
+    **dict.fromkeys(("time_embedding_dim", "time_embedding_act_fn", "timestep_post_act", "class_embed_type"), (None,)),
+    **dict.fromkeys(("encoder_hid_dim", "encoder_hid_dim_type", "cross_attention_norm"), (None,)),
+    **dict.fromkeys(("mid_block_scale_factor", "resnet_out_scale_factor"), (None, 1, 1.0)),
+    **dict.fromkeys(("conv_in_kernel", "conv_out_kernel"), (None, 3)),
     "act_fn": (None, "silu", "swish"),
-    "mid_block_scale_factor": (None, 1, 1.0),
     "time_embedding_type": (None, "positional"),
-    "time_embedding_dim": (None,),
-    "time_embedding_act_fn": (None,),
-    "timestep_post_act": (None,),
-    "class_embed_type": (None,),
-    "class_embeddings_concat": (None, False),
     "addition_embed_type": (None, "text_time"),
-    "encoder_hid_dim": (None,),
-    "encoder_hid_dim_type": (None,),
-    "dual_cross_attention": (None, False),
-    "cross_attention_norm": (None,),
     "attention_type": (None, "default"),
-    "conv_in_kernel": (None, 3),
-    "conv_out_kernel": (None, 3),
     "resnet_skip_time_act": (None, False),
-    "resnet_out_scale_factor": (None, 1, 1.0),
     "reverse_transformer_layers_per_block": (None,),
     "mid_block_type": ("UNetMidBlock2D", "UNetMidBlock2DCrossAttn"),
     "add_attention": (None, True),
@@ -39,13 +30,9 @@ _PLAIN_BLOCKS = ("DownBlock2D", "UpBlock2D")
 
 
 def from_diffusers(config: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
-    """Return what a diffusers configuration tells beyond names and shapes.
+    """Return the options that a diffusers configuration tells beyond names and shapes, and True for cosines first.
 
-    Returns:
-        Options of `UNetConfig`, and True if the sinusoids are cosines first.
-
-    Raises:
-        ValueError: a field that our network has no counterpart for, by name.
+    Raise ValueError for a field that our network has no counterpart for, by name.
     """
     conditional = config.get("_class_name") == "UNet2DConditionModel"
     _check_fields(config)
@@ -74,15 +61,10 @@ def _check_fields(config: Mapping[str, Any]) -> None:
     blocks = config.get("down_block_types", ())
     for block in blocks if isinstance(blocks, list | tuple) else [blocks]:
         if block not in _DOWN_BLOCKS:
-            raise ValueError(
-                f"down_block_types has {block!r}, without counterpart here; valid: {', '.join(_DOWN_BLOCKS)}"
-            )
-    groups, attention_groups = config.get("norm_num_groups", 32), config.get("attn_norm_num_groups")
-    if groups is None or attention_groups not in (None, groups):
-        raise ValueError(
-            f"norm_num_groups={groups} with attn_norm_num_groups={attention_groups} has no counterpart here: all norms "
-            "have the same number of groups"
-        )
+            raise ValueError(f"down_block_types has {block!r}, without counterpart; valid: {', '.join(_DOWN_BLOCKS)}")
+    groups, others = config.get("norm_num_groups", 32), config.get("attn_norm_num_groups")
+    if groups is None or others not in (None, groups):
+        raise ValueError(f"norm_num_groups={groups} with attn_norm_num_groups={others}: they must be equal numbers")
 
 
 def _read_only_cross_attention(config: Mapping[str, Any]) -> Any:
@@ -116,11 +98,7 @@ def has_linear_projections(c: UNetConfig) -> bool:
 
 
 def to_diffusers(c: UNetConfig) -> dict[str, Any]:
-    """Return the diffusers configuration of the same network.
-
-    Raises:
-        ValueError: an option that diffusers' classes have no counterpart for, by name.
-    """
+    """Return the diffusers configuration of the same network; ValueError for an option that it lacks, by name."""
     conditional = c.attention == "transformer"
     _check_options(c, conditional)
     common = {
@@ -167,9 +145,7 @@ def _build_unconditional(c: UNetConfig, attended: list[bool]) -> dict[str, Any]:
     head_dims = {c.widths[level] // c.heads(level) for level in levels if attended[level] or level == last}
     one_head = all(c.heads(level) == 1 for level in levels)
     if len(head_dims) > 1 and not one_head:
-        raise ValueError(
-            f"num_heads={c.num_heads} gives heads of {sorted(head_dims)} channels; UNet2DModel has one width only"
-        )
+        raise ValueError(f"num_heads={c.num_heads} gives heads of {sorted(head_dims)} channels; UNet2DModel: one width")
     kind = "resnet" if c.downsample == "resblock" else "conv"
     down, up = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if kind == "resnet" else _PLAIN_BLOCKS
     return {

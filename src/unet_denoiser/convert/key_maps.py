@@ -6,46 +6,68 @@
     edm         EDM's DhariwalUNet: enc, dec
 
 A key map is a function of this name: from the name of one of our parameters to the foreign tensor that holds it.
-Loading asks it for the source of a parameter, saving for the destination. Beside it stands the layout's record, a
-`Layout`, with all else in which its files differ from others; `LAYOUTS` has the records by name.
+`LAYOUTS` has each key map with all else in which the files of its layout differ from others.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from functools import partial
 from typing import Any
 
 from unet_denoiser.convert.layout import BlockStructure, ForeignTensor, Layout, ParameterLocation, Shapes, locate
 
+# columns of the tables below, where None stands for a layer that the layout has not, or names by another rule
+_COMPVIS, _DIFFUSERS, _DDPM, _EDM = range(4)
+_OUTER = {
+    "time_mlp.1": ("time_embed.0", "time_embedding.linear_1", "temb.dense.0", "map_layer0"),
+    "time_mlp.3": ("time_embed.2", "time_embedding.linear_2", "temb.dense.1", "map_layer1"),
+    "time_cond": (None, "time_embedding.cond_proj", None, "map_augment"),
+    "class_embedding": ("label_emb", "class_embedding", None, "map_label"),
+    "vector_embedding.0": ("label_emb.0.0", "add_embedding.linear_1", None, None),
+    "vector_embedding.2": ("label_emb.0.2", "add_embedding.linear_2", None, None),
+    "input_conv": ("input_blocks.0.0", "conv_in", "conv_in", None),
+    "output.0": ("out.0", "conv_norm_out", "norm_out", "out_norm"),
+    "output.2": ("out.2", "conv_out", "conv_out", "out_conv"),
+}
+_RES_BLOCK = {
+    "norm1": ("in_layers.0", "norm1", "norm1", "norm0"),
+    "conv1": ("in_layers.2", "conv1", "conv1", "conv0"),
+    "time_mlp": ("emb_layers.1", "time_emb_proj", "temb_proj", "affine"),
+    "norm2": ("out_layers.0", "norm2", "norm2", "norm1"),
+    "conv2": ("out_layers.3", "conv2", "conv2", "conv1"),
+    "skip": ("skip_connection", "conv_shortcut", "nin_shortcut", "skip"),
+    "conv": (None, "conv", "conv", None),
+}
+_ATTENTION = {
+    "norm": ("norm", "group_norm", "norm", "norm2"),
+    "attn.to_q": (None, "to_q", "q", None),
+    "attn.to_k": (None, "to_k", "k", None),
+    "attn.to_v": (None, "to_v", "v", None),
+    "attn.to_out": ("proj_out", "to_out.0", "proj_out", "proj"),
+}
 
-def _rename(leaf: str, table: dict[str, str]) -> str:
-    """Replace the longest beginning that the table has."""
-    for ours in sorted(table, key=len, reverse=True):
-        if leaf == ours or leaf.startswith(ours + "."):
-            return table[ours] + leaf[len(ours) :]
+
+def _rename(leaf: str, table: Mapping[str, tuple[str | None, ...]], layout: int) -> str:
+    for ours, names in table.items():
+        if (theirs := names[layout]) is not None and leaf.startswith(ours + "."):
+            return theirs + leaf[len(ours) :]
     raise ValueError(f"this layout has no place for {leaf!r}")
-
-
-def _ones(leaf: str, count: int) -> int:
-    return count if leaf.endswith("weight") else 0
 
 
 def _map_transformer(prefix: str, leaf: str) -> ForeignTensor:
     """Map inside a spatial transformer, where all layouts agree."""
-    name = leaf.replace(".to_out.", ".to_out.0.")
-    name = name.replace(".ff.proj.", ".ff.net.0.proj.").replace(".ff.out.", ".ff.net.2.")
-    return ForeignTensor(f"{prefix}.{name}", _ones(leaf, 2) if leaf.startswith("proj_") else 0)
+    name = leaf.replace(".to_out.", ".to_out.0.").replace(".ff.proj.", ".ff.net.0.proj.")
+    return ForeignTensor(f"{prefix}.{name.replace('.ff.out.', '.ff.net.2.')}", 2 if leaf.startswith("proj_") else 0)
 
 
-def _map_packed(prefix: str, place: ParameterLocation, projection: str, ones: int) -> ForeignTensor:
-    """Map attention that has query, key and value in one tensor."""
+def _map_attention(prefix: str, place: ParameterLocation, layout: int, ones: int = 0) -> ForeignTensor:
+    """Map plain attention; a layout without names for query, key and value has them in one tensor."""
     stem, _, end = place.leaf.rpartition(".")
-    if stem == "attn.to_out":
-        return ForeignTensor(f"{prefix}.{projection}.{end}", _ones(end, ones))
-    part = ("attn.to_q", "attn.to_k", "attn.to_v").index(stem)
-    return ForeignTensor(f"{prefix}.qkv.{end}", _ones(end, ones), part, place.level)
+    projections = ("attn.to_q", "attn.to_k", "attn.to_v")
+    if stem in projections and _ATTENTION[stem][layout] is None:
+        return ForeignTensor(f"{prefix}.qkv.{end}", ones, projections.index(stem), place.level)
+    return ForeignTensor(f"{prefix}.{_rename(place.leaf, _ATTENTION, layout)}", 0 if stem == "norm" else ones)
 
 
 def _count(names: Collection[str], pattern: str) -> int:
@@ -53,36 +75,10 @@ def _count(names: Collection[str], pattern: str) -> int:
     return max((int(match[1]) for name in names if (match := re.match(pattern, name))), default=-1) + 1
 
 
-def _count_blocks(level: str, block: str, names: Collection[str]) -> BlockStructure:
-    """Count levels, and the blocks of the first one, by a pattern each."""
-    return BlockStructure(_count(names, block), _count(names, level))
-
-
-# ---- Stable Diffusion, SDXL, LDM, ADM, improved-diffusion -----------------------------------------------------------
-
-_COMPVIS_TOP = {
-    "time_mlp.1": "time_embed.0",
-    "time_mlp.3": "time_embed.2",
-    "class_embedding": "label_emb",
-    "vector_embedding": "label_emb.0",
-    "input_conv": "input_blocks.0.0",
-    "output": "out",
-}
-_COMPVIS_RES = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_mlp": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "skip": "skip_connection",
-}
-
-
 def compvis(name: str, structure: BlockStructure) -> ForeignTensor:
     """Map to the flat layout of Stable Diffusion and ADM: input_blocks, middle_block, output_blocks."""
-    place = locate(name, structure)
-    if place is None:
-        return ForeignTensor(_rename(name, _COMPVIS_TOP))
+    if (place := locate(name, structure)) is None:
+        return ForeignTensor(_rename(name, _OUTER, _COMPVIS))
     prefix = {
         "encoder": f"input_blocks.{place.entry + 1}.{place.child}",
         "bottleneck": f"middle_block.{place.child}",
@@ -92,12 +88,10 @@ def compvis(name: str, structure: BlockStructure) -> ForeignTensor:
     if leaf.startswith("conv."):
         return ForeignTensor(f"{prefix}.{leaf.replace('conv', 'op') if place.kind == 'down' else leaf}")
     if place.kind != "attention":
-        return ForeignTensor(f"{prefix}.{_rename(leaf, _COMPVIS_RES)}")
+        return ForeignTensor(f"{prefix}.{_rename(leaf, _RES_BLOCK, _COMPVIS)}")
     if structure.transformer:
         return _map_transformer(prefix, leaf)
-    if leaf.startswith("norm."):
-        return ForeignTensor(f"{prefix}.{leaf}")
-    return _map_packed(prefix, place, "proj_out", 1)
+    return _map_attention(prefix, place, _COMPVIS, ones=1)
 
 
 def _count_compvis(names: Collection[str]) -> BlockStructure:
@@ -108,50 +102,10 @@ def _count_compvis(names: Collection[str]) -> BlockStructure:
     return BlockStructure(first, entries // (first + 1) if entries else 0)
 
 
-COMPVIS = Layout(
-    compvis,
-    marker="input_blocks.0.0.weight",
-    count_blocks=_count_compvis,
-    implied={"time_frequencies": "half"},
-    cosines_first=True,
-)
-
-# ---- diffusers -------------------------------------------------------------------------------------------------------
-
-_DIFFUSERS_TOP = {
-    "time_mlp.1": "time_embedding.linear_1",
-    "time_mlp.3": "time_embedding.linear_2",
-    "time_cond": "time_embedding.cond_proj",
-    "class_embedding": "class_embedding",
-    "vector_embedding.0": "add_embedding.linear_1",
-    "vector_embedding.2": "add_embedding.linear_2",
-    "input_conv": "conv_in",
-    "output.0": "conv_norm_out",
-    "output.2": "conv_out",
-}
-_DIFFUSERS_RES = {
-    "norm1": "norm1",
-    "conv1": "conv1",
-    "time_mlp": "time_emb_proj",
-    "norm2": "norm2",
-    "conv2": "conv2",
-    "skip": "conv_shortcut",
-    "conv": "conv",
-}
-_DIFFUSERS_ATTENTION = {
-    "norm": "group_norm",
-    "attn.to_q": "to_q",
-    "attn.to_k": "to_k",
-    "attn.to_v": "to_v",
-    "attn.to_out": "to_out.0",
-}
-
-
 def diffusers(name: str, structure: BlockStructure) -> ForeignTensor:
     """Map to the nested layout of diffusers: down_blocks, mid_block, up_blocks, from the lowest resolution up."""
-    place = locate(name, structure)
-    if place is None:
-        return ForeignTensor(_rename(name, _DIFFUSERS_TOP))
+    if (place := locate(name, structure)) is None:
+        return ForeignTensor(_rename(name, _OUTER, _DIFFUSERS))
     parent = {
         "encoder": f"down_blocks.{place.level}",
         "bottleneck": "mid_block",
@@ -162,43 +116,19 @@ def diffusers(name: str, structure: BlockStructure) -> ForeignTensor:
         prefix = f"{parent}.attentions.{block if place.half != 'bottleneck' else 0}"
         if structure.transformer:
             return _map_transformer(prefix, place.leaf)
-        return ForeignTensor(f"{prefix}.{_rename(place.leaf, _DIFFUSERS_ATTENTION)}")
+        return _map_attention(prefix, place, _DIFFUSERS)
     group = {"res": f"resnets.{block}", "down": "downsamplers.0", "up": "upsamplers.0"}[place.kind]
-    return ForeignTensor(f"{parent}.{group}.{_rename(place.leaf, _DIFFUSERS_RES)}")
+    return ForeignTensor(f"{parent}.{group}.{_rename(place.leaf, _RES_BLOCK, _DIFFUSERS)}")
 
 
-DIFFUSERS = Layout(
-    diffusers,
-    marker="time_embedding.linear_1.weight",
-    count_blocks=partial(_count_blocks, r"down_blocks\.(\d+)\.", r"down_blocks\.0\.resnets\.(\d+)\."),
-    implied={"time_frequencies": "half"},  # a folder's config.json tells, and may tell otherwise
-    cosines_first=True,
-)
-
-# ---- the PyTorch port of DDPM ----------------------------------------------------------------------------------------
-
-_DDPM_TOP = {
-    "time_mlp.1": "temb.dense.0",
-    "time_mlp.3": "temb.dense.1",
-    "input_conv": "conv_in",
-    "output.0": "norm_out",
-    "output.2": "conv_out",
-}
-_DDPM_RES = _DIFFUSERS_RES | {"time_mlp": "temb_proj", "skip": "nin_shortcut"}
-_DDPM_ATTENTION = {
-    "norm": "norm",
-    "attn.to_q": "q",
-    "attn.to_k": "k",
-    "attn.to_v": "v",
-    "attn.to_out": "proj_out",
-}
+def _count_diffusers(names: Collection[str]) -> BlockStructure:
+    return BlockStructure(_count(names, r"down_blocks\.0\.resnets\.(\d+)\."), _count(names, r"down_blocks\.(\d+)\."))
 
 
 def ddpm(name: str, structure: BlockStructure) -> ForeignTensor:
     """Map to the layout of DDPM's PyTorch port: down, mid, up, numbered by resolution level in both halves."""
-    place = locate(name, structure)
-    if place is None:
-        return ForeignTensor(_rename(name, _DDPM_TOP))
+    if (place := locate(name, structure)) is None:
+        return ForeignTensor(_rename(name, _OUTER, _DDPM))
     if place.half == "bottleneck":
         prefix = "mid." + ("block_1", "attn_1", "block_2")[place.child]
     else:
@@ -206,36 +136,12 @@ def ddpm(name: str, structure: BlockStructure) -> ForeignTensor:
         group = {"res": f"block.{place.block}", "attention": f"attn.{place.block}"}
         prefix = f"{parent}.{group.get(place.kind, place.kind + 'sample')}"
     if place.kind == "attention":
-        ones = 0 if place.leaf.startswith("norm") else _ones(place.leaf, 2)
-        return ForeignTensor(f"{prefix}.{_rename(place.leaf, _DDPM_ATTENTION)}", ones)
-    return ForeignTensor(f"{prefix}.{_rename(place.leaf, _DDPM_RES)}")
+        return _map_attention(prefix, place, _DDPM, ones=2)
+    return ForeignTensor(f"{prefix}.{_rename(place.leaf, _RES_BLOCK, _DDPM)}")
 
 
-DDPM = Layout(
-    ddpm,
-    marker="temb.dense.0.weight",
-    count_blocks=partial(_count_blocks, r"down\.(\d+)\.", r"down\.0\.block\.(\d+)\."),
-    implied={"downsample": "conv_asymmetric", "norm_eps": 1e-6},
-)
-
-# ---- EDM's DhariwalUNet ----------------------------------------------------------------------------------------------
-
-_EDM_TOP = {
-    "time_mlp.1": "map_layer0",
-    "time_mlp.3": "map_layer1",
-    "time_cond": "map_augment",
-    "class_embedding": "map_label",
-    "output.0": "out_norm",
-    "output.2": "out_conv",
-}
-_EDM_RES = {
-    "norm1": "norm0",
-    "conv1": "conv0",
-    "time_mlp": "affine",
-    "norm2": "norm1",
-    "conv2": "conv1",
-    "skip": "skip",
-}
+def _count_ddpm(names: Collection[str]) -> BlockStructure:
+    return BlockStructure(_count(names, r"down\.0\.block\.(\d+)\."), _count(names, r"down\.(\d+)\."))
 
 
 def edm(name: str, structure: BlockStructure) -> ForeignTensor:
@@ -245,21 +151,18 @@ def edm(name: str, structure: BlockStructure) -> ForeignTensor:
         size = structure.resolution >> level
         return f"{size}x{size}"
 
-    place = locate(name, structure)
     if name.startswith("input_conv"):
         return ForeignTensor(f"enc.{at(0)}_conv.{name.partition('.')[2]}")
-    if place is None:
-        return ForeignTensor(_rename(name, _EDM_TOP), transposed=name == "class_embedding.weight")
+    if (place := locate(name, structure)) is None:
+        return ForeignTensor(_rename(name, _OUTER, _EDM), transposed=name == "class_embedding.weight")
     # resampling is the first block of the level it leads to
     level = place.level + {"down": 1, "up": -1}.get(place.kind, 0)
     block = f"in{place.child // 2}" if place.half == "bottleneck" else f"block{place.block}"
     entry = place.kind if place.kind in ("down", "up") else block
     prefix = f"{'enc' if place.half == 'encoder' else 'dec'}.{at(level)}_{entry}"
     if place.kind != "attention":
-        return ForeignTensor(f"{prefix}.{_rename(place.leaf, _EDM_RES)}")
-    if place.leaf.startswith("norm."):
-        return ForeignTensor(f"{prefix}.norm2.{place.leaf.partition('.')[2]}")
-    return _map_packed(prefix, place, "proj", 2)
+        return ForeignTensor(f"{prefix}.{_rename(place.leaf, _RES_BLOCK, _EDM)}")
+    return _map_attention(prefix, place, _EDM, ones=2)
 
 
 def _count_edm(names: Collection[str]) -> BlockStructure:
@@ -280,14 +183,18 @@ def _infer_edm(options: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
     return {"norm_groups": groups.pop()}
 
 
-EDM = Layout(
-    edm,
-    marker="map_layer0.weight",
-    count_blocks=_count_edm,
-    implied={"time_frequencies": "half", "num_heads": None, "head_dim": 64},
-    infer_more=_infer_edm,
-    cosines_first=True,
-    packing="edm",
-)
-
-LAYOUTS = {"compvis": COMPVIS, "ddpm": DDPM, "diffusers": DIFFUSERS, "edm": EDM}
+_HALF = {"time_frequencies": "half"}  # a diffusers folder's config.json may tell otherwise
+LAYOUTS = {
+    "compvis": Layout(compvis, "input_blocks.0.0.weight", _count_compvis, _HALF, cosines_first=True),
+    "ddpm": Layout(ddpm, "temb.dense.0.weight", _count_ddpm, {"downsample": "conv_asymmetric", "norm_eps": 1e-6}),
+    "diffusers": Layout(diffusers, "time_embedding.linear_1.weight", _count_diffusers, _HALF, cosines_first=True),
+    "edm": Layout(
+        edm,
+        marker="map_layer0.weight",
+        count_blocks=_count_edm,
+        implied={**_HALF, "num_heads": None, "head_dim": 64},
+        infer_more=_infer_edm,
+        cosines_first=True,
+        packing="edm",
+    ),
+}

@@ -54,8 +54,7 @@ def locate(name: str, structure: BlockStructure) -> ParameterLocation | None:
     if not name.startswith(("encoder", "bottleneck", "decoder")):
         return None
     half, first, rest = name.split(".", 2)
-    n, last = structure.blocks, structure.levels - 1
-    index = int(first)
+    n, last, index = structure.blocks, structure.levels - 1, int(first)
     if half == "bottleneck":
         return ParameterLocation(half, index, last, 0, index, rest, "attention" if index == 1 else "res")
     level, block = divmod(index, n + 1)
@@ -69,8 +68,7 @@ def locate(name: str, structure: BlockStructure) -> ParameterLocation | None:
 
 def describe_layer(name: str, structure: BlockStructure) -> str:
     """Return a parameter's layer in words, for example "the attention of encoder block 5"; "" outside the blocks."""
-    place = locate(name, structure)
-    if place is None:
+    if (place := locate(name, structure)) is None:
         return ""
     if place.half == "bottleneck":
         return "the attention of the bottleneck" if place.kind == "attention" else f"bottleneck block {place.child}"
@@ -81,7 +79,7 @@ def describe_layer(name: str, structure: BlockStructure) -> str:
 class ForeignTensor(NamedTuple):
     """A foreign tensor, and how it differs from our parameter.
 
-    ones: trailing dimensions of length one that it has beyond ours (a 1x1 convolution for a linear layer).
+    ones: trailing dimensions of length one that a weight has beyond ours (a 1x1 convolution for a linear layer).
     part: 0, 1, 2 if it packs query, key and value, and ours is one of them; `level` then tells the number of heads.
     transposed: it is a matrix on one-hot labels, and ours the table of its columns.
     """

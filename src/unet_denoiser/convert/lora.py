@@ -23,14 +23,11 @@ _TEXT_ENCODER_PREFIXES = ("text_encoder", "lora_te")
 _DOWN_AND_UP = (("lora_A", "lora_B"), ("lora_down", "lora_up"), ("lora.down", "lora.up"))
 _DOWN_NAME = re.compile(r"(.+?)[._](?:lora_A|lora_down|lora\.down)(?:\.default)?\.weight")
 _DUPLICATE = "another update for the same weight too; give one of them"
-_OLD_NAME = re.compile(r"\.processor\.(to_\w+)_lora\.(down|up)\.")
+_OLD_NAME = re.compile(r"\.processor\.(to_[\w.]+)_lora\.(down|up)\.")
 
 
 class _LoraFile(NamedTuple):
-    """A LoRA of the U-Net.
-
-    name: in messages. tensors: by current names. config: peft's `LoraConfig`, which tells the scale.
-    """
+    """A LoRA of the U-Net: its name in messages, tensors by current names, and peft's `LoraConfig`."""
 
     name: str
     tensors: dict[str, Tensor]
@@ -49,8 +46,7 @@ class _Update(NamedTuple):
     def compute(self) -> Tensor:
         """Return the changed weight."""
         change = self.up.flatten(1).float() @ self.down.flatten(1).float() * self.strength
-        if self.swapped:
-            change = swap_halves(change, 1)
+        change = swap_halves(change, 1) if self.swapped else change
         return self.weight + change.reshape(self.weight.shape).to(self.weight)
 
 
@@ -144,16 +140,11 @@ def _read_lora(source: str | Path | Mapping[str, Tensor]) -> _LoraFile:
     for name, tensor in source.items():
         if name.startswith(_TEXT_ENCODER_PREFIXES):
             continue
-        current_name = _OLD_NAME.sub(_rename_old, name)
+        current_name = _OLD_NAME.sub(r".\1.lora.\2.", name.replace(".to_out_lora.", ".to_out.0_lora."))
         if current_name in tensors:
             raise ValueError(f"{file} has {name}, and {_DUPLICATE}")
         tensors[current_name] = tensor
     return _LoraFile(file, tensors, config)
-
-
-def _rename_old(match: re.Match[str]) -> str:
-    layer = "to_out.0" if match[1] == "to_out" else match[1]
-    return f".{layer}.lora.{match[2]}."
 
 
 def _get_matrices(lora: _LoraFile, down_name: str, up_name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,13 +174,9 @@ def _strip_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(shape)
 
 
-# ---- the scale of an update ------------------------------------------------------------------------------------------
-
-
 def _compute_strength(lora: _LoraFile, alpha_name: str, module: str, rank: int) -> float:
     """Return alpha / rank, or alpha / sqrt(rank) of a rank-stabilised LoRA (Kalajdzievski 2023)."""
-    if alpha_name in lora.tensors:
-        tensor = lora.tensors[alpha_name]
+    if (tensor := lora.tensors.get(alpha_name)) is not None:
         if tensor.numel() != 1 or tensor.is_complex() or not math.isfinite(tensor.item()):
             shown = str(tensor.item()) if tensor.numel() == 1 else f"a tensor of {tuple(tensor.shape)}"
             raise ValueError(f"{lora.name}: {alpha_name} must be one finite number, and is {shown}")

@@ -37,13 +37,8 @@ class FormatVariant(NamedTuple):
 
 
 def to_internal(state: Mapping[str, Tensor], shapes: Shapes, variant: FormatVariant) -> dict[str, Tensor]:
-    """Return our parameters, of these names and shapes, from a foreign state dict.
-
-    Raises:
-        ValueError: tensors that are missing, left over or of another shape, the first few by name.
-    """
+    """Return our parameters, of these names and shapes, from a foreign state dict; ValueError unless all fit."""
     sources = {name: variant.locate(name) for name in shapes}
-    used = {source.name for source in sources.values()}
     ours: dict[str, Tensor] = {}
     problems = _list_missing({name: source.name for name, source in sources.items()}, state, variant.structure)
     for name, shape in shapes.items():
@@ -65,7 +60,8 @@ def to_internal(state: Mapping[str, Tensor], shapes: Shapes, variant: FormatVari
         elif variant.cosines_first and name in _SINUSOIDS:
             tensor = swap_halves(tensor, _SINUSOIDS[name])
         ours[name] = tensor
-    problems += [f"has {name}, which the network lacks" for name in state if name not in used]
+    left_over = state.keys() - {source.name for source in sources.values()}
+    problems += [f"has {name}, which the network lacks" for name in state if name in left_over]
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(f"the checkpoint does not fit: it {'; it '.join(problems[:3])}{more}")
@@ -95,7 +91,8 @@ def to_foreign(ours: Mapping[str, Tensor], variant: FormatVariant) -> dict[str, 
         target = variant.locate(name)
         if variant.cosines_first and name in _SINUSOIDS:
             tensor = swap_halves(tensor, _SINUSOIDS[name])
-        tensor = tensor.reshape(*tensor.shape, *[1] * target.ones)
+        if name.endswith("weight"):
+            tensor = tensor.reshape(*tensor.shape, *[1] * target.ones)
         if target.part is None:
             theirs[target.name] = tensor.mT if target.transposed else tensor
             continue
@@ -114,9 +111,9 @@ def swap_halves(weight: Tensor, axis: int) -> Tensor:
 
 
 def _unpack(packed: Tensor, heads: int, order: Packing) -> tuple[Tensor, ...]:
-    rest = packed.shape[1:]
     if order == "new":
         return packed.chunk(3)
+    rest = packed.shape[1:]
     if order == "edm":
         return packed.reshape(-1, 3, *rest).unbind(1)
     return tuple(part.reshape(-1, *rest) for part in packed.reshape(heads, 3, -1, *rest).unbind(1))

@@ -45,11 +45,9 @@ def encode_labels(
             raise ValueError(f"labels of {where} go up to {array.max()}; give names, or integers from 0 without gaps")
         class_names = list(names) if names is not None else [str(i) for i in range(int(array.max()) + 1)]
         if names is None and 2 * (present := len(np.unique(array))) < len(class_names):
-            warnings.warn(
-                f"{where} has images of {present} of the {len(class_names)} classes 0 to {len(class_names) - 1}; the "
-                "others would stay untrained; number the classes without gaps, or give names",
-                stacklevel=3,
-            )
+            found = f"{where} has images of {present} of the {len(class_names)} classes 0 to {len(class_names) - 1}"
+            remedy = "the others would stay untrained; number the classes without gaps, or give names"
+            warnings.warn(f"{found}; {remedy}", stacklevel=3)
         if array.max() >= len(class_names):
             raise ValueError(f"class_names has {len(class_names)} entries, labels go up to {array.max()} in {where}")
         return torch.from_numpy(array.astype(np.int64)), class_names

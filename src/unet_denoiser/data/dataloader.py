@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, defa
 from unet_denoiser.data.dataset import ImageDataset, StreamDataset, StreamIndex
 from unet_denoiser.data.transforms import UnreadableItemError
 
+ALL = slice(None)
 PREFETCHED_BATCHES = 4  # per worker
 MAX_UNREADABLE_ITEMS = 100  # in a row, after which the data are taken to be gone
 
@@ -96,18 +97,12 @@ class EndlessBatches(Sampler[list[StreamIndex]]):
     """
 
     def __init__(
-        self,
-        buckets: int | Sequence[np.ndarray],
-        batch_size: int,
-        seed: int,
-        start: int,
-        stop: int,
-        part: slice | None = None,
+        self, buckets: int | Sequence[np.ndarray], batch_size: int, seed: int, start: int, stop: int, part: slice = ALL
     ) -> None:
         self.buckets = [np.arange(buckets)] if isinstance(buckets, int) else list(buckets)
         self.sizes = np.array([len(bucket) for bucket in self.buckets])
         self.batch_size, self.seed, self.start, self.stop = batch_size, seed, start, stop
-        self.indices = range(batch_size)[part or slice(None)]
+        self.indices = range(batch_size)[part]
         self._orders: dict[int, tuple[int, np.ndarray]] = {}  # the current epoch of each bucket, and its order
 
     def __len__(self) -> int:
@@ -185,8 +180,7 @@ class FaultTolerantDataset(Dataset[dict[str, Any]]):
 class StreamBatches(IterableDataset[list[dict[str, Any]]]):
     """Batches `start` to `stop` of a stream that begins again after each epoch; of each batch, one process's slice.
 
-    It reads the items before `start` without decoding them. It is for a single worker process, which decodes in
-    threads; several would each read the whole stream.
+    The items before `start` are read without decoding. At most one worker process, which decodes in threads.
     """
 
     def __init__(
@@ -274,8 +268,5 @@ class DataTimer:
         share = self._total[0] / (sum(self._total) or 1.0)
         if self.number >= 2 * self.warm_up and share > self.max_share and not self._warned:
             self._warned = True
-            warnings.warn(
-                f"training waits for data in {share:.0%} of the time; more num_workers, cache_images, or images that "
-                "are already scaled to image_size would help",
-                stacklevel=3,
-            )
+            remedies = "more num_workers, cache_images, or images that are already scaled to image_size would help"
+            warnings.warn(f"training waits for data in {share:.0%} of the time; {remedies}", stacklevel=3)

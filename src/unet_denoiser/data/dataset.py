@@ -36,7 +36,19 @@ class StreamIndex(int):
         return np.random.default_rng([self.seed, self.position, 0, 1])  # 1: apart from the order's numbers
 
 
-class ImageDataset(Dataset[dict[str, Any]]):
+class _Attributes:
+    """The attributes of both kinds of datasets."""
+
+    channels: int
+    image_size: tuple[int, ...]
+    class_names: list[str] | None = None
+    captions: Sequence[str] | None = None
+    vector_dim: int | None = None
+    context_dim: int | None = None
+    concat_channels: int = 0
+
+
+class ImageDataset(_Attributes, Dataset[dict[str, Any]]):
     """A map-style dataset of {"image": float32 (C, *spatial) in [-1, 1]} and conditions by name.
 
     A `StreamIndex` returns the item augmented, any other index as it is. Subclasses define `__len__` and either
@@ -53,13 +65,6 @@ class ImageDataset(Dataset[dict[str, Any]]):
         background: (C,) in [-1, 1], to pad with.
     """
 
-    channels: int
-    image_size: tuple[int, ...]
-    class_names: list[str] | None = None
-    captions: Sequence[str] | None = None
-    vector_dim: int | None = None
-    context_dim: int | None = None
-    concat_channels: int = 0
     buckets: list[np.ndarray] | None = None
     in_memory: bool = False
     labels: Tensor | None = None
@@ -80,14 +85,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
     def conditions(self, index: int) -> dict[str, Any]:
         """Return the item without its image."""
-        found: dict[str, Any] = {}
-        if self.labels is not None:
-            found["class_labels"] = self.labels[index]
-        if self.vectors is not None:
-            found["vector"] = self.vectors[index]
-        if self.captions is not None:
-            found["caption"] = self.captions[int(index)]
-        return found
+        columns: Any = {"class_labels": self.labels, "vector": self.vectors, "caption": self.captions}
+        return {name: values[int(index)] for name, values in columns.items() if values is not None}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         image = to_float(self.pixels(index))
@@ -101,8 +100,7 @@ class DatasetWrapper(ImageDataset):
 
     def __init__(self, data: ImageDataset) -> None:
         self.data = data
-        sizes = ("channels", "image_size", "vector_dim", "context_dim", "concat_channels")
-        for name in (*sizes, "class_names", "captions", "buckets", "in_memory", "config"):
+        for name in (*_Attributes.__annotations__, "buckets", "in_memory", "config"):
             setattr(self, name, getattr(data, name))
 
     def __len__(self) -> int:
@@ -115,16 +113,8 @@ class DatasetWrapper(ImageDataset):
         return self.data.item_size(index)
 
 
-class StreamDataset(IterableDataset[dict[str, Any]]):
+class StreamDataset(_Attributes, IterableDataset[dict[str, Any]]):
     """A dataset that is read from first to last; attributes and items are those of `ImageDataset`."""
-
-    channels: int
-    image_size: tuple[int, ...]
-    class_names: list[str] | None = None
-    captions: None = None
-    vector_dim: int | None = None
-    context_dim: int | None = None
-    concat_channels: int = 0
 
     def read_epoch(self, epoch: int, seed: int) -> Iterator[Any]:
         """Yield the epoch's items, not yet decoded, in an order that depends on `epoch` and `seed` alone."""

@@ -70,10 +70,8 @@ def _load_source(config: DataConfig) -> ImageDataset | StreamDataset:
         return ImageFolder(path, config)
     if path.is_file() and path.suffix in (".npz", ".npy"):
         return (load_npz if path.suffix == ".npz" else load_npy)(path, config)
-    raise FileNotFoundError(
-        f"DATA={config.source} is not 'digits', nor an existing folder of images, nor an .npz, .npy or .parquet file, "
-        "nor hf:NAME"
-    )
+    others = "nor an existing folder of images, nor an .npz, .npy or .parquet file, nor hf:NAME"
+    raise FileNotFoundError(f"DATA={config.source} is not 'digits', {others}")
 
 
 def without_wrappers(config: DataConfig) -> DataConfig:
@@ -109,10 +107,8 @@ def _load_paired(config: DataConfig, source: DataConfig, data: ImageDataset) -> 
     paired = ImageFolder(folder, options)
     names, paired_names = ([str(Path(file).with_suffix("")) for file in each.files] for each in (data, paired))
     if unpaired := sorted(set(names) ^ set(paired_names)):
-        missing_in = folder if unpaired[0] in names else config.source
-        raise ValueError(
-            f"concat={folder}: {missing_in} has no usable image {unpaired[0]}; names must be the same in both folders"
-        )
+        found = f"{folder if unpaired[0] in names else config.source} has no usable image {unpaired[0]}"
+        raise ValueError(f"concat={folder}: {found}; names must be the same in both folders")
     if names != paired_names or len(set(names)) < len(names):  # for example a.png and a.jpg
         raise ValueError(f"concat={folder}: pairs need names of one order without their suffixes, and each name once")
     if data.buckets is not None and [*map(list, data.buckets)] != [*map(list, paired.buckets or ())]:

@@ -16,19 +16,23 @@ from unet_denoiser.data.dataset import ImageDataset, StreamDataset
 from unet_denoiser.data.load import load_data
 from unet_denoiser.evaluation.findings import Finding, find_problems, likely_cause
 from unet_denoiser.evaluation.images import stack_images
-from unet_denoiser.evaluation.measures import Measures, WeightAverage, image_statistics
-from unet_denoiser.evaluation.memorization import NUM_PAIRS, compare_without_held_out
-from unet_denoiser.evaluation.noise_level_errors import (
+from unet_denoiser.evaluation.measures import (
     BATCH_SIZE,
     NUM_LEVELS,
     Batch,
+    Measures,
+    WeightAverage,
     averaged_over_raw,
     compare_with_guess,
     conditions_of_batch,
     first_items,
+    image_statistics,
+    loss_curve,
     measure_errors,
+    share_of_start,
+    training_progress,
 )
-from unet_denoiser.evaluation.training_history import loss_curve, share_of_start, training_progress
+from unet_denoiser.evaluation.memorization import NUM_PAIRS, compare_without_held_out
 from unet_denoiser.models.unet import UNet
 from unet_denoiser.sampling.loop import Step, sample
 from unet_denoiser.sampling.pipeline.pipeline import Pipeline
@@ -79,8 +83,7 @@ def diagnose(
 
     Args:
         data: the training images (default: loaded anew).
-        num_images: training images that the loss at each noise level is measured on.
-        num_samples: samples to make and to look for among the training images.
+        num_images, num_samples: training images for the loss at each noise level; samples to search for copies.
         on_step: called after every step of sampling, for a progress bar.
 
     Raises:
@@ -90,13 +93,12 @@ def diagnose(
         if value < 2:
             raise ValueError(f"{name}={value} must be at least 2")
     pipeline = run.load_pipeline(device=device)
-    model = pipeline.model
     data = load_data(run.data) if data is None else data
     if not isinstance(data, ImageDataset):
         raise ValueError(f"{run.path} was trained on a stream, which cannot be searched; give data that can be indexed")
     count = min(MAX_IMAGES, MAX_VALUES // (data.channels * math.prod(data.image_size)))
     batch = _read_batch(data, max(num_images, num_samples, count))
-    measures, pictures = _measure_run(run, model, data, batch), []
+    measures, pictures = _measure_run(run, pipeline.model, data, batch), []
     if not measures.bad_weights:
         measures, denoising = _measure_losses(run, pipeline, first_items(batch, num_images), measures)
         x = _make_samples(pipeline, first_items(batch, num_samples), on_step)
@@ -137,9 +139,8 @@ def _measure_losses(run: Run, pipeline: Pipeline, batch: Batch, measures: Measur
     errors, images = measure_errors(pipeline.model, run.process, batch)
     levels = compare_with_guess(errors, run.process, batch["image"])
     ema = replace(measures.ema, averaged_over_raw=averaged_over_raw(run, pipeline.model, errors, batch))
-    return replace(measures, levels=levels, ema=ema), _save_picture(
-        pipeline, images, run.path / "doctor" / "denoising.png", NUM_LEVELS
-    )
+    picture = _save_picture(pipeline, images, run.path / "doctor" / "denoising.png", NUM_LEVELS)
+    return replace(measures, levels=levels, ema=ema), picture
 
 
 def _make_samples(pipeline: Pipeline, batch: Batch, on_step: Callable[[Step], object] | None) -> Tensor:

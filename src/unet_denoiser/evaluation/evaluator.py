@@ -15,8 +15,13 @@ from tqdm import tqdm
 from unet_denoiser.data.dataset import ImageDataset
 from unet_denoiser.data.sources.arrays import ArrayDataset
 from unet_denoiser.data.sources.custom import as_dataset
-from unet_denoiser.evaluation.feature_cache import dataset_features
-from unet_denoiser.evaluation.feature_extractors import Extractor, extract, load_extractor, package_versions
+from unet_denoiser.evaluation.feature_extractors import (
+    Extractor,
+    dataset_features,
+    extract,
+    load_extractor,
+    package_versions,
+)
 from unet_denoiser.evaluation.images import BATCH_SIZE, spread_indices, stack_images
 from unet_denoiser.evaluation.memorization import (
     MAX_COMPARED_IMAGES,
@@ -84,7 +89,6 @@ def evaluate(
         extractor: as in `load_extractor`.
         num_data: number of training images used for features, in a random order; 0 takes all.
         allow_few: go on with fewer than 2,000 samples.
-        device: where the extractor runs.
         folder: where to write report.json and the picture of the closest pairs (default: nowhere).
         about: more to tell about the samples in the report.
 
@@ -98,8 +102,10 @@ def evaluate(
     if isinstance(samples, Tensor | np.ndarray) or hasattr(samples, "__getitem__"):
         samples = _as_image_dataset(samples, "samples")
     labels = getattr(samples, "labels", None) if labels is None else labels
+    data_shape = (data.channels, *data.image_size)
     for name, other in (("samples", samples), ("held_out", unseen)):
-        _check_shape(name, other, data)
+        if isinstance(other, ImageDataset) and (shape := (other.channels, *other.image_size)) != data_shape:
+            raise ValueError(f"{name} has images of shape {shape}, the data {data_shape}; they must be the same")
     train, reference = _split_data(data, unseen, num_data, len(samples), extractor)
     made = _read_samples(samples, extractor)
     searched = np.setdiff1d(np.arange(len(data)), reference.indices if unseen is None else [])
@@ -120,9 +126,6 @@ def evaluate(
         report.pictures.append(save_pairs(made.images, data, nearest, Path(folder) / "neighbours.png"))
         report.write(Path(folder))
     return report
-
-
-# ---- checks ----------------------------------------------------------------------------------------------------------
 
 
 def check_count(count: int, allow_few: bool) -> None:
@@ -152,17 +155,6 @@ def _as_image_dataset(images: Any, name: str) -> ImageDataset:
     if data.buckets is not None:
         raise ValueError(f"{name} has images of several sizes; load it without aspect_buckets")
     return data
-
-
-def _check_shape(name: str, other: Any, data: ImageDataset) -> None:
-    if not isinstance(other, ImageDataset):
-        return
-    shape, data_shape = ((images.channels, *images.image_size) for images in (other, data))
-    if shape != data_shape:
-        raise ValueError(f"{name} has images of shape {shape}, the data {data_shape}; they must be the same")
-
-
-# ---- features --------------------------------------------------------------------------------------------------------
 
 
 def _split_data(
@@ -210,9 +202,6 @@ def _sample_batches(samples: Any) -> Iterable[Tensor]:
     return (stack_images(samples, part) for part in bar)
 
 
-# ---- figures ---------------------------------------------------------------------------------------------------------
-
-
 def _compute_figures(features: Tensor, reference: Tensor) -> Figures:
     count = min(len(features), len(reference))
     return Figures(
@@ -230,7 +219,7 @@ def _spread(features: Tensor, count: int) -> Tensor:
 
 
 def _compare_features(samples: SampleSet, held_out: ImageSet, train: ImageSet, space: str) -> NearestImages:
-    """Compare all samples with the training images by features; distances and indices are those of `samples.images`."""
+    """Compare all samples with the training images by features; tell the nearest ones of `samples.images`."""
     distances, nearest = nearest_neighbours(samples.features, train.features)
     reference, _ = nearest_neighbours(held_out.features, train.features)
     comparison = compare_neighbours(space, len(train.indices), distances, reference)

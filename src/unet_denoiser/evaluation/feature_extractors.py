@@ -1,26 +1,26 @@
-"""Feature extractors: Inception, EfficientNet, image encoders of transformers, TorchScript files, pixels.
-
-Distances of features depend on the extractor more than on anything else, so each carries its name.
-"""
+"""Feature extractors, whose names their distances carry, and features of datasets, computed once and kept on disk."""
 
 from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stdout
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
+from unet_denoiser.data.dataset import ImageDataset
+from unet_denoiser.evaluation.images import BATCH_SIZE, stack_images
 from unet_denoiser.models.text_encoder import use_transformers
-from unet_denoiser.utils.cache import digest, fingerprint
-
-EXTRACTORS = ("auto", "inception", "efficientnet-lite0", "pixels")
+from unet_denoiser.utils.cache import MappedArray, compute_once, digest, fingerprint
 
 
 class Extractor:
@@ -84,8 +84,7 @@ def load_extractor(
             - "inception": 2,048 features by the FID's network and weights (torchmetrics and torch-fidelity);
             - "efficientnet-lite0": 1,280 features; its package has the weights;
             - "pixels": the values themselves, for tiny images;
-            - "transformers:NAME": an image encoder of transformers, a folder or a hub name such as
-              transformers:facebook/dinov2-base;
+            - "transformers:NAME": an image encoder, a folder or a hub name (transformers:facebook/dinov2-base);
             - "auto": inception, or efficientnet-lite0 with a warning if inception's weights are not available;
             - a TorchScript file or a callable, which takes images (B, C, H, W) in [-1, 1] and returns (B, D).
         device: where it runs.
@@ -98,27 +97,65 @@ def load_extractor(
     if isinstance(name, Extractor):
         return name
     if callable(name):
-        return _wrap_callable(name, device)
+        function = name.eval().to(device) if isinstance(name, torch.nn.Module) else name
+        return Extractor(getattr(name, "__name__", type(name).__name__), function, device=device)
     name = str(name)
+    if name == "pixels":
+        return Extractor(name, lambda images: images, key=name, device=device)
     if name == "auto":
         try:
             return _load_inception(device)
         except (ImportError, OSError) as error:
             warnings.warn(f"{error}: features of efficientnet-lite0 instead, so no FID", stacklevel=2)
             return _load_efficientnet(device)
-    if name in LOADERS:
-        return LOADERS[name](device)
+    if name == "inception":
+        return _load_inception(device)
+    if name == "efficientnet-lite0":
+        return _load_efficientnet(device)
     if name.startswith("transformers:"):
         return _load_transformers(name.removeprefix("transformers:"), device)
     if Path(name).is_file():
         return _load_torchscript(Path(name), device)
-    known = ", ".join((*EXTRACTORS, "transformers:NAME"))
+    known = "auto, inception, efficientnet-lite0, pixels, transformers:NAME"
     raise ValueError(f"extractor={name!r} is neither one of {known} nor an existing TorchScript file")
 
 
 def extract(extractor: Extractor, batches: Iterable[Tensor]) -> Tensor:
     """Return float32 features (N, D) of batches of images, on the CPU."""
     return torch.cat([extractor(batch).cpu() for batch in batches])
+
+
+def dataset_features(data: ImageDataset, indices: np.ndarray, extractor: Extractor, progress: str = "images") -> Tensor:
+    """Compute the features (N, D) of a dataset's images at these indices, or read them from the cache.
+
+    The progress bar calls the images `progress`. The cache needs data and extractors that can be named: its key hashes
+    the source, sizes and times of change of its files, options of the data, indices and extractor.
+    """
+
+    def batches() -> Iterator[Tensor]:
+        starts = range(0, len(indices), BATCH_SIZE)
+        for start in tqdm(starts, f"features of {progress}", unit_scale=BATCH_SIZE, unit="img", disable=None):
+            yield stack_images(data, indices[start : start + BATCH_SIZE])
+
+    def compute(folder: Path) -> None:
+        np.save(folder / "features.npy", extract(extractor, batches()).numpy())
+
+    key = _cache_key(data, indices, extractor)
+    if key is None:
+        return extract(extractor, batches())
+    return torch.from_numpy(np.array(MappedArray(compute_once("features", key, compute) / "features.npy").array))
+
+
+def _cache_key(data: ImageDataset, indices: np.ndarray, extractor: Extractor) -> str | None:
+    config = data.config
+    if config is None or extractor.key is None:
+        return None
+    path = Path(config.source)
+    if not path.exists() and not config.source.startswith(("digits", "hf:")):
+        return None
+    options = repr(sorted(asdict(config).items()))
+    files = fingerprint([path]) if path.exists() else ""
+    return digest([options, files, str(len(data)), indices.astype(np.int64).tobytes(), extractor.key])
 
 
 def _to_rgb(images: Tensor, name: str) -> Tensor:
@@ -183,17 +220,6 @@ def _load_efficientnet(device: str | torch.device) -> Extractor:
     return Extractor("efficientnet-lite0", features, key=key, rgb=True, device=device)
 
 
-def _load_pixels(device: str | torch.device) -> Extractor:
-    return Extractor("pixels", lambda images: images, key="pixels", device=device)
-
-
-def _wrap_callable(function: Callable[[Tensor], Tensor], device: str | torch.device) -> Extractor:
-    if isinstance(function, torch.nn.Module):
-        function = function.eval().to(device)
-    name = getattr(function, "__name__", type(function).__name__)
-    return Extractor(name, function, device=device)
-
-
 def _load_torchscript(path: Path, device: str | torch.device) -> Extractor:
     try:
         network = torch.jit.load(str(path), map_location=device).eval()
@@ -218,24 +244,16 @@ def _load_transformers(name: str, device: str | torch.device) -> Extractor:
         pooled = getattr(outputs, "pooler_output", None)
         return outputs.last_hidden_state.mean(1) if pooled is None else pooled.flatten(1)
 
-    path = Path(name)
-    revision = fingerprint([path]) if path.exists() else f"{name} {getattr(network.config, '_commit_hash', None)}"
+    commit = getattr(network.config, "_commit_hash", None)
+    revision = fingerprint([name]) if Path(name).exists() else f"{name} {commit}"
     return Extractor(f"transformers:{name}", features, key=digest([revision]), rgb=True, device=device)
 
 
 def _read_image_encoder(name: str) -> tuple[Any, dict[str, Any]]:
-    """Read an image encoder of transformers, and the options of its image processor, from a folder or the hub."""
     with use_transformers(f"extractor=transformers:{name}", "image encoder") as transformers:
         network: Any = transformers.AutoModel.from_pretrained(name, dtype=torch.float32)
         processor, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name)
     return getattr(network, "vision_model", network), processor  # of CLIP, the images' half
-
-
-LOADERS: dict[str, Callable[[str | torch.device], Extractor]] = {
-    "inception": _load_inception,
-    "efficientnet-lite0": _load_efficientnet,
-    "pixels": _load_pixels,
-}
 
 
 def package_versions() -> dict[str, str]:

@@ -12,21 +12,13 @@ SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 
 
 class Finding(NamedTuple):
-    """Something about a run that its owner should know.
+    """Something about a run that its owner should know."""
 
-    Args:
-        severity: an "error" spoils samples, a "warning" may, a "note" is worth knowing.
-        name: short, for programs.
-        text: the evidence.
-        advice: a remedy.
-        is_symptom: it tells how samples look, not why.
-    """
-
-    severity: Severity
-    name: str
-    text: str
+    severity: Severity  # an "error" spoils samples, a "warning" may, a "note" is worth knowing
+    name: str  # short, for programs
+    text: str  # the evidence
     advice: str
-    is_symptom: bool = False
+    is_symptom: bool = False  # it tells how samples look, not why
 
 
 def find_problems(measures: Measures) -> list[Finding]:
@@ -51,9 +43,6 @@ def likely_cause(findings: list[Finding]) -> str:
     return f"{seen}; the likely cause: {causes[0].name}." if causes else f"{seen}; no cause was found."
 
 
-# ---- causes ----------------------------------------------------------------------------------------------------------
-
-
 def _check_weights(m: Measures) -> Iterator[Finding]:
     if m.bad_weights:
         text = f"weights are not finite numbers, first {m.bad_weights[0]} ({len(m.bad_weights)} tensors)"
@@ -62,7 +51,7 @@ def _check_weights(m: Measures) -> Iterator[Finding]:
 
 def _check_data(m: Measures) -> Iterator[Finding]:
     data, bounds = m.data, m.data_range
-    found = f"[{data.min:.3g}, {data.max:.3g}]"
+    found, expected = f"[{data.min:.3g}, {data.max:.3g}]", bounds and f"[{bounds[0]:g}, {bounds[1]:g}]"
     if data.std < 1e-3:
         text = f"the images hardly differ: standard deviation {data.std:.2g}"
         yield Finding("error", "constant data", text, "look at what the dataset returns")
@@ -71,25 +60,20 @@ def _check_data(m: Measures) -> Iterator[Finding]:
             text = f"the data have a standard deviation of {data.std:.2g}, and the noise has 1"
             yield Finding("warning", "data scale", text, "multiply the data (latents) so that it becomes about 1")
     elif data.min < bounds[0] - 1e-3 or data.max > bounds[1] + 1e-3:
-        text = f"the images lie in {found}, but the process expects {_interval(bounds)} and clips to it"
+        text = f"the images lie in {found}, but the process expects {expected} and clips to it"
         yield Finding("error", "data range", text, "scale the images into that range and train anew")
     elif data.min >= (middle := sum(bounds) / 2) - 0.05 * bounds[1] or data.max <= middle:
-        text = f"the images lie in {found}, in one half of the {_interval(bounds)} that the process expects"
+        text = f"the images lie in {found}, in one half of the {expected} that the process expects"
         yield Finding("error", "data range", text, "scale them to fill the range (2 x - 1 for [0, 1]) and train anew")
     elif data.max - data.min < 0.4 * (bounds[1] - bounds[0]):
-        text = f"the images use {found} of the {_interval(bounds)} that the process expects"
+        text = f"the images use {found} of the {expected} that the process expects"
         yield Finding("warning", "data range", text, "scale them to fill the range")
-
-
-def _interval(bounds: tuple[float, float]) -> str:
-    return f"[{bounds[0]:g}, {bounds[1]:g}]"
 
 
 def _check_schedule(m: Measures) -> Iterator[Finding]:
     if m.signal_at_end > 0.03:
-        text = (
-            f"the last timestep still has {m.signal_at_end:.0%} of the image in it, but sampling starts from pure noise"
-        )
+        share = f"{m.signal_at_end:.0%} of the image"
+        text = f"the last timestep still has {share} in it, but sampling starts from pure noise"
         advice = "rescale_betas_zero_snr=True with v_prediction, or a larger beta_end, or 'squaredcos_cap_v2'"
         yield Finding("error" if m.signal_at_end > 0.2 else "warning", "schedule end", text, advice)
 
@@ -101,10 +85,9 @@ def _check_noise_levels(m: Measures) -> Iterator[Finding]:
     ratios = sorted(level.ratio for level in m.levels if level.signal > 0.1) or [m.levels[0].ratio]
     typical = ratios[len(ratios) // 2]
     step, steps = m.training.step, m.training.steps
-    is_short = step is not None and step < max(2000, steps)
-    advice = (
-        f"train longer (now step {step} of {steps})" if is_short else "look at data and learning rate; train longer"
-    )
+    advice = "look at data and learning rate; train longer"
+    if step is not None and step < max(2000, steps):
+        advice = f"train longer (now step {step} of {steps})"
     if typical > 0.9:
         text = f"the network is hardly better than no network: {typical:.0%} of the loss of a trivial guess"
         yield Finding("error", "undertrained", text, advice)
@@ -156,9 +139,6 @@ def _check_loss_curve(m: Measures) -> Iterator[Finding]:
         yield Finding("note", "plateau", text, "more steps will change little; a larger network or more images may")
 
 
-# ---- symptoms --------------------------------------------------------------------------------------------------------
-
-
 def _check_neighbours(m: Measures) -> Iterator[Finding]:
     n = m.neighbours
     if n is None:
@@ -169,10 +149,10 @@ def _check_neighbours(m: Measures) -> Iterator[Finding]:
             f"5 % is expected (medians {n.median:.3g} and {n.held_out_median:.3g}, root mean square, of {n.searched} "
             "images)"
         )
-        advice = "see doctor/neighbours.png; more images, fewer steps, dropout"
         if _is_grey(m):  # the mean of all images is nearer to each of them than they are to each other
             yield Finding("note", "copies", text, "grey images are near to many: see doctor/neighbours.png", True)
         else:
+            advice = "see doctor/neighbours.png; more images, fewer steps, dropout"
             yield Finding("error", "copies", text, advice, True)
     elif n.ratio is not None and n.ratio > 1.5 and n.median > 0.3 * m.data.std:
         text = f"samples lie {n.ratio:.1f} times as far from the training images as those from each other"

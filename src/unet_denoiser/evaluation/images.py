@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +15,6 @@ from unet_denoiser.data.sources.encoded_images import EncodedImages
 from unet_denoiser.data.transforms import UnreadableItemError
 
 BATCH_SIZE = 64
-T = TypeVar("T")
 
 
 def spread_indices(length: int, count: int) -> Tensor:
@@ -41,7 +40,7 @@ def read_images(data: ImageDataset, indices: np.ndarray) -> dict[int, Tensor]:
     return {index: image for index, image in images if image is not None}
 
 
-def _map(read: Callable[[int], T], data: ImageDataset, indices: np.ndarray) -> list[T]:
+def _map(read: Callable[[int], Any], data: ImageDataset, indices: np.ndarray) -> list[Any]:
     if not isinstance(data, EncodedImages):
         return [read(index) for index in indices.tolist()]
     with ThreadPoolExecutor() as pool:  # decoders release the GIL

@@ -1,7 +1,6 @@
 """Memorization: distances of samples to their nearest training images, judged by those of images that are no copies.
 
-`evaluate` and `doctor` both use `compare_neighbours`, so that they agree on what a copy is. In pixels, plain or blurry
-samples lie near many training images without being copies: look at the picture of the nearest pairs.
+In pixels, plain or blurry samples lie near many training images without being copies: look at the nearest pairs.
 """
 
 from __future__ import annotations
@@ -118,11 +117,7 @@ def compare_without_held_out(samples: Tensor, data: ImageDataset, indices: np.nd
 def _nearest_pixels(
     queries: Tensor, data: ImageDataset, indices: np.ndarray, own_indices: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Find the nearest of the data's images at `indices`, but for the one at its own index, for each query.
-
-    Returns:
-        Distances (Q,), root mean square per value, float64; and indices into the data (Q,).
-    """
+    """Return the root mean square distance (Q,) and the index (Q,) of the image nearest to each query, not its own."""
     size, queries = _batch_size(queries), _flatten_small(queries)
     distances, nearest = torch.full((len(queries),), torch.inf, dtype=torch.float64), torch.full_like(own_indices, -1)
     for start in tqdm(range(0, len(indices), size), "comparing pixels", unit_scale=size, unit="img", disable=None):

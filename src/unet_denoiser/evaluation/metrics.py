@@ -1,14 +1,13 @@
-"""Metrics between two sets of features (N, D) and (M, D): FID, KID, precision and recall, nearest neighbours, classes.
+"""Metrics between two sets of features, x (N, D) and y (M, D), in float64 on the features' device.
 
-`feature_extractors.py` makes the features. Everything is computed in float64, in blocks of the distance matrix, on the
-device that the features are on.
+Everything is computed in blocks of the distance matrix. `feature_extractors.py` makes the features.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,21 +32,24 @@ class PrecisionRecall(NamedTuple):
 
 
 def frechet_distance(x: Tensor, y: Tensor) -> float:
-    """Compute the Fréchet distance between Gaussians with the means m and covariances C of both sets, by torchmetrics.
+    """Compute the Fréchet distance between Gaussians with the means m and covariances C of x (N, D) and y (M, D).
 
     |m_x - m_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)) (Heusel et al. 2017, equation 6: the FID, if the features are
-    Inception's). It is biased: for two finite sets of one distribution it is above zero, the more the smaller they are.
-    Compare only distances of equal counts (Chong and Forsyth 2020).
-
-    Args:
-        x, y: features (N, D) and (M, D).
+    Inception's), by torchmetrics. It is biased: for two finite sets of one distribution it is above zero, the more the
+    smaller they are. Compare only distances of equal counts (Chong and Forsyth 2020).
 
     Raises:
         ValueError: features of different widths, or fewer than 2 of them, or values that are not finite.
         ImportError: torchmetrics is not installed.
     """
     _check_features(x, y, at_least=2)
-    metric = _torchmetrics_frechet(x.shape[1]).to(x.device)
+    try:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+    except ImportError as error:
+        raise ImportError(f"evaluation needs torchmetrics: pip install 'unet-denoiser[evaluate]' ({error})") from None
+    identity = torch.nn.Identity()  # the metric is fed with features instead of images
+    identity.num_features = x.shape[1]  # type: ignore[assignment]
+    metric = FrechetInceptionDistance(feature=identity).to(x.device)
     for features, real in ((x, True), (y, False)):
         for part in features.split(4096):
             metric.update(part.double(), real=real)  # its sums and its result take this dtype
@@ -57,12 +59,9 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
 def kernel_distance(x: Tensor, y: Tensor) -> Measurement:
     """Compute the kernel distance: the unbiased squared maximum mean discrepancy with the kernel (x.y / D + 1)^3.
 
-    Binkowski et al. 2018: the KID, if the features are Inception's. All pairs count, so nothing is drawn at random. It
-    has no bias, so it can be negative for sets of one distribution. The standard error is the jackknife's, which leaves
-    out each x and each y in turn; for sets of one distribution it is rather too large.
-
-    Args:
-        x, y: features (N, D) and (M, D).
+    Binkowski et al. 2018: the KID, if x (N, D) and y (M, D) are Inception's features. All pairs count, so nothing is
+    drawn at random. It has no bias, so it can be negative for sets of one distribution. The standard error is the
+    jackknife's, which leaves out each x and each y in turn; for sets of one distribution it is rather too large.
 
     Raises:
         ValueError: features of different widths, or fewer than 3 of them, or values that are not finite.
@@ -70,7 +69,8 @@ def kernel_distance(x: Tensor, y: Tensor) -> Measurement:
     _check_features(x, y, at_least=3)
     n, m = len(x), len(y)
     (xx, _), (yy, _), (xy, yx) = _kernel_sums(x, x), _kernel_sums(y, y), _kernel_sums(x, y)
-    xx, yy = xx - _kernel_diagonal(x), yy - _kernel_diagonal(y)  # only pairs of different points count
+    # only pairs of different points count
+    xx, yy = (sums - (z.double().square().sum(1) / z.shape[1] + 1).pow(3) for z, sums in ((x, xx), (y, yy)))
 
     def value(sum_xx: Tensor, sum_yy: Tensor, sum_xy: Tensor, n: int, m: int) -> Tensor:
         return sum_xx / (n * (n - 1)) + sum_yy / (m * (m - 1)) - 2 * sum_xy / (n * m)
@@ -82,17 +82,14 @@ def kernel_distance(x: Tensor, y: Tensor) -> Measurement:
 
 
 def manifold_overlap(real: Tensor, generated: Tensor, precision_k: int = 3, density_k: int = 5) -> PrecisionRecall:
-    """Compute precision, recall, density and coverage.
+    """Compute precision, recall, density and coverage of features (N, D) and (M, D).
 
     Around each point lies a ball that reaches to its k-th nearest neighbour in its own set. Precision is the share of
     generated points in any real ball, recall the share of real points in any generated ball (Kynkaanniemi et al. 2019,
     equation 2, k = 3). Density is the mean number of real balls that hold a generated point, over k; it can exceed 1.
     Coverage is the share of real balls that hold a generated point (Naeem et al. 2020, k = 5).
-
-    Args:
-        real, generated: features (N, D) and (M, D); compare only values of equal counts.
-        precision_k: k of precision and recall.
-        density_k: k of density and coverage.
+    Compare only values of equal counts (N = M). `precision_k` is the k of precision and recall, `density_k` that of
+    density and coverage.
 
     Raises:
         ValueError: features of different widths, or not more than k of them, or values that are not finite.
@@ -113,14 +110,10 @@ def manifold_overlap(real: Tensor, generated: Tensor, precision_k: int = 3, dens
 
 
 def nearest_neighbours(x: Tensor, y: Tensor, *, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Find the nearest point of y for each point of x.
+    """Find the nearest point of y (M, D) for each point of x (N, D).
 
-    Args:
-        x, y: features (N, D) and (M, D).
-        exclude: (N, M) bool, True for pairs that do not count.
-
-    Returns:
-        Distances (N,) in float64, infinite where no pair counts, and indices (N,) into y.
+    Returns distances (N,) in float64 and indices (N,) into y. Pairs of `exclude` (N, M, bool) do not count; a point
+    without any other pair has an infinite distance.
 
     Raises:
         ValueError: features of different widths, or none, or values that are not finite.
@@ -140,16 +133,9 @@ def nearest_neighbours(x: Tensor, y: Tensor, *, exclude: Tensor | None = None) -
 
 
 def class_accuracy(known: tuple[Tensor, Tensor], *others: tuple[Tensor, Tensor]) -> list[float]:
-    """Compute how often a classifier of features finds the labels.
+    """Fit a classifier on the features (N, D) and labels (N,) of `known`; return its accuracy on each of the others.
 
     The classifier is scikit-learn's logistic regression on standardised features.
-
-    Args:
-        known: the features (N, D) and labels (N,) that it learns from.
-        others: pairs of features and labels that it is tested on.
-
-    Returns:
-        The share of right answers for each pair.
 
     Raises:
         ValueError: labels of one class only.
@@ -197,10 +183,6 @@ def _kernel_sums(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(x_sums), y_sums
 
 
-def _kernel_diagonal(x: Tensor) -> Tensor:
-    return (x.double().square().sum(1) / x.shape[1] + 1).pow(3)
-
-
 def _block_slices(length: int, width: int) -> Iterator[slice]:
     size = max(1, MAX_BLOCK_ENTRIES // width)
     return (slice(start, start + size) for start in range(0, length, size))
@@ -214,14 +196,3 @@ def _check_features(x: Tensor, y: Tensor, *, at_least: int) -> None:
     for features in (x, y):
         if not features.isfinite().all():
             raise ValueError("features must be finite numbers; some are not")
-
-
-def _torchmetrics_frechet(width: int) -> Any:
-    """Return torchmetrics' metric, to be fed with features instead of images."""
-    try:
-        from torchmetrics.image.fid import FrechetInceptionDistance
-    except ImportError as error:
-        raise ImportError(f"evaluation needs torchmetrics: pip install 'unet-denoiser[evaluate]' ({error})") from None
-    identity = torch.nn.Identity()
-    identity.num_features = width  # type: ignore[assignment]
-    return FrechetInceptionDistance(feature=identity)

@@ -97,10 +97,9 @@ class Report:
             "pictures": [picture.name for picture in self.pictures],
         }
 
-    def write(self, folder: Path) -> Path:
-        """Write report.json into a folder, and return its path."""
+    def write(self, folder: Path) -> None:
+        """Write report.json into a folder."""
         write_json(folder / "report.json", self.to_dict())
-        return folder / "report.json"
 
     def text(self) -> str:
         """Return a table to read: the samples' figures beside the held-out images'."""

@@ -37,10 +37,7 @@ class GeneratedSamples:
     Args:
         run: the run, whose averaged weights of `checkpoint` are used.
         data: the dataset that conditions are taken from.
-        count: number of samples.
-        seed: of the first sample.
         batch_size: samples per call of the network.
-        config: options of sampling.
 
     Raises:
         ValueError: a run whose conditions the data do not have, or a configuration that cannot work with it.
@@ -181,15 +178,11 @@ def read_samples(source: Path, like: ImageDataset) -> ImageDataset | SampleFiles
 def load_compared_data(
     run: Run | None, source: str | None, held_out: str | None, held_out_split: str | None
 ) -> tuple[DataConfig, ImageDataset, ImageDataset | None]:
-    """Load the training images and the held-out ones, both as the run would read them.
+    """Load the training images, with their configuration, and the held-out ones, both as the run would read them.
 
     Args:
         source: of the training images (default: the run's).
-        held_out: source of the held-out images, or None.
-        held_out_split: split of the training images' source that has the held-out images, or None.
-
-    Returns:
-        The configuration of the training images, and both datasets.
+        held_out, held_out_split: another source, or a split of this one, that has the held-out images; or None.
 
     Raises:
         ValueError, OSError: data that are missing or cannot be compared.

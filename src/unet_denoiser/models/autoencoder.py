@@ -46,8 +46,7 @@ class Autoencoder:
         self.model.eval().requires_grad_(False).to(device)
         self.device = torch.device(device)
         c = self.model.config
-        self.image_channels: int = c.in_channels
-        self.channels: int = c.latent_channels
+        self.image_channels, self.channels = int(c.in_channels), int(c.latent_channels)
         widths = c.block_out_channels if kind == "AutoencoderKL" else c.encoder_block_out_channels
         self.factor = 2 ** (len(widths) - 1)
         mean, std = getattr(c, "latents_mean", None), getattr(c, "latents_std", None)

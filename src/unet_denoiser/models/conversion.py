@@ -54,11 +54,11 @@ def convert_checkpoint(
         raise ValueError(f"lora_scale={lora_scale} needs lora, the file to merge")
     if target.exists():
         raise FileExistsError(f"{target} exists; give a new name")
-    if (source / WEIGHTS_NAME).is_file():
-        if options:
-            raise ValueError(f"{source} is this library's own, which tells all; leave out {', '.join(options)}")
-        if verify:
-            raise ValueError(f"verify: {source} is this library's own; there is no other code to compare with")
+    is_own = (source / WEIGHTS_NAME).is_file()
+    if is_own and options:
+        raise ValueError(f"{source} is this library's own, which tells all; leave out {', '.join(options)}")
+    if is_own and verify:
+        raise ValueError(f"verify: {source} is this library's own; there is no other code to compare with")
     model, comparison = _load_verified(source, options) if verify else (UNet.from_pretrained(source, **options), None)
     merged_weights = None if lora is None else merge_lora(model, lora, lora_scale)
     if to == "unet-denoiser":

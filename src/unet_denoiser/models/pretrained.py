@@ -1,8 +1,4 @@
-"""Saving and loading a network with its architecture: `config.json` beside `model.safetensors`.
-
-The methods have the signatures of huggingface_hub's ModelHubMixin. That class is not the base, since importing it takes
-too long.
-"""
+"""Saving and loading a network with its architecture: `config.json` beside `model.safetensors`."""
 
 from __future__ import annotations
 
@@ -26,7 +22,8 @@ WEIGHTS_NAME = "model.safetensors"
 class Pretrained:
     """Saves, loads and shares a torch module that is built from a `config`: a mixin.
 
-    The class sets `config_class`, whose `from_dict` and `to_dict` are the config's JSON form.
+    The class sets `config_class`, whose `from_dict` and `to_dict` are the config's JSON form. The methods have the
+    signatures of huggingface_hub's ModelHubMixin, which is not the base since importing it takes too long.
     """
 
     config_class: Any
@@ -98,19 +95,12 @@ class Pretrained:
             FileNotFoundError: no such directory, or no `config.json` in it.
             ValueError: an unreadable file, an unknown option, or weights that do not fit the architecture exactly.
         """
-        hub = {
-            "force_download": force_download,
-            "token": token,
-            "cache_dir": cache_dir,
-            "local_files_only": local_files_only,
-            "revision": revision,
-            "subfolder": model_kwargs.pop("subfolder", None),
-        }
+        hub = {"force_download": force_download, "token": token, "cache_dir": cache_dir, "revision": revision}
+        hub |= {"local_files_only": local_files_only, "subfolder": model_kwargs.pop("subfolder", None)}
         source = Path(pretrained_model_name_or_path)
         config_path = None if source.is_file() else fetch(pretrained_model_name_or_path, CONFIG_NAME, hub)
         with _pause_garbage_collection():
-            model = cls._load(pretrained_model_name_or_path, config_path, hub, model_kwargs)
-        return model.eval()  # type: ignore[attr-defined]
+            return cls._load(pretrained_model_name_or_path, config_path, hub, model_kwargs).eval()  # type: ignore[attr-defined]
 
     @classmethod
     def _load(cls, source: str | Path, config_path: Path | None, hub: dict[str, Any], options: dict[str, Any]) -> Self:
@@ -159,7 +149,7 @@ def load_strictly(model: Any, state: Mapping[str, Tensor], source: object) -> No
     problems = [f"lacks {name} {own[name]}" for name in own if name not in found]
     problems += [f"has {name} {found[name]}, which the network lacks" for name in found if name not in own]
     problems += [
-        f"has {name} {found[name]}, not {own[name]}" for name in own if found.get(name, own[name]) != own[name]
+        f"has {name} {found[name]}, not {own[name]}" for name in own.keys() & found if found[name] != own[name]
     ]
     if problems:
         more = f"; and {len(problems) - 3} more differences" if len(problems) > 3 else ""
@@ -194,10 +184,8 @@ def fetch(source: str | Path, name: str, hub: dict[str, Any]) -> Path:
     except HFValidationError:
         raise FileNotFoundError(neither) from None
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(
-            f"{source} is no directory here, and {name} cannot be had from the hub: {reason}"
-        ) from None
+        place, reason = f"{source} is no directory here", str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"{place}, and {name} cannot be had from the hub: {reason}") from None
 
 
 @contextmanager

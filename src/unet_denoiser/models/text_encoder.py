@@ -59,16 +59,14 @@ class TextEncoder:
         """
         if self._model is None:
             self._model = self._load()
-        inputs = self.tokenizer(
-            list(captions), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
-        )
-        arguments = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        options = {"padding": True, "truncation": True, "max_length": self.max_length, "return_tensors": "pt"}
+        inputs = self.tokenizer(list(captions), **options)
+        ids, masks = inputs["input_ids"], inputs["attention_mask"]
         with torch.inference_mode():
-            hidden = self._model(**arguments).last_hidden_state.half().float()
+            hidden = self._model(input_ids=ids, attention_mask=masks).last_hidden_state.half().float()
         if not hidden.isfinite().all():
             raise ValueError(f"text_encoder={self.name}: its values do not fit float16")
-        masks = arguments["attention_mask"].bool()
-        return [tokens[mask].clone() for tokens, mask in zip(hidden, masks, strict=True)]
+        return [tokens[mask].clone() for tokens, mask in zip(hidden, masks.bool(), strict=True)]
 
     def _load(self) -> Any:
         with use_transformers(f"text_encoder={self.name}", "text encoder") as transformers:

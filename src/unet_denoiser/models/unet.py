@@ -259,7 +259,7 @@ class UNet(Pretrained, nn.Module):
 
 
 class _LayerBuilder:
-    """Builds the layers of one network, whose shared arguments are said once."""
+    """Builds the layers of one network from its configuration."""
 
     def __init__(self, config: UNetConfig) -> None:
         self.config = config

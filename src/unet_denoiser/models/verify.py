@@ -7,7 +7,7 @@ import warnings
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from unet_denoiser.config.unet import UNetConfig
 from unet_denoiser.convert.checkpoint import ForeignCheckpoint
@@ -28,12 +28,8 @@ class Comparison(NamedTuple):
 def compare(checkpoint: ForeignCheckpoint, model: UNet) -> Comparison:
     """Run a checkpoint in the code it comes from and in ours, on the same random input, in float32.
 
-    Args:
-        checkpoint: the opened checkpoint.
-        model: the network that `UNet.from_checkpoint` made of it.
-
-    Raises:
-        ValueError: no installed package runs such a checkpoint, or its output is zero everywhere.
+    `model` is the network that `UNet.from_checkpoint` made of it. Raise ValueError if no installed package runs such a
+    checkpoint, or if its output is zero everywhere.
     """
     config, generator = model.config, torch.Generator().manual_seed(0)
     model = copy.deepcopy(model).float()
@@ -55,18 +51,14 @@ def compare(checkpoint: ForeignCheckpoint, model: UNet) -> Comparison:
 
 def _draw_conditions(config: UNetConfig, generator: torch.Generator) -> dict[str, Any]:
     """Draw the conditions of one sample, as keyword arguments of diffusers' networks."""
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
     conditions: dict[str, Any] = {}
     if config.context_dim:
-        conditions["encoder_hidden_states"] = draw(1, 77, config.context_dim)
+        conditions["encoder_hidden_states"] = torch.randn(1, 77, config.context_dim, generator=generator)
     if config.time_cond_dim:
-        conditions["timestep_cond"] = draw(1, config.time_cond_dim)
+        conditions["timestep_cond"] = torch.randn(1, config.time_cond_dim, generator=generator)
     if config.vector_dim:  # pooled text, and the sizes as 256 sines and cosines each
         sizes = torch.tensor([[1024.0, 768, 0, 0, 1024, 1024]])[:, : (config.vector_dim - 1280) // 256]
-        text = draw(1, config.vector_dim - 256 * sizes.shape[1])
+        text = torch.randn(1, config.vector_dim - 256 * sizes.shape[1], generator=generator)
         conditions["added_cond_kwargs"] = {"text_embeds": text, "time_ids": sizes}
     return conditions
 

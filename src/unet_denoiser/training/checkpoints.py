@@ -23,11 +23,7 @@ _METADATA_KEY = "unet_denoiser_training"
 
 
 class Checkpoints:
-    """The checkpoints of a run: files `step-00001000.safetensors` in one folder.
-
-    Args:
-        folder: created with the first checkpoint.
-    """
+    """The checkpoints of a run: files `step-00001000.safetensors` in a folder, which the first one creates."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -74,11 +70,7 @@ class Checkpoints:
             path.unlink()
 
     def find(self, name: str) -> Path:
-        """Return the file that a name stands for: "latest", "best" or the number of a step.
-
-        Raises:
-            FileNotFoundError: there is no such checkpoint; the message lists those there are.
-        """
+        """Return the file of "latest", "best" or the number of a step; FileNotFoundError lists those there are."""
         paths = self.paths()
         by_name = {str(parse_step(path)): path for path in paths} | ({"latest": paths[-1]} if paths else {})
         found = self.best() if name == "best" else by_name.get(name)
@@ -99,11 +91,7 @@ def select_averages(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_checkpoint(path: Path) -> tuple[Mapping[str, Tensor], Metadata]:
-    """Open a checkpoint: its tensors, each read when it is accessed, and its metadata.
-
-    Raises:
-        ValueError: the file is damaged or no checkpoint.
-    """
+    """Open a checkpoint: its tensors, each read on access, and metadata; ValueError if it is damaged or none."""
     from safetensors import SafetensorError, safe_open
 
     try:

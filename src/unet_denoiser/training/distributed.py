@@ -19,8 +19,7 @@ from unet_denoiser.utils.device import resolve_device
 def make_accelerator(config: TrainingConfig) -> Accelerator:
     """Create Accelerate's engine: for one process, or with `accelerate launch` for several, by DDP or FSDP2.
 
-    Raises:
-        ValueError: the device or precision is not available, or the batch cannot be divided among the processes.
+    ValueError if device or precision is not available, or the batch cannot be divided among the processes.
     """
     device = resolve_device(config.device)
     _check_precision(config.mixed_precision, device)
@@ -53,10 +52,10 @@ def _check_precision(precision: str, device: str) -> None:
 
 def _configure_sharding(accelerator: Accelerator) -> None:
     """Check that FSDP is version 2, and set its default policy for wrapping modules."""
-    requested = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if requested and not is_sharded(accelerator) and accelerator.num_processes > 1:
-        raise ValueError("Accelerate shards on GPUs only; without --use_fsdp every process has the whole network")
     if not is_sharded(accelerator):
+        requested = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        if requested and accelerator.num_processes > 1:
+            raise ValueError("Accelerate shards on GPUs only; without --use_fsdp every process has the whole network")
         return
     plugin: Any = accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:

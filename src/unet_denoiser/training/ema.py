@@ -19,23 +19,16 @@ class EMA:
 
     Args:
         model: the module; its parameters that need no gradient are not averaged.
-        decay: in [0, 1); 0.9999 averages over about 10,000 updates.
-
-    Raises:
-        ValueError: decay outside [0, 1).
+        decay: in [0, 1), otherwise ValueError; 0.9999 averages over about 10,000 updates.
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.999) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"ema_decay={decay} must be in [0, 1), for example 0.999")
-        self.decay = decay
-        self.updates = 0
-        self._model = model
-        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self._names = [name for name, _ in trained]
-        self._parameters = [p for _, p in trained]
-        self._averages = [p.detach().float().clone() for p in self._parameters]
-        self._is_swapped = False
+        self.decay, self.updates = decay, 0
+        self._model, self._is_swapped = model, False
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._averages = {name: p.detach().float().clone() for name, p in self._parameters.items()}
 
     @torch.no_grad()
     def update(self) -> None:
@@ -44,8 +37,8 @@ class EMA:
             raise RuntimeError("EMA.update() inside `with ema.swapped()`: the model has the averages now")
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        averages = [_local(a) for a in self._averages]
-        current = [_local(p.detach()).to(a) for p, a in zip(self._parameters, averages, strict=True)]
+        averages = [_local(average) for average in self._averages.values()]
+        current = [_local(p.detach()).to(a) for p, a in zip(self._parameters.values(), averages, strict=True)]
         torch._foreach_lerp_(averages, current, 1 - decay)
 
     @contextmanager
@@ -53,7 +46,7 @@ class EMA:
         """Give the model the averages; on leaving, its training weights return bit-equal, exceptions included."""
         if self._is_swapped:
             raise RuntimeError("`with ema.swapped()` inside itself")
-        weights = [p.detach().clone() for p in self._parameters]
+        weights = {name: p.detach().clone() for name, p in self._parameters.items()}
         self._is_swapped = True
         try:
             self._set(self._averages)
@@ -63,39 +56,34 @@ class EMA:
             self._is_swapped = False
 
     @torch.no_grad()
-    def _set(self, values: list[Tensor]) -> None:
+    def _set(self, values: dict[str, Tensor]) -> None:
         """Copy values into the parameters: in place, since FSDP identifies its shards by their memory."""
-        if any(isinstance(p, DTensor) for p in self._parameters):
-            _forget_gathered(self._model)
-        for p, value in zip(self._parameters, values, strict=True):
-            p.copy_(value)
+        if any(isinstance(p, DTensor) for p in self._parameters.values()):
+            from torch.distributed.fsdp import FSDPModule
+
+            for module in self._model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()  # so that it gathers all weights again: without a backward pass it keeps the old
+        for name, p in self._parameters.items():
+            p.copy_(values[name])
 
     def averages(self) -> dict[str, Tensor]:
         """Return the averages by parameter name."""
-        return dict(zip(self._names, self._averages, strict=True))
+        return self._averages
 
     def state_dict(self) -> dict[str, Any]:
         """Return the averages by parameter name, and the number of updates."""
-        return {"updates": self.updates, "averages": self.averages()}
+        return {"updates": self.updates, "averages": self._averages}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a `state_dict`; the decay does not change."""
-        if set(state["averages"]) != set(self._names):
+        if set(state["averages"]) != set(self._averages):
             raise ValueError("the EMA state belongs to another architecture")
         self.updates = state["updates"]
-        for name, average in self.averages().items():
+        for name, average in self._averages.items():
             average.copy_(state["averages"][name])
 
 
 def _local(t: Tensor) -> Tensor:
     """Return this process's shard of a sharded tensor; other tensors as they are."""
     return t.to_local() if isinstance(t, DTensor) else t
-
-
-def _forget_gathered(model: nn.Module) -> None:
-    """Make FSDP gather all weights again: without a backward pass it keeps those of the outermost module."""
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()

@@ -3,27 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from unet_denoiser.config.unet import UNetConfig
 from unet_denoiser.models.unet import UNet
-from unet_denoiser.sampling.pipeline.pipeline import find_scheduler_config
-from unet_denoiser.training.run import Run
-
-
-def read_initial_checkpoint(source: Path) -> tuple[UNet, dict[str, Any] | None]:
-    """Load a checkpoint's network and its `scheduler_config.json`, None if no such file is beside it.
-
-    Args:
-        source: a run, or anything that `UNet.from_pretrained` loads.
-    """
-    run = Run.find(source)
-    folder = source if run is None else run.model_folder
-    return UNet.from_pretrained(folder), find_scheduler_config(folder)
 
 
 def with_image_size(config: UNetConfig, image_size: tuple[int, ...]) -> UNetConfig:
@@ -62,18 +48,19 @@ def load_matching(model: UNet, start: UNet) -> LoadReport:
     does. Every other tensor whose shape differs keeps its random start.
     """
     old, new = start.state_dict(), model.state_dict()
-    widened, missed = [], []
+    widened: list[str] = []
+    missed: list[str] = []
     for name, p in new.items():
         if name not in old:
             missed.append(f"{name} (not there)")
         elif old[name].shape == p.shape:
             p.copy_(old[name])
-        elif _has_more_channels(name, old[name], p):
-            p.zero_()
-            p[tuple(map(slice, old[name].shape))].copy_(old[name])
-            widened.append(f"{name} ({_shape(old[name])} there, {_shape(p)} here)")
         else:
-            missed.append(f"{name} ({_shape(old[name])} there, {_shape(p)} here)")
+            there, here = ("x".join(map(str, t.shape)) for t in (old[name], p))
+            fits = _has_more_channels(name, old[name], p)
+            (widened if fits else missed).append(f"{name} ({there} there, {here} here)")
+            if fits:
+                p.zero_()[tuple(map(slice, old[name].shape))].copy_(old[name])
     return LoadReport(len(new), widened, missed, [name for name in old if name not in new])
 
 
@@ -83,7 +70,3 @@ def _has_more_channels(name: str, old: Tensor, new: Tensor) -> bool:
     if axis is None or old.ndim != new.ndim or new.shape[axis] < old.shape[axis]:
         return False
     return all(i == axis or n == m for i, (n, m) in enumerate(zip(new.shape, old.shape, strict=True)))
-
-
-def _shape(t: Tensor) -> str:
-    return "x".join(map(str, t.shape))

@@ -19,7 +19,8 @@ from unet_denoiser.data.load import load_data, with_found_values
 from unet_denoiser.diffusion.process import Diffusion
 from unet_denoiser.models.pretrained import write_pretrained
 from unet_denoiser.models.unet import UNet
-from unet_denoiser.training.finetuning import load_matching, read_initial_checkpoint, with_image_size
+from unet_denoiser.sampling.pipeline.pipeline import find_scheduler_config
+from unet_denoiser.training.finetuning import load_matching, with_image_size
 from unet_denoiser.training.loop import check_new, load_trainer
 from unet_denoiser.training.run import Run
 from unet_denoiser.training.trainer import Trainer
@@ -28,15 +29,11 @@ from unet_denoiser.utils.device import resolve_device
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """The arguments of the train command.
+    """The arguments of the train command; a `source` of None resumes.
 
     Args:
-        source: of the data, see `DataConfig`; None to resume.
-        out: the run directory (default: runs/ and the data's name).
-        init: a checkpoint to start from.
-        preset: name of a published architecture to start from.
-        data, training, process, model: the options that were given, of `DataConfig`, `TrainingConfig`,
-            `DiffusionConfig` and `UNetConfig`.
+        data, training, process, model: the options given, of `DataConfig`, `TrainingConfig`, `DiffusionConfig` and
+            `UNetConfig`.
     """
 
     source: str | None = None
@@ -49,14 +46,6 @@ class TrainRequest:
     model: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Launch(NamedTuple):
-    """A run that is ready to train, its trainer, and messages for the user, one line each."""
-
-    run: Run
-    trainer: Trainer
-    messages: list[str]
-
-
 class Initialization(NamedTuple):
     """The start of a training: the architecture and weights of a preset or checkpoint, if any, and the process."""
 
@@ -66,11 +55,12 @@ class Initialization(NamedTuple):
     messages: list[str]
 
 
-def start_run(request: TrainRequest) -> Launch:
-    """Prepare a new run; an option that cannot work raises ValueError or OSError."""
+def start_run(request: TrainRequest) -> tuple[Run, Trainer, list[str]]:
+    """Return a new run, its trainer, and messages for the user; ValueError or OSError if an option cannot work."""
     training = TrainingConfig(**request.training)
     source, folder = _absolute_source(request.source or "")
-    out = request.out or Path("runs") / _default_name(source)
+    name = Path(source.replace(":", "/"))
+    out = request.out or Path("runs") / (name.name if name.is_dir() else name.stem)
     check_new(out)
     _check_outside(out, [folder, Path(request.data.get("concat") or "")])
     initial = initialization(request, training)
@@ -95,7 +85,7 @@ def start_run(request: TrainRequest) -> Launch:
     return _summarize(run, trainer, [*initial.messages, f"{request.init}: {report}"])
 
 
-def resume_run(path: Path, request: TrainRequest) -> Launch:
+def resume_run(path: Path, request: TrainRequest) -> tuple[Run, Trainer, list[str]]:
     """Load a run and its trainer at the latest checkpoint; ValueError for a change of a fixed option."""
     fixed = [name for name in ("out", "init", "preset", "process", "model") if getattr(request, name)]
     fixed += sorted(set(request.training) - TRAINING_CHANGEABLE) + sorted(set(request.data) - DATA_CHANGEABLE)
@@ -122,8 +112,9 @@ def initialization(request: TrainRequest, training: TrainingConfig) -> Initializ
         unbounded = {"clip_sample_range": None} if request.data.get("vae") else {}  # latents have no fixed range
         config = preset(request.preset) if request.preset else None
         return Initialization(config, None, Diffusion(**unbounded | dict(request.process)), [])
-    network, saved = read_initial_checkpoint(init)
-    messages = []
+    run = Run.find(init)
+    folder, messages = init if run is None else run.model_folder, []
+    network, saved = UNet.from_pretrained(folder), find_scheduler_config(folder)
     if saved is None:  # most published networks without a schedule beside them are DDPM's
         saved = Diffusion(prediction_type="epsilon", beta_schedule="linear").to_dict()
         messages.append(
@@ -142,11 +133,6 @@ def _absolute_source(source: str) -> tuple[str, Path]:
         return source, Path()
     path = Path(source).absolute()
     return str(path), path
-
-
-def _default_name(source: str) -> str:
-    path = Path(source.replace(":", "/"))
-    return path.name if path.is_dir() else path.stem
 
 
 def _check_outside(out: Path, folders: list[Path]) -> None:
@@ -179,9 +165,7 @@ def _choose_architecture(
     size = request.model.get("image_size")
     if size is not None and per_axis(size, len(data.image_size)) != tuple(data.image_size):
         raise ValueError(f"model.image_size={size}: the data have {tuple(data.image_size)}; give image_size instead")
-    base = initial.config
-    if base and initial.network:
-        base = with_image_size(base, data.image_size)
+    base = with_image_size(initial.network.config, data.image_size) if initial.network else initial.config
     classes = None if data.class_names is None else len(data.class_names)
     options = {"vector_dim": data.vector_dim, "context_dim": data.context_dim, **request.model}
     channels = initial.process.channels(data.channels, data.concat_channels)
@@ -190,9 +174,9 @@ def _choose_architecture(
     )
 
 
-def _summarize(run: Run, trainer: Trainer, messages: list[str]) -> Launch:
-    """Add a line that says what is trained on what."""
+def _summarize(run: Run, trainer: Trainer, messages: list[str]) -> tuple[Run, Trainer, list[str]]:
+    """Add a message that says what is trained on what."""
     total = sum(p.numel() for p in trainer.model.parameters())
     images = f"{len(trainer.data):,} images" if isinstance(trainer.data, ImageDataset) else "a stream of images"
     summary = f"{run.path}: {images}, {total:,} parameters, on {trainer.accelerator.device}"
-    return Launch(run, trainer, [*messages, summary])
+    return run, trainer, [*messages, summary]

@@ -49,12 +49,9 @@ def check_new(path: Path) -> None:
 def load_trainer(run: Run, data: Any = None, model: UNet | None = None) -> Trainer:
     """Build a run's trainer and restore the latest checkpoint, if there is one.
 
-    Args:
-        data: the run's dataset, if it is loaded already.
-        model: the network to start from (default: the one in init/, else random weights).
+    The default of `data` loads the run's; that of `model` is the network in init/, else one with random weights.
     """
-    if data is None:
-        data = load_data(run.data)
+    data = load_data(run.data) if data is None else data
     torch.manual_seed(run.training.seed)
     if model is None:
         init = run.path / "init"
@@ -170,11 +167,11 @@ def preview(run: Run, trainer: Trainer) -> Path:
     conditions = preview_conditions(run.model, trainer.data)
     if by_class := not conditions.given() and pipeline.class_names is not None:
         conditions = Conditions(class_labels=pipeline.labels(min(40, 4 * len(pipeline.class_names or []))))
-    options: dict[str, Any] = {"num_inference_steps": min(PREVIEW_STEPS, run.process.num_train_timesteps)}
-    options |= conditions.given()
-    count = len(next(iter(conditions.given().values()), range(PREVIEW_SAMPLES)))
+    options: dict[str, Any] = conditions.given()
+    seeds = range(len(next(iter(options.values()), range(PREVIEW_SAMPLES))))
+    options["num_inference_steps"] = min(PREVIEW_STEPS, run.process.num_train_timesteps)
     with trainer.ema.swapped():
-        x = sample(trainer.model, run.process, seeds=range(count), **options)
+        x = sample(trainer.model, run.process, seeds=seeds, **options)
     path = run.path / "samples" / f"step-{trainer.step:08d}.png"
     if not trainer.accelerator.is_main_process:
         return path

@@ -14,21 +14,19 @@ from unet_denoiser.models.unet import UNet
 from unet_denoiser.utils.tensor_files import write_safetensors
 
 _A, _B = ".lora_A.default.weight", ".lora_B.default.weight"
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out")
 
 
 def add_lora(model: UNet, rank: int) -> None:
     """Freeze the network and add a trainable LoRA to its attention's projections (Hu et al. 2021, arXiv 2106.09685).
 
-    Raises:
-        ImportError: peft is not installed.
+    ImportError if peft is not installed.
     """
     try:
         import peft
     except ImportError:
         raise ImportError(f"lora_rank={rank} needs peft: pip install peft") from None
     model.requires_grad_(False)
-    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(LORA_TARGETS))
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=["to_q", "to_k", "to_v", "to_out"])
     peft.inject_adapter_in_model(config, model)
 
 
@@ -49,9 +47,8 @@ def save_lora(weights: Mapping[str, Tensor], config: UNetConfig, path: Path) -> 
     names = {name: name for name in modules}
     if config.attention == "transformer" or config.context_dim is None:
         structure, layout = BlockStructure.from_config(config), LAYOUTS["diffusers"]
-        names = {
-            name: f"unet.{layout.key_map(f'{name}.weight', structure).name.removesuffix('.weight')}" for name in modules
-        }
+        keys = {name: layout.key_map(f"{name}.weight", structure).name for name in modules}
+        names = {name: f"unet.{key.removesuffix('.weight')}" for name, key in keys.items()}
     file = {f"{names[name]}.lora_A.weight": weights[name + _A].contiguous() for name in modules}
     file |= {f"{names[name]}.lora_B.weight": weights[name + _B].contiguous() for name in modules}
     write_safetensors(path, file)

@@ -37,11 +37,7 @@ class Run:
     """The description of one training, and its directory; `unet_denoiser.training.loop` trains it.
 
     Args:
-        path: the directory.
-        data: what it is trained on, with the size, channels and class names that were found.
-        model: the architecture.
-        process: schedule, prediction type, data range.
-        training: how it is trained.
+        data: its size, channels and class names are those that were found.
     """
 
     path: Path
@@ -49,8 +45,6 @@ class Run:
     model: UNetConfig
     process: Diffusion
     training: TrainingConfig
-
-    # ---- config.json -----------------------------------------------------------------------------------------------
 
     @classmethod
     def find(cls, path: str | Path) -> Run | None:
@@ -97,8 +91,6 @@ class Run:
         """Return the same run with other data options."""
         return replace(self, data=replace(self.data, **changes))
 
-    # ---- weights ---------------------------------------------------------------------------------------------------
-
     @property
     def checkpoints(self) -> Checkpoints:
         """The training states."""
@@ -106,23 +98,16 @@ class Run:
 
     @property
     def model_folder(self) -> Path:
-        """The folder of the latest averaged weights.
-
-        Raises:
-            FileNotFoundError: training has not written a checkpoint yet.
-        """
+        """The folder of the latest averaged weights; FileNotFoundError before the first checkpoint."""
         if not (self.path / "model" / "model.safetensors").is_file():
             raise FileNotFoundError(f"{self.path} has no model yet: its first checkpoint was not reached")
         return self.path / "model"
 
     def load_model(self, checkpoint: str = "latest") -> UNet:
-        """Load the averaged weights of a checkpoint, in evaluation mode.
+        """Load the averaged weights of a checkpoint, in evaluation mode; FileNotFoundError if it is not kept.
 
         Args:
             checkpoint: "latest", "best" (see `keep_best`) or the number of a step.
-
-        Raises:
-            FileNotFoundError: there is no such checkpoint, or it is no longer kept.
         """
         latest = self.model_folder
         if checkpoint == "latest":
@@ -139,9 +124,7 @@ class Run:
     def save_pipeline(self, path: Path) -> None:
         """Write a `DDPMPipeline` folder, which diffusers' `DiffusionPipeline.from_pretrained` opens.
 
-        Raises:
-            ValueError: diffusers has no counterpart for the network (because of a learned null, for example), or for
-                self-conditioning.
+        ValueError if diffusers has no counterpart: for a learned null or self-conditioning, for example.
         """
         import diffusers
 

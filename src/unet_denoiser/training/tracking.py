@@ -26,10 +26,6 @@ class MetricsLog:
     fraction of time spent waiting for the next batch. The means leave out skipped steps.
 
     Its `state` is part of a checkpoint, so that a resumed training writes the same lines.
-
-    Args:
-        path: the file.
-        num_train_timesteps: T.
     """
 
     def __init__(self, path: Path, num_train_timesteps: int) -> None:
@@ -52,9 +48,13 @@ class MetricsLog:
     def write(self, step: TrainingStep, skipped_steps: int, data_wait: float) -> dict[str, Any]:
         """Write a line for the steps since the last one, and reset the means."""
         good = self.sums["good"]
-        line: dict[str, Any] = {"step": step.step}
-        line |= {name: self.sums[name] / good if good else None for name in ("loss", "grad_norm")}
-        line |= {"learning_rate": step.learning_rate, "skipped_steps": skipped_steps}
+        means = {name: self.sums[name] / good if good else None for name in ("loss", "grad_norm")}
+        line: dict[str, Any] = {
+            "step": step.step,
+            **means,
+            "learning_rate": step.learning_rate,
+            "skipped_steps": skipped_steps,
+        }
         line |= {"loss_per_level": self.levels.means(), "data_wait": round(data_wait, 4)}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -64,7 +64,7 @@ class MetricsLog:
 
     def cut(self, step: int) -> None:
         """Delete the lines after the step that training resumes from, and an incomplete last line."""
-        kept = [line for line in self._lines() if line.endswith("\n") and json.loads(line)["step"] <= step]
+        kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
         write_atomically(self.path, lambda path: path.write_text("".join(kept), encoding="utf-8"))
 
     def sync(self) -> None:
@@ -74,7 +74,7 @@ class MetricsLog:
 
     def read(self) -> list[dict[str, Any]]:
         """Return all lines so far."""
-        return [json.loads(line) for line in self._lines() if line.endswith("\n")]
+        return [json.loads(line) for line in self._lines()]
 
     def state(self) -> dict[str, Any]:
         """Return the metadata that a checkpoint keeps of the log (JSON)."""
@@ -90,15 +90,13 @@ class MetricsLog:
         self.levels.load_state_dict({"totals": torch.tensor(metrics["levels"])})
 
     def _lines(self) -> list[str]:
-        return self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
+        """Return the complete lines."""
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def start_trackers(trainer: Trainer, folder: Path, config: Mapping[str, Any]) -> None:
-    """Open the tracker that the configuration names, to continue after the trainer's step.
-
-    Raises:
-        ImportError: the tracker's package is not installed.
-    """
+    """Open the configured tracker, to continue after the trainer's step; ImportError if it is not installed."""
     name = trainer.config.track
     if name is None:
         return
@@ -137,11 +135,9 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
         axes.plot(steps, _smooth(values), color="C0")
     count = max((len(line["loss_per_level"]) for line in lines), default=0)
     for level in range(count):
-        known = [(line["step"], line["loss_per_level"][level]) for line in lines]
-        known = [(step, value) for step, value in known if value is not None]
-        smooth = _smooth([value for _, value in known])
-        shade = 0.15 + 0.8 * level / max(1, count - 1)
-        levels.plot([step for step, _ in known], smooth, color=(shade * 0.9, 0.2, 1 - shade), label=f"{level + 1}")
+        known = [(line["step"], v) for line in lines if (v := line["loss_per_level"][level]) is not None]
+        shade, smooth = 0.15 + 0.8 * level / max(1, count - 1), _smooth([v for _, v in known])
+        levels.plot([s for s, _ in known], smooth, color=(shade * 0.9, 0.2, 1 - shade), label=f"{level + 1}")
     if count:
         levels.legend(title="noise level", fontsize="x-small", ncols=2)
     for axes, title in ((loss, "loss"), (norm, "gradient norm"), (levels, "loss per noise level, 1 the least noisy")):

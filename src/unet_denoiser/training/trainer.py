@@ -73,8 +73,7 @@ class Trainer:
         data: map-style or iterable dataset of dicts, such as `load_data` returns: "image" (C, *spatial) in the
             process's range, and conditions under the names of `UNet.forward`'s arguments.
 
-    Raises:
-        ValueError: the network does not fit the data.
+    ValueError if the network does not fit the data.
     """
 
     def __init__(self, model: UNet, process: Diffusion, data: Any, config: TrainingConfig) -> None:
@@ -92,8 +91,7 @@ class Trainer:
             model.time_cond.requires_grad_(False)  # nothing feeds it here, and DDP waits for every weight's gradient
         trained = [p for p in model.parameters() if p.requires_grad]
         self.learning_rate = config.learning_rate or default_learning_rate(model.config.model_channels)
-        options: dict[str, Any] = {"lr": self.learning_rate, "weight_decay": config.weight_decay, "fused": True}
-        optimizer = torch.optim.AdamW(trained, **options)
+        optimizer = torch.optim.AdamW(trained, self.learning_rate, weight_decay=config.weight_decay, fused=True)
         self.prepared, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.model: UNet = self.accelerator.unwrap_model(self.prepared)
         self.ema = EMA(self.model, config.ema_decay)
@@ -102,8 +100,7 @@ class Trainer:
     def steps(self) -> Iterator[TrainingStep]:
         """Train from the current step to the last, yielding after each optimizer step.
 
-        Raises:
-            NonFiniteError: loss or gradients of `max_bad_steps` steps in a row were not finite; says where that begins.
+        NonFiniteError if loss or gradients were not finite for `max_bad_steps` steps in a row; says where that begins.
         """
         for batch in self._batches():
             self.prepared.train()
@@ -175,22 +172,12 @@ class Trainer:
     def _trained(self) -> list[tuple[str, Any]]:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
-    # ---- one step --------------------------------------------------------------------------------------------------
-
     def _batches(self) -> Iterator[dict[str, Tensor]]:
         """Load this process's slice of every batch from the current step on, onto its device."""
         c, device = self.config, self.accelerator.device
-        loader = make_loader(
-            self.data,
-            c.batch_size,
-            seed=c.seed,
-            start=self.step,
-            stop=c.steps,
-            num_processes=self.accelerator.num_processes,
-            process_index=self.accelerator.process_index,
-            num_workers=c.num_workers,
-            pin_memory=device.type == "cuda",
-        )
+        options: dict[str, Any] = {"num_workers": c.num_workers, "pin_memory": device.type == "cuda"}
+        options |= {"num_processes": self.accelerator.num_processes, "process_index": self.accelerator.process_index}
+        loader = make_loader(self.data, c.batch_size, seed=c.seed, start=self.step, stop=c.steps, **options)
         self.data_timer = DataTimer(loader)
         return (send_to_device(batch, device, non_blocking=True) for batch in self.data_timer)
 
@@ -208,19 +195,20 @@ class Trainer:
         slices = [slice(start, start + size) for start in range(0, len(x0), size)]
         return [MicroBatch(first + rows.start, x0[rows], draws.rows(rows), conditions.rows(rows)) for rows in slices]
 
-    def _losses(self, part: MicroBatch, network: Any) -> Losses:
+    def _losses(self, part: MicroBatch) -> Losses:
         """Compute the losses of a micro-batch, each (B,)."""
         seed_dropout(self.config.seed, part.first)
-        given, has_null = part.conditions.given(), self.model.config.learned_null
-        droppable = [name for name in DROPPABLE if name in given and (has_null or name == "concat")]
-        drop = condition_dropout(droppable, part.draws.chances, self.config.condition_dropout) or None
-        inputs = {"t": part.draws.t, "noise": part.draws.noise, "self_condition": part.draws.self_condition}
-        return training_losses(self.process, network, part.x0, weighting=self.weighting, drop=drop, **inputs, **given)
+        inputs: dict[str, Any] = part.conditions.given()
+        droppable = [n for n in DROPPABLE if n in inputs and (self.model.config.learned_null or n == "concat")]
+        if drop := condition_dropout(droppable, part.draws.chances, self.config.condition_dropout):
+            inputs["drop"] = drop
+        inputs |= {"t": part.draws.t, "noise": part.draws.noise, "self_condition": part.draws.self_condition}
+        return training_losses(self.process, self.prepared, part.x0, weighting=self.weighting, **inputs)
 
     def _backward(self, part: MicroBatch, last: bool) -> Losses:
         """Add the gradients of a micro-batch; processes exchange them with the last one only."""
         with nullcontext() if last else self.accelerator.no_sync(self.prepared):
-            losses = self._losses(part, self.prepared)
+            losses = self._losses(part)
             self.accelerator.backward(losses.loss.mean() / self.config.gradient_accumulation_steps)
         return Losses(*(value.detach() for value in losses))
 
@@ -245,9 +233,8 @@ class Trainer:
         if self.bad_in_a_row < self.config.max_bad_steps:
             return
         where = next((place for place in gather_object([self._locate_nonfinite(parts, losses)]) if place), "the loss")
-        raise NonFiniteError(
-            f"{self.bad_in_a_row} steps in a row were not finite, the last of them step {self.step + 1}; first: {where}"
-        )
+        steps = f"{self.bad_in_a_row} steps in a row were not finite, the last of them step {self.step + 1}"
+        raise NonFiniteError(f"{steps}; first: {where}")
 
     def _locate_nonfinite(self, parts: list[MicroBatch], losses: Losses) -> str | None:
         """Return the gradient or the module in which NaN or infinity begins on this process."""
@@ -258,7 +245,7 @@ class Trainer:
                 self._backward(part, last=part is parts[-1])
             found = first_nonfinite_gradient(self.model)
         for part in parts:  # all of them, as processes with shards must run the network equally often
-            place = first_nonfinite_module(self.model, partial(self._losses, part, self.prepared))
+            place = first_nonfinite_module(self.model, partial(self._losses, part))
             found = found or (place and f"{place}, samples {self._indices(part)}")
         return found
 

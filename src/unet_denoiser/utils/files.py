@@ -46,8 +46,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             error.filename = str(path)
         raise
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
+        shutil.rmtree(temporary, ignore_errors=True)  # no error for a file, which `unlink` deletes
         temporary.unlink(missing_ok=True)
 
 
@@ -74,8 +73,6 @@ def sync(path: Path) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Delete temporary files of killed `write_atomically` calls, in a folder and its sub-folders."""
     for path in list(folder.rglob(".*.tmp")):
-        if not path.name.removesuffix(".tmp").rpartition(".")[2].isdecimal():
-            continue  # names of `write_atomically` end in a process id
-        if path.is_dir():
-            shutil.rmtree(path)
-        path.unlink(missing_ok=True)
+        if path.name.removesuffix(".tmp").rpartition(".")[2].isdecimal():  # the process id of `write_atomically`
+            shutil.rmtree(path, ignore_errors=True)
+            path.unlink(missing_ok=True)

@@ -156,7 +156,7 @@ def test_a_new_layer_is_the_identity(layer):
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_the_feed_forward_layer_computes_its_gate_again_and_equals_the_plain_one(autocast, monkeypatch):
+def test_feed_forward_recomputes_its_gate(autocast, monkeypatch):
     monkeypatch.setattr(recompute, "_MIN_RECOMPUTE_NUMEL", 0)
     layer = randomise(FeedForward(8))
     x, weights = torch.randn(2, 5, 8, requires_grad=True), torch.randn(2, 5, 8)

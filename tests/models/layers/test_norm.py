@@ -23,12 +23,12 @@ GROUPS = dict(enumerate([*range(1, 33), 11, 17, 7, 18, 1, 19, 13, 20], start=1))
 }
 
 
-def test_group_rule_is_pinned():
+def test_number_of_groups():
     assert {channels: group_norm(channels).num_groups for channels in GROUPS} == GROUPS
 
 
 @pytest.mark.parametrize(("channels", "groups", "expected"), [(12, 8, 6), (16, 8, 8), (9, 4, 3), (7, 4, 1), (6, 1, 1)])
-def test_group_rule_with_other_limits(channels, groups, expected):
+def test_number_of_groups_with_other_limits(channels, groups, expected):
     norm = group_norm(channels, groups, eps=1e-3)
     x = torch.randn(2, channels, 5)
     assert_close(norm(x), F.group_norm(x, expected, eps=1e-3))
@@ -36,7 +36,7 @@ def test_group_rule_with_other_limits(channels, groups, expected):
 
 @pytest.mark.parametrize("trained", ["weight", "bias"])
 @pytest.mark.parametrize(("size", "layout"), [((8, 8), torch.channels_last), ((4, 4, 4), torch.channels_last_3d)])
-def test_a_norm_whose_input_needs_no_gradient(size, layout, trained):
+def test_gradients_of_weight_and_bias_alone(size, layout, trained):
     """As after frozen layers; torch's own crashes where the channels are last."""
     norm = randomise(group_norm(8, 4)).requires_grad_(False)
     getattr(norm, trained).requires_grad_(True)

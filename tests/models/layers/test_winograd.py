@@ -1,4 +1,4 @@
-"""Winograd's filtering against torch's convolution and its autograd, in double precision for every size and layout."""
+"""Winograd's filtering against torch's convolution and autograd, in double precision, for any size and layout."""
 
 from unittest.mock import patch
 
@@ -21,8 +21,8 @@ checked = settings(
 
 
 @pytest.fixture(autouse=True)
-def _poison():
-    """Memory that nothing has been written to holds NaN."""
+def _nan_in_new_memory():
+    """Fill uninitialized memory with NaN."""
     torch.use_deterministic_algorithms(True)  # which also fills what torch.empty returns
     yield
     torch.use_deterministic_algorithms(False)
@@ -96,7 +96,7 @@ def test_output_and_gradients_equal_torch(case):
         ((3, 530, 3), {(1, 128), (1, 5)}),
     ],
 )
-def test_sizes_that_are_cut_into_blocks_in_every_way(shape, blocks):
+def test_every_way_to_cut_images_into_blocks(shape, blocks):
     rows, columns = -(-shape[1] // 4), -(-shape[2] // 4)
     assert {(b.images, b.rows) for b in winograd._blocks(shape[0], rows, columns)} == blocks
     normal = lambda *shape: torch.randn(shape, dtype=torch.float64)  # noqa: E731
@@ -106,7 +106,7 @@ def test_sizes_that_are_cut_into_blocks_in_every_way(shape, blocks):
 
 @checked
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.sampled_from([1, 2, 5, 12, 128]))
-def test_blocks_hold_each_tile_once_and_no_more_tiles_than_they_should(images, rows, columns, tiles):
+def test_blocks_hold_each_tile_once_within_the_limit(images, rows, columns, tiles):
     seen = torch.zeros(images, rows)
     with patch.object(winograd, "_MAX_BLOCK_TILES", tiles):
         for block in winograd._blocks(images, rows, columns):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from unet_denoiser.config.data import DataConfig
 from unet_denoiser.data.columns import CAPTION_COLUMNS, encode_labels, encode_vectors, pick_column, renumber_labels
@@ -26,11 +27,12 @@ STREAM_HEADER_ROWS = 64  # at the start of a stream, which decide its channels a
 
 
 class Columns(NamedTuple):
-    """The names of a table's columns that are used."""
+    """The names of a table's columns that are used, and the classes of a ClassLabel column."""
 
     image: str
     label: str | None
     caption: str | None
+    class_names: list[str] | None
 
 
 class HubDataset(EncodedImages):
@@ -59,22 +61,9 @@ class HubDataset(EncodedImages):
         kept = [int(row[4:]) for row in headers]
         self.table = table if len(kept) == len(table) else table.select(kept)
         self.columns, self.images = columns, self.table.select_columns([columns.image])
-        self._read_conditions(config)
+        self.labels, self.class_names, self.captions, self.vectors = read_conditions(self.table, columns, config)
+        self.vector_dim = len(config.vector_columns) or None
         self._set_up(config, list(headers.values()))
-
-    def _read_conditions(self, config: DataConfig) -> None:
-        table, columns = self.table, self.columns
-        if columns.label:
-            own_names = getattr(table.features[columns.label], "names", None)  # of a ClassLabel
-            values, names = list(table[columns.label]), own_names or config.class_names
-            labels, found_names = encode_labels(values, names, config.source)
-            self.class_names = list(config.class_names or found_names)
-            self.labels = renumber_labels(labels, own_names, self.class_names)
-        if columns.caption:
-            self.captions = [_first_caption(caption) for caption in table[columns.caption]]
-        if config.vector_columns:
-            self.vectors = encode_vectors({name: list(table[name]) for name in config.vector_columns}, config.source)
-            self.vector_dim = len(config.vector_columns)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -90,9 +79,8 @@ class HubStream(StreamDataset):
     """The images of a `datasets.IterableDataset`, in a new order each epoch, shuffled through a buffer.
 
     Every process reads the whole stream and decodes its slice of each batch. So order and batches are the same for any
-    number of processes, and a resumed run continues exactly, after reading up to its position without decoding.
-
-    The arguments are those of `HubDataset`.
+    number of processes, and a resumed run continues exactly, after reading up to its position without decoding. The
+    arguments are those of `HubDataset`.
     """
 
     def __init__(self, table: datasets.IterableDataset, config: DataConfig | None = None, **options: Any) -> None:
@@ -108,15 +96,11 @@ class HubStream(StreamDataset):
         self.channels = config.channels or (1 if all(header.is_grey for header in headers) else 3)
         self.image_size = choose_size(config, headers)
         self.background = make_fill(config.background, self.channels)
-        self._own_names: list[str] | None = None
         if columns.label:
-            self._own_names = getattr((table.features or {})[columns.label], "names", None)  # of a ClassLabel
-            names = config.class_names or self._own_names
+            names = config.class_names or columns.class_names
             if names is None:
-                raise ValueError(
-                    f"label_column={columns.label!r} of the stream {config.source} does not tell its classes; "
-                    "give class_names, in label order"
-                )
+                found = f"label_column={columns.label!r} of the stream {config.source} does not tell its classes"
+                raise ValueError(f"{found}; give class_names, in label order")
             self.class_names = list(names)
         self.vector_dim = len(config.vector_columns) or None
 
@@ -147,15 +131,10 @@ class HubStream(StreamDataset):
         source, name = _read_cell(raw[columns.image]), f"item {index.position} of {config.source}"
         image = to_float(read_pixels(source, name, self.channels, self.image_size, config))
         image = augment(image, self.image_size, config, rng=index.rng(), background=self.background)
-        item: dict[str, Any] = {"image": image}
-        if columns.label and self.class_names is not None:
-            label, _ = encode_labels([raw[columns.label]], self._own_names or self.class_names, config.source)
-            item["class_labels"] = renumber_labels(label, self._own_names, self.class_names)[0]
-        if columns.caption:
-            item["caption"] = _first_caption(raw[columns.caption])
-        if config.vector_columns:
-            item["vector"] = encode_vectors({name: [raw[name]] for name in config.vector_columns}, config.source)[0]
-        return item
+        row = {name: [value] for name, value in raw.items()}
+        labels, _, captions, vectors = read_conditions(row, columns, config)
+        found: Any = {"class_labels": labels, "caption": captions, "vector": vectors}
+        return {"image": image} | {name: values[0] for name, values in found.items() if values is not None}
 
 
 def load_hub(config: DataConfig) -> HubDataset | HubStream:
@@ -198,7 +177,24 @@ def find_columns(table: Any, config: DataConfig) -> tuple[Columns, Any]:
         pick_column(names, "vector_columns", name, (), where)
     # decoded by `open_image`, so that all sources give the same pixels
     table = table.cast_column(image, datasets.Image(decode=False))
-    return Columns(image, label, caption), table
+    return Columns(image, label, caption, getattr(features.get(label), "names", None)), table
+
+
+def read_conditions(
+    table: Any, columns: Columns, config: DataConfig
+) -> tuple[Tensor | None, list[str] | None, list[str] | None, Tensor | None]:
+    """Return labels (N,), class names, N captions and vectors (N, D) of a table or dict of columns, or None each."""
+    labels = class_names = captions = vectors = None
+    if columns.label:
+        names = columns.class_names or config.class_names
+        labels, found_names = encode_labels(list(table[columns.label]), names, config.source)
+        class_names = list(config.class_names or found_names)
+        labels = renumber_labels(labels, columns.class_names, class_names)
+    if columns.caption:
+        captions = [_first_caption(caption) for caption in table[columns.caption]]
+    if config.vector_columns:
+        vectors = encode_vectors({name: list(table[name]) for name in config.vector_columns}, config.source)
+    return labels, class_names, captions, vectors
 
 
 def _first_caption(caption: Any) -> str:

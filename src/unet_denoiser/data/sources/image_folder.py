@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from unet_denoiser.config.data import DataConfig
@@ -67,16 +67,12 @@ class ImageFolder(EncodedImages):
         return str(self.folder / self.files[index])
 
     def _read_folder_classes(self, config: DataConfig) -> None:
-        first_parts = [PurePosixPath(file).parts[0] if "/" in file else None for file in self.files]
-        classes = [part for part in first_parts if part is not None]
-        if len(classes) == len(first_parts):
+        classes, count = [file.partition("/")[0] for file in self.files if "/" in file], len(self.files)
+        if len(classes) == count:
             self.labels, self.class_names = encode_labels(classes, config.class_names, str(self.folder))
         elif classes:
-            warnings.warn(
-                f"{len(first_parts) - len(classes)} of {len(first_parts)} images lie beside the sub-folders of "
-                f"{self.folder}, not in them; so the sub-folders are not taken as classes",
-                stacklevel=2,
-            )
+            found = f"{count - len(classes)} of {count} images lie beside the sub-folders of {self.folder}, not in them"
+            warnings.warn(f"{found}; so the sub-folders are not taken as classes", stacklevel=2)
         refuse_options(config, ("label_column", "caption_column", "vector_columns"), "a folder without metadata")
 
     def _read_metadata_columns(self, rows: list[dict[str, Any]], config: DataConfig) -> None:
@@ -90,9 +86,8 @@ class ImageFolder(EncodedImages):
         if caption:
             self.captions = [str(value) for value in _read_column(rows, caption, where)]
         if config.vector_columns:
-            columns = {name: _read_column(rows, name, where) for name in config.vector_columns}
-            self.vectors = encode_vectors(columns, where)
-            self.vector_dim = len(columns)
+            self.vectors = encode_vectors({k: _read_column(rows, k, where) for k in config.vector_columns}, where)
+            self.vector_dim = len(config.vector_columns)
 
 
 def list_images(folder: Path) -> list[str]:
@@ -122,9 +117,7 @@ def read_metadata(folder: Path) -> dict[str, dict[str, Any]] | None:
             if not row.get("file_name"):
                 raise ValueError(f"row {number} of {path} has no file_name; it has {', '.join(map(str, row))}")
             if None in row:  # the csv module's key for values beyond the last column
-                raise ValueError(
-                    f"row {number} of {path} has more values than there are columns; put quotes around text with commas"
-                )
+                raise ValueError(f"row {number} of {path} has more values than columns; put quotes around commas")
             rows[os.path.normpath(base / str(row.pop("file_name"))).replace(os.sep, "/")] = row
     return rows
 
@@ -147,11 +140,8 @@ def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _read_column(rows: list[dict[str, Any]], name: str, where: str) -> list[Any]:
-    missing = [i for i, row in enumerate(rows) if row.get(name) in (None, "")]
-    if missing:
-        raise ValueError(
-            f"{where} has no {name!r} in {len(missing)} of {len(rows)} rows; columns: {', '.join(rows[0])}"
-        )
+    if missing := sum(row.get(name) in (None, "") for row in rows):
+        raise ValueError(f"{where} has no {name!r} in {missing} of {len(rows)} rows; columns: {', '.join(rows[0])}")
     return [row[name] for row in rows]
 
 

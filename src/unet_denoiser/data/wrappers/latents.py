@@ -50,11 +50,8 @@ class LatentDataset(DatasetWrapper):
         self.shift, self.scale = autoencoder.shift, autoencoder.scale
         std = float((append_dims(torch.tensor(self.std), 3) * self.scale).square().mean().sqrt())
         if not 0.5 < std < 2:
-            warnings.warn(
-                f"the latents of {autoencoder.name} have a standard deviation of {std:.2g} by the scale that it "
-                "states; training wants about 1: standardize_latents measures it",
-                stacklevel=2,
-            )
+            found = f"the latents of {autoencoder.name} have a standard deviation of {std:.2g} by its stated scale"
+            warnings.warn(f"{found}; training wants about 1: standardize_latents measures it", stacklevel=2)
         self.channels, self.concat_channels = autoencoder.channels, autoencoder.channels * bool(data.concat_channels)
         self.image_size = tuple(n // autoencoder.factor for n in data.image_size)
 
@@ -63,9 +60,6 @@ class LatentDataset(DatasetWrapper):
         kept = self.latents.array[index, int(mirrored)].astype(np.float32)  # (1, C, h, w); (2, C, h, w) with "concat"
         latents = (torch.from_numpy(kept) - self.shift) * self.scale
         return dict(zip(("image", "concat"), latents, strict=False)) | self.conditions(index)
-
-    def item_size(self, index: int) -> tuple[int, ...]:
-        return self.image_size
 
 
 def _check_images(data: ImageDataset, autoencoder: Autoencoder) -> None:

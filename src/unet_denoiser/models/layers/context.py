@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Context(NamedTuple):
-    """What cross-attention attends to.
+    """The tokens that cross-attention attends to, with their mask.
 
     Args:
         tokens: (B, S, context_dim).

@@ -1,4 +1,4 @@
-"""Fixtures of the convolutions' tests: counted calls, dropout that ignores layouts, an empty cache, a new compiler."""
+"""Fixtures for tests of the convolutions: thresholds, counted calls, dropout of any layout, an empty cache."""
 
 import pytest
 import torch
@@ -11,21 +11,21 @@ MAX_TIME_RATIO, MIN_RECOMPUTE_NUMEL = conv._MAX_TIME_RATIO, recompute._MIN_RECOM
 
 @pytest.fixture(autouse=True)
 def narrow_winograd(monkeypatch):
-    """The filtering also where it is slower, with 64 channels, which tests can afford; small layers compute again."""
+    """Use Winograd's filtering also with 64 channels, where it is slower, and recompute small inputs too."""
     monkeypatch.setattr(conv, "_MAX_TIME_RATIO", 2.5)
     monkeypatch.setattr(recompute, "_MIN_RECOMPUTE_NUMEL", 0)
 
 
 @pytest.fixture
-def as_measured(monkeypatch, narrow_winograd):
-    """The rules as they are for users."""
+def default_thresholds(monkeypatch, narrow_winograd):
+    """Use the thresholds of the package."""
     monkeypatch.setattr(conv, "_MAX_TIME_RATIO", MAX_TIME_RATIO)
     monkeypatch.setattr(recompute, "_MIN_RECOMPUTE_NUMEL", MIN_RECOMPUTE_NUMEL)
 
 
 @pytest.fixture
-def _same_masks(monkeypatch):
-    """Dropout that leaves out the same values whatever the layout in memory."""
+def _dropout_of_any_layout(monkeypatch):
+    """Dropout that drops the same values for each memory layout."""
     monkeypatch.setattr(
         "unet_denoiser.models.layers.resblock.draw_dropout_mask", lambda like, p: torch.rand(like.shape) >= p
     )
@@ -33,7 +33,7 @@ def _same_masks(monkeypatch):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often each function of Winograd's filtering was called."""
+    """Count the calls of each function of Winograd's filtering."""
     counts = dict.fromkeys(("convolve", "transform_weight", "weight_gradient"), 0)
     for name in counts:
         function = getattr(conv, name)

@@ -121,8 +121,8 @@ RULE = [
 
 
 @pytest.mark.parametrize(("options", "size", "training", "pays"), [row[1:] for row in RULE], ids=[r[0] for r in RULE])
-@pytest.mark.usefixtures("as_measured")
-def test_the_rule_of_when_winograd_pays(options, size, training, pays):
+@pytest.mark.usefixtures("default_thresholds")
+def test_winograd_pays(options, size, training, pays):
     options = {"in_channels": 128, "out_channels": 128, "kernel_size": 3, "padding": 1} | options
     layer = Conv2d(**options)
     batch = size[:-2] or (1,)
@@ -130,8 +130,8 @@ def test_the_rule_of_when_winograd_pays(options, size, training, pays):
     assert winograd_pays(layer, x, training) is pays
 
 
-@pytest.mark.usefixtures("cache", "as_measured")
-def test_few_pixels_pay_only_where_transformed_weights_can_be_kept(monkeypatch):
+@pytest.mark.usefixtures("cache", "default_thresholds")
+def test_few_pixels_pay_only_with_cached_weights(monkeypatch):
     layer, few, many = Conv2d(128, 128, 3, padding=1), torch.empty(1, 128, 16, 32), torch.empty(1, 128, 32, 32)
     for room in (0, 1):
         monkeypatch.setattr(conv, "_MAX_CACHED_BYTES", 4 * 128 * 128 * 36 - 1 + room)
@@ -139,7 +139,7 @@ def test_few_pixels_pay_only_where_transformed_weights_can_be_kept(monkeypatch):
         assert winograd_pays(layer, many, training=False)
 
 
-@pytest.mark.usefixtures("as_measured")
+@pytest.mark.usefixtures("default_thresholds")
 def test_winograd_does_not_pay_in_other_precisions():
     layer, x = Conv2d(128, 128, 3, padding=1), torch.empty(1, 128, 32, 32)
     assert not winograd_pays(layer, x.bfloat16(), True)

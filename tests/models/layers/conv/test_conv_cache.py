@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from support.convolutions import SHALLOW, gradients, wide
+from support.convolutions import SHALLOW, gradients, make_wide_unet
 from support.networks import relative_error
 from unet_denoiser.models.layers import conv
 from unet_denoiser.models.layers.conv import Conv2d
@@ -67,7 +67,7 @@ def test_changed_weights_are_transformed_again(calls, change, mode):
     assert relative_error(after, before) > 1e-4
 
 
-def test_weights_that_are_inference_tensors_are_not_kept(calls, cache):
+def test_inference_tensors_are_not_cached(calls, cache):
     """Their changes cannot be noticed."""
     with torch.inference_mode():
         layer, x = Conv2d(64, 64, 3, padding=1), torch.randn(1, 64, 32, 32)
@@ -78,7 +78,7 @@ def test_weights_that_are_inference_tensors_are_not_kept(calls, cache):
     assert len(cache) == 0
 
 
-def test_weights_of_large_images_are_not_kept(calls, cache):
+def test_weights_of_large_images_are_not_cached(calls, cache):
     """Transforming them again takes little beside the convolution."""
     layer, x = Conv2d(64, 64, 3, padding=1), torch.randn(1, 64, 80, 80)
     with torch.no_grad():
@@ -87,8 +87,8 @@ def test_weights_of_large_images_are_not_kept(calls, cache):
     assert len(cache) == 0
 
 
-def test_training_keeps_no_transformed_weights(calls, cache):
-    model, args = wide(**SHALLOW)
+def test_training_caches_no_weights(calls, cache):
+    model, args = make_wide_unet(**SHALLOW)
     gradients(model.train(), **args)
     model.enable_gradient_checkpointing()
     gradients(model, **args)
@@ -98,8 +98,8 @@ def test_training_keeps_no_transformed_weights(calls, cache):
     assert len(cache) == 0
 
 
-def test_transformed_weights_go_with_their_network(cache):
-    model, args = wide(**SHALLOW)
+def test_cache_is_freed_with_the_network(cache):
+    model, args = make_wide_unet(**SHALLOW)
     with torch.no_grad():
         model(**args)
         assert len(cache) > 0
@@ -110,7 +110,7 @@ def test_transformed_weights_go_with_their_network(cache):
     assert len(cache) == 0
 
 
-def test_no_more_transformed_weights_are_kept_than_there_is_room_for(monkeypatch, calls, cache):
+def test_cache_size_is_limited(monkeypatch, calls, cache):
     monkeypatch.setattr(conv, "_MAX_CACHED_BYTES", 2 * 4 * 64 * 64 * 36)  # of two layers
     layers, x = [Conv2d(64, 64, 3, padding=1) for _ in range(3)], torch.randn(1, 64, 32, 32)
     with torch.no_grad():

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from support.convolutions import SHALLOW, assert_same, gradients, plain, wide
+from support.convolutions import SHALLOW, assert_same, gradients, make_wide_unet, run_plain
 from support.networks import relative_error
 from unet_denoiser.models.layers.conv import Conv2d
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
-def test_a_network_compiles_whole_for_training(calls):
-    model, args = wide(**SHALLOW)
+def test_training_compiles_without_graph_breaks(calls):
+    model, args = make_wide_unet(**SHALLOW)
     expected = gradients(model, **args)
     assert calls["weight_gradient"] > 0
     eager, compiled = dict(calls), torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -20,8 +20,8 @@ def test_a_network_compiles_whole_for_training(calls):
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
-def test_a_network_compiles_whole_for_inference(calls):
-    model, args = wide(size=(16, 16), **SHALLOW)
+def test_inference_compiles_without_graph_breaks(calls):
+    model, args = make_wide_unet(size=(16, 16), **SHALLOW)
     compiled = torch.compile(model.eval(), backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         expected = model(**args)
@@ -33,18 +33,18 @@ def test_a_network_compiles_whole_for_inference(calls):
 
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_inductor_gets_what_it_was_told_to_expect(calls, layout):
+def test_inductor_accepts_the_announced_strides(calls, layout):
     """It checks strides of results and gradients against those that the operators announced."""
     layer = Conv2d(64, 64, 3, padding=1).to(memory_format=layout)
     x = torch.randn(1, 64, 32, 32, requires_grad=True)
-    expected = plain(gradients, layer, x)
+    expected = run_plain(gradients, layer, x)
     found = gradients(torch.compile(layer, fullgraph=True), x)
     assert calls["weight_gradient"] == 1
     assert_same({name.removeprefix("_orig_mod."): g for name, g in found.items()}, expected)
 
 
-def test_an_exported_network_has_torch_operators_alone():
-    model, args = wide(**SHALLOW)
+def test_an_exported_network_has_only_torch_operators():
+    model, args = make_wide_unet(**SHALLOW)
     program = torch.export.export(model.eval(), (), args)
     targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert not any("unet_denoiser" in target for target in targets)

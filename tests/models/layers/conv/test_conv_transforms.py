@@ -9,7 +9,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 
-from support.convolutions import KINDS, SHALLOW, AfterSiLU, Twice, assert_same, block_and_args, gradients, plain, wide
+from support.convolutions import (
+    KINDS,
+    SHALLOW,
+    AfterSiLU,
+    Twice,
+    assert_same,
+    gradients,
+    make_block,
+    make_wide_unet,
+    run_plain,
+)
 from support.networks import SMALL, inputs, randomise, relative_error
 from unet_denoiser import UNet
 from unet_denoiser.models.layers.conv import Conv2d
@@ -21,7 +31,7 @@ from unet_denoiser.models.layers.recompute import recompute_input
 @pytest.fixture(params=["Winograd's", "narrow"])
 def function(request):
     """The loss of a network as a function of parameters and input; parameters; two batches of input."""
-    model, args = wide(
+    model, args = make_wide_unet(
         **SHALLOW if request.param == "Winograd's" else SHALLOW | {"model_channels": 8, "norm_groups": 4}
     )
     parameters = {name: p.detach() for name, p in model.named_parameters()}
@@ -31,14 +41,14 @@ def function(request):
 
 def test_func_grad(function):
     loss, parameters, x = function
-    assert_same(grad(loss)(parameters, x[0]), plain(grad(loss), parameters, x[0]))
+    assert_same(grad(loss)(parameters, x[0]), run_plain(grad(loss), parameters, x[0]))
 
 
 @pytest.mark.parametrize("mode", [nullcontext, torch.no_grad])
 def test_func_vmap(function, mode):
     loss, parameters, x = function
     with mode():
-        expected = torch.stack([plain(loss, parameters, x[i]) for i in range(2)])
+        expected = torch.stack([run_plain(loss, parameters, x[i]) for i in range(2)])
         assert relative_error(vmap(loss, (None, 0))(parameters, x), expected) < 1e-5
 
 
@@ -47,7 +57,7 @@ def test_func_vmap_over_an_ensemble(function, mode):
     loss, parameters, x = function
     ensemble = {name: torch.stack([p, 0.9 * p]) for name, p in parameters.items()}
     with mode():
-        expected = [plain(loss, {name: p[i] for name, p in ensemble.items()}, x[0]) for i in range(2)]
+        expected = [run_plain(loss, {name: p[i] for name, p in ensemble.items()}, x[0]) for i in range(2)]
         assert relative_error(vmap(loss, (0, None))(ensemble, x[0]), torch.stack(expected)) < 1e-5
 
 
@@ -55,7 +65,7 @@ def test_func_gradients_of_each_sample(function):
     loss, parameters, x = function
     found = vmap(grad(loss), (None, 0))(parameters, x)
     for i in range(2):
-        assert_same({name: g[i] for name, g in found.items()}, plain(grad(loss), parameters, x[i]))
+        assert_same({name: g[i] for name, g in found.items()}, run_plain(grad(loss), parameters, x[i]))
 
 
 def attention(q, k, v, attn_mask=None):
@@ -67,7 +77,7 @@ def test_func_jvp(function, monkeypatch):
     loss, parameters, x = function
     for at in (lambda x: loss(parameters, x), x[0]), (lambda p: loss(p, x[0]), parameters):
         tangent = {name: p.cos() for name, p in at[1].items()} if isinstance(at[1], dict) else at[1].cos()
-        found, expected = jvp(at[0], (at[1],), (tangent,)), plain(jvp, at[0], (at[1],), (tangent,))
+        found, expected = jvp(at[0], (at[1],), (tangent,)), run_plain(jvp, at[0], (at[1],), (tangent,))
         assert [f.item() for f in found] == pytest.approx([e.item() for e in expected], rel=1e-4)
 
 
@@ -88,14 +98,14 @@ def twice_differentiated(name):
     if name == "network":
         return randomise(UNet(**SMALL)).double(), torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.tensor([3, 500])
     if name == "Winograd's block":
-        return block_and_args(64, 64, (32, 32), torch.float32)
-    block, *args = block_and_args(4, 4)
+        return make_block(64, 64, (32, 32), torch.float32)
+    block, *args = make_block(4, 4)
     return (block if name == "block" else Gained(block)), *args
 
 
 @pytest.mark.parametrize("loss", [torch.sum, torch.norm])
 @pytest.mark.parametrize("name", ["convolution", "block", "Winograd's block", "block after a gain", "network"])
-def test_second_derivatives_are_refused_clearly_or_right(monkeypatch, name, loss):
+def test_second_derivatives_are_right_or_refused(monkeypatch, name, loss):
     """Autograd tells that a step has none only if it passes it on its way to a parameter, and not always then."""
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)  # the CPU's own has no second derivative
     module, x, *others = twice_differentiated(name)
@@ -107,7 +117,7 @@ def test_second_derivatives_are_refused_clearly_or_right(monkeypatch, name, loss
         found = torch.autograd.grad((first + x).square().sum(), list(wanted.values()), materialize_grads=True)
         return dict(zip(wanted, found, strict=True))
 
-    expected = plain(penalty)
+    expected = run_plain(penalty)
     try:
         found = penalty()
     except RuntimeError as error:
@@ -119,14 +129,14 @@ def test_second_derivatives_are_refused_clearly_or_right(monkeypatch, name, loss
 # ---- autocast ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("_same_masks")
+@pytest.mark.usefixtures("_dropout_of_any_layout")
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_autocast_to_bfloat16(kind):
     model = randomise(UNet(**SMALL | KINDS[kind]))
     args = inputs(model.config)
     args["x"].requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        found, expected = gradients(model, **args), plain(gradients, model, **args)
+        found, expected = gradients(model, **args), run_plain(gradients, model, **args)
     assert found["output"].dtype == torch.bfloat16
     assert all(g.dtype == torch.float32 for name, g in found.items() if name != "output" and g is not None)
     assert_same(found, expected, 0.05)
@@ -141,13 +151,13 @@ class Autocast(Twice):
 
 
 def test_autocast_in_the_forward_pass_alone():
-    block, *args = block_and_args(64, 64, (32, 32), torch.float32, 1)
+    block, *args = make_block(64, 64, (32, 32), torch.float32, 1)
     found = gradients(Autocast(block), *args)
-    assert_same(found, plain(gradients, Autocast(block), *args), 1e-5)
+    assert_same(found, run_plain(gradients, Autocast(block), *args), 1e-5)
     assert (found["output"] - block(*args)).abs().max() > 1e-3  # it had an effect
 
 
-def test_what_is_computed_again_has_the_precision_that_it_had():
+def test_recomputation_has_the_autocast_of_the_forward_pass():
     matrix, seen = torch.randn(8, 8), []
 
     def cheap(x):
@@ -165,7 +175,7 @@ def test_what_is_computed_again_has_the_precision_that_it_had():
 
 @pytest.mark.parametrize("modulation", ["add", "scale_shift"])
 def test_autocast_gives_the_same_dtype_with_and_without_gradients(modulation):
-    block, *args = block_and_args(8, 8, (8, 8), torch.float32, modulation=modulation)
+    block, *args = make_block(8, 8, (8, 8), torch.float32, modulation=modulation)
     with torch.autocast("cpu", torch.bfloat16):
         out = block(*args)
         with torch.no_grad():

@@ -117,6 +117,6 @@ def join_processes(name: DeviceName) -> tuple[Any, torch.device]:
     launched = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_PORT" in os.environ
     state: Any = PartialState(cpu=device.type == "cpu")
     if launched and state.num_processes == 1:
-        text = "accelerate launch starts one process on CPUs, whatever --num_processes; torchrun --nproc_per_node many"
-        warnings.warn(text, stacklevel=2)
+        text = "accelerate launch starts one process on CPUs, whatever --num_processes; "
+        warnings.warn(text + "torchrun --nproc_per_node starts many", stacklevel=2)
     return state, device if state.num_processes == 1 else state.device

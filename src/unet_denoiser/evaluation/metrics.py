@@ -35,8 +35,8 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
     """Compute the Fréchet distance between Gaussians with the means m and covariances C of x (N, D) and y (M, D).
 
     |m_x - m_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)) (Heusel et al. 2017, equation 6: the FID, if the features are
-    Inception's), by torchmetrics. It is biased: for two finite sets of one distribution it is above zero, the more the smaller they are.
-    Compare only distances of equal counts (Chong and Forsyth 2020).
+    Inception's), by torchmetrics. It is biased: for two finite sets of one distribution it is above zero, the more the
+    smaller they are. Compare only distances of equal counts (Chong and Forsyth 2020).
 
     Raises:
         ValueError: features of different widths, or fewer than 2 of them, or values that are not finite.
@@ -59,9 +59,9 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
 def kernel_distance(x: Tensor, y: Tensor) -> Measurement:
     """Compute the kernel distance: the unbiased squared maximum mean discrepancy with the kernel (x.y / D + 1)^3.
 
-    Binkowski et al. 2018: the KID, if x (N, D) and y (M, D) are Inception's features. All pairs count, so nothing is drawn at random. It
-    has no bias, so it can be negative for sets of one distribution. The standard error is the jackknife's, which leaves
-    out each x and each y in turn; for sets of one distribution it is rather too large.
+    Binkowski et al. 2018: the KID, if x (N, D) and y (M, D) are Inception's features. All pairs count, so nothing is
+    drawn at random. It has no bias, so it can be negative for sets of one distribution. The standard error is the
+    jackknife's, which leaves out each x and each y in turn; for sets of one distribution it is rather too large.
 
     Raises:
         ValueError: features of different widths, or fewer than 3 of them, or values that are not finite.

@@ -46,7 +46,6 @@ MAX_IMAGES, MAX_VALUES = 4096, 2**27  # training images whose statistics are tak
 class Diagnosis:
     """Measurements of a run, their meaning, and the pictures written."""
 
-    path: Path
     measures: Measures
     findings: list[Finding]
     pictures: list[Path]
@@ -60,12 +59,6 @@ class Diagnosis:
             lines += ["", "noise level  loss     that of a trivial guess"]
         lines += [f"t = {x.t:<7}  {x.error:<8.4f} {x.trivial:.4f}" for x in self.measures.levels]
         return "\n".join([*lines, "", *map(str, self.pictures)])
-
-    def write(self, path: Path) -> None:
-        """Write it as JSON."""
-        findings = [f._asdict() for f in self.findings]
-        cause, measures = likely_cause(self.findings), self.measures.to_dict()
-        write_json(path, {"likely_cause": cause, "findings": findings, "measures": measures})
 
 
 def diagnose(
@@ -102,9 +95,10 @@ def diagnose(
         x = _make_samples(pipeline, first_items(batch, num_samples), on_step)
         measures, neighbours = _measure_samples(pipeline, x, data, measures, run.path / "doctor" / "neighbours.png")
         pictures = [denoising, *neighbours]
-    diagnosis = Diagnosis(run.path, measures, find_problems(measures), pictures)
-    diagnosis.write(run.path / "doctor" / "report.json")
-    return diagnosis
+    findings = find_problems(measures)
+    report = {"likely_cause": likely_cause(findings), "findings": [f._asdict() for f in findings]}
+    write_json(run.path / "doctor" / "report.json", report | {"measures": measures.to_dict()})
+    return Diagnosis(measures, findings, pictures)
 
 
 def _read_batch(data: ImageDataset, count: int) -> Batch:

@@ -1,26 +1,18 @@
 """Evaluation of samples: metrics of their features beside those of unseen images, and a search for copies."""
 
 import warnings
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from unet_denoiser.data.dataset import ImageDataset
 from unet_denoiser.data.sources.arrays import ArrayDataset
 from unet_denoiser.data.sources.custom import as_dataset
-from unet_denoiser.evaluation.feature_extractors import (
-    Extractor,
-    dataset_features,
-    extract,
-    load_extractor,
-    package_versions,
-)
-from unet_denoiser.evaluation.images import BATCH_SIZE, spread_indices, stack_images
+from unet_denoiser.evaluation.feature_extractors import Extractor, dataset_features, load_extractor, package_versions
+from unet_denoiser.evaluation.images import image_batches, spread_indices, stack_images
 from unet_denoiser.evaluation.memorization import (
     MAX_COMPARED_IMAGES,
     NearestImages,
@@ -176,28 +168,19 @@ def _split_data(
 def _read_samples(samples: Any, extractor: Extractor) -> SampleSet:
     """Compute the features of samples, which are read only once."""
     indices = spread_indices(len(samples), MAX_COMPARED_IMAGES)
-    kept = set(indices.tolist())
+    kept, start = set(indices.tolist()), 0
+    features: list[Tensor] = []
     images: list[Tensor] = []
-
-    def batches() -> Iterator[Tensor]:
-        start = 0
-        for batch in _sample_batches(samples):
-            if not batch.isfinite().all():
-                raise ValueError("samples are not finite numbers; doctor tells why")
-            batch = batch.clamp(-1, 1)
-            images.extend(batch[i].cpu() for i in range(len(batch)) if start + i in kept)
-            start += len(batch)
-            yield batch
-
-    return SampleSet(extract(extractor, batches()), torch.stack(images), indices)
-
-
-def _sample_batches(samples: Any) -> Iterable[Tensor]:
-    if not isinstance(samples, ImageDataset):
-        return samples
-    parts = np.array_split(np.arange(len(samples)), -(-len(samples) // BATCH_SIZE))
-    bar = tqdm(parts, "features of samples", unit_scale=BATCH_SIZE, disable=None)
-    return (stack_images(samples, part) for part in bar)
+    if isinstance(samples, ImageDataset):
+        samples = image_batches(samples, np.arange(len(samples)), "features of samples")
+    for batch in samples:
+        if not batch.isfinite().all():
+            raise ValueError("samples are not finite numbers; doctor tells why")
+        x = batch.clamp(-1, 1)
+        features.append(extractor(x).cpu())
+        images.extend(x[i].cpu() for i in range(len(x)) if start + i in kept)
+        start += len(x)
+    return SampleSet(torch.cat(features), torch.stack(images), indices)
 
 
 def _compute_figures(features: Tensor, reference: Tensor) -> Figures:

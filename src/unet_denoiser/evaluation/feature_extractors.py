@@ -2,9 +2,9 @@
 
 import io
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
-from dataclasses import asdict
+from dataclasses import KW_ONLY, asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,36 +13,27 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from unet_denoiser.data.dataset import ImageDataset
-from unet_denoiser.evaluation.images import BATCH_SIZE, stack_images
+from unet_denoiser.evaluation.images import image_batches
 from unet_denoiser.models.text_encoder import use_transformers
 from unet_denoiser.utils.cache import MappedArray, compute_once, digest, fingerprint
 
 
+@dataclass(frozen=True, eq=False)
 class Extractor:
     """A function from images (B, C, H, W) in [-1, 1] to features (B, D), with a name.
 
-    Args:
-        name: label of its distances.
-        function: called with batches on the device, without gradients.
-        key: what its features depend on, for the cache; None: they are not cached.
-        rgb: it takes images of 3 channels. Grey ones are repeated, others refused, and all are rounded to 8 bits, so
-            that samples have the same features whether they were written to files or not.
-        device: where it runs.
+    With `rgb` it takes images of 3 channels: grey ones are repeated, others refused, and all are rounded to 8 bits, so
+    that samples have the same features whether they were written to files or not.
     """
 
-    def __init__(
-        self,
-        name: str,
-        function: Callable[[Tensor], Tensor],
-        *,
-        key: str | None = None,
-        rgb: bool = False,
-        device: str | torch.device = "cpu",
-    ) -> None:
-        self.name, self.function, self.key, self.rgb, self.device = name, function, key, rgb, device
+    name: str  # label of its distances
+    function: Callable[[Tensor], Tensor]  # called with batches on the device, without gradients
+    _: KW_ONLY
+    key: str | None = None  # what its features depend on, for the cache; None: they are not cached
+    rgb: bool = False
+    device: str | torch.device = "cpu"
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -130,18 +121,13 @@ def dataset_features(data: ImageDataset, indices: np.ndarray, extractor: Extract
     the source, sizes and times of change of its files, options of the data, indices and extractor.
     """
 
-    def batches() -> Iterator[Tensor]:
-        starts = range(0, len(indices), BATCH_SIZE)
-        for start in tqdm(starts, f"features of {progress}", unit_scale=BATCH_SIZE, unit="img", disable=None):
-            yield stack_images(data, indices[start : start + BATCH_SIZE])
+    def compute() -> Tensor:
+        return extract(extractor, image_batches(data, indices, f"features of {progress}"))
 
-    def compute(folder: Path) -> None:
-        np.save(folder / "features.npy", extract(extractor, batches()).numpy())
-
-    key = _cache_key(data, indices, extractor)
-    if key is None:
-        return extract(extractor, batches())
-    return torch.from_numpy(np.array(MappedArray(compute_once("features", key, compute) / "features.npy").array))
+    if (key := _cache_key(data, indices, extractor)) is None:
+        return compute()
+    folder = compute_once("features", key, lambda folder: np.save(folder / "features.npy", compute().numpy()))
+    return torch.from_numpy(np.array(MappedArray(folder / "features.npy").array))
 
 
 def _cache_key(data: ImageDataset, indices: np.ndarray, extractor: Extractor) -> str | None:

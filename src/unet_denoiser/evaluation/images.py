@@ -1,12 +1,13 @@
 """Images of a dataset by index."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from unet_denoiser.data.dataset import ImageDataset
 from unet_denoiser.data.sources.encoded_images import EncodedImages
@@ -23,6 +24,13 @@ def spread_indices(length: int, count: int) -> Tensor:
 def stack_images(data: ImageDataset, indices: np.ndarray) -> Tensor:
     """Return the images at these indices, (N, C, *spatial)."""
     return torch.stack(_map(lambda index: data[index]["image"], data, indices))
+
+
+def image_batches(data: ImageDataset, indices: np.ndarray, progress: str | None = None) -> Iterator[Tensor]:
+    """Yield the images at these indices in batches (B, C, *spatial), with a progress bar of this name if it has one."""
+    starts = range(0, len(indices), BATCH_SIZE)
+    for start in tqdm(starts, progress, unit_scale=BATCH_SIZE, unit="img", disable=None if progress else True):
+        yield stack_images(data, indices[start : start + BATCH_SIZE])
 
 
 def read_images(data: ImageDataset, indices: np.ndarray) -> dict[int, Tensor]:

@@ -18,7 +18,7 @@ from unet_denoiser.data.load import load_data, without_wrappers
 from unet_denoiser.data.sources.arrays import load_npz
 from unet_denoiser.data.sources.encoded_images import EncodedImages
 from unet_denoiser.data.transforms import open_image
-from unet_denoiser.evaluation.images import BATCH_SIZE, stack_images
+from unet_denoiser.evaluation.images import image_batches
 from unet_denoiser.models.conditions import Conditions
 from unet_denoiser.sampling.loop import sample
 from unet_denoiser.sampling.samplers import Sampler
@@ -141,8 +141,7 @@ class SampleFiles:
         with tqdm(total=self.count, desc="features of samples", unit="img", disable=None) as bar:
             for path in self.paths:
                 part = load_npz(path, DataConfig(str(path)))
-                for start in range(0, len(part), BATCH_SIZE):
-                    yield stack_images(part, np.arange(start, min(start + BATCH_SIZE, len(part))))
+                yield from image_batches(part, np.arange(len(part)))
                 bar.update(len(part))
 
 

@@ -21,7 +21,7 @@ class Measurement(NamedTuple):
 
 
 class PrecisionRecall(NamedTuple):
-    """How two sets overlap; see `manifold_overlap`."""
+    """The overlap of two sets; see `manifold_overlap`."""
 
     precision: float
     recall: float

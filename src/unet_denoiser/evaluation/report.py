@@ -25,7 +25,7 @@ class Figures(NamedTuple):
 
 
 class ClassAccuracy(NamedTuple):
-    """How often a classifier of features finds the class of samples, and of held-out images."""
+    """Accuracy of a classifier of features on samples, and on held-out images."""
 
     samples: float
     held_out: float

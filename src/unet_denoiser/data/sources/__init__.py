@@ -1,1 +1,1 @@
-"""Where images come from."""
+"""Sources of images: folders, tables, arrays, datasets of Python."""

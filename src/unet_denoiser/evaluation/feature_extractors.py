@@ -44,7 +44,10 @@ class Extractor:
         """
         images = images.to(self.device, torch.float32)
         if self.rgb:
-            images = _to_rgb(images, self.name)
+            if images.ndim != 4 or images.shape[1] not in (1, 3):
+                takes = f"takes images of 1 or 3 channels, not {tuple(images.shape[1:])}"
+                raise ValueError(f"extractor={self.name} {takes}; use 'pixels' or your own")
+            images = (((images.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1).expand(-1, 3, -1, -1)
         features = self.function(images)
         if not isinstance(features, Tensor) or features.ndim < 2 or len(features) != len(images):
             got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
@@ -140,14 +143,6 @@ def _cache_key(data: ImageDataset, indices: np.ndarray, extractor: Extractor) ->
     options = repr(sorted(asdict(config).items()))
     files = fingerprint([path]) if path.exists() else ""
     return digest([options, files, str(len(data)), indices.astype(np.int64).tobytes(), extractor.key])
-
-
-def _to_rgb(images: Tensor, name: str) -> Tensor:
-    if images.ndim != 4 or images.shape[1] not in (1, 3):
-        shape = tuple(images.shape[1:])
-        raise ValueError(f"extractor={name} takes images of 1 or 3 channels, not {shape}; use 'pixels' or your own")
-    rounded = ((images.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
-    return rounded.expand(-1, 3, -1, -1)
 
 
 def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:

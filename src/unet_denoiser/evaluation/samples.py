@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from unet_denoiser.config.data import DataConfig
 from unet_denoiser.config.sampling import SamplingConfig
-from unet_denoiser.config.unet import UNetConfig
 from unet_denoiser.data.dataset import ImageDataset, StreamDataset
 from unet_denoiser.data.load import load_data, without_wrappers
 from unet_denoiser.data.sources.arrays import load_npz
@@ -57,7 +56,9 @@ class GeneratedSamples:
         self.config = config or SamplingConfig()
         Sampler(self.config, run.process)  # refuses options that cannot work before anything else takes time
         self.pipeline = run.load_pipeline(checkpoint, device)
-        self.names = _condition_names(run.model, data)
+        self.names = [*run.model.conditions, *(["concat"] if data.concat_channels > 0 else [])]
+        if self.names and (missing := [name for name in self.names if name not in data[0]]):
+            raise ValueError(f"the run is conditioned on {missing[0]}, which the data do not have")
         if not self.names and self.config.guidance_scale != 1:
             scale = self.config.guidance_scale
             raise ValueError(f"guidance_scale={scale} needs conditions, which {run.path} was trained without; give 1")
@@ -146,9 +147,7 @@ class SampleFiles:
 
 
 def read_samples(source: Path, like: ImageDataset) -> ImageDataset | SampleFiles:
-    """Read samples of the data's size: a folder of images or of .npz files, an .npz or an .npy.
-
-    The sub-folders of a folder of images are its classes, by the names of the data's classes.
+    """Read samples of the data's size: a folder of images (sub-folders: its classes) or .npz files, an .npz or .npy.
 
     Raises:
         ValueError: images of another size. Nothing is scaled, since that would change the figures.
@@ -212,14 +211,6 @@ def _check_indexed(data: ImageDataset | StreamDataset, name: str) -> ImageDatase
     if isinstance(data, StreamDataset):
         raise ValueError(f"{name} is a stream, which has no order to compare in; give data without streaming")
     return data
-
-
-def _condition_names(config: UNetConfig, data: ImageDataset) -> list[str]:
-    """Return the names of the network's conditions; raise ValueError if the data lack one."""
-    names = [*config.conditions, *(["concat"] if data.concat_channels > 0 else [])]
-    if names and (missing := [name for name in names if name not in data[0]]):
-        raise ValueError(f"the run is conditioned on {missing[0]}, which the data do not have")
-    return names
 
 
 def proportional_labels(labels: Tensor, count: int, seed: int) -> Tensor:

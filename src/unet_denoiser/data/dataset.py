@@ -1,9 +1,7 @@
 """Base classes of all datasets: items by index, items of a stream, and wrappers that change items."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from torch import Tensor
@@ -23,7 +21,7 @@ class StreamIndex(int):
     position: int
     seed: int
 
-    def __new__(cls, index: int, position: int, seed: int) -> StreamIndex:
+    def __new__(cls, index: int, position: int, seed: int) -> Self:
         self = super().__new__(cls, index)
         self.position, self.seed = position, seed
         return self

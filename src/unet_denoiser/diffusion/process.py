@@ -4,13 +4,11 @@ Training and sampling both take it, so they cannot disagree. It is variance pres
 x_t = alpha_t x0 + sigma_t eps with alpha_t^2 = product of (1 - beta) and sigma_t^2 = 1 - alpha_t^2.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from diffusers import DDPMScheduler
@@ -151,7 +149,7 @@ class Diffusion:
         return json.loads(self.scheduler.to_json_string())
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> Diffusion:
+    def from_dict(cls, config: Mapping[str, Any]) -> Self:
         """Read the contents of `scheduler_config.json` of any `diffusers` scheduler of the DDPM family.
 
         Raises:
@@ -171,7 +169,7 @@ class Diffusion:
         write_json(Path(save_directory) / SCHEDULER_NAME, self.to_dict())
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> Diffusion:
+    def from_pretrained(cls, directory: str | Path) -> Self:
         """Read `scheduler_config.json`; FileNotFoundError or ValueError if it is missing or unreadable."""
         return cls.from_dict(read_json(Path(directory) / SCHEDULER_NAME))
 

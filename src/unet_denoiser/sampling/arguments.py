@@ -1,10 +1,8 @@
 """The arguments of `sample` as one record, checked before any work starts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from torch import Tensor
 
@@ -50,7 +48,7 @@ class SamplingRequest:
     classifier_scale: float = 1.0
 
     @classmethod
-    def parse(cls, seeds: Sequence[int], options: Mapping[str, Any]) -> SamplingRequest:
+    def parse(cls, seeds: Sequence[int], options: Mapping[str, Any]) -> Self:
         """Sort the keywords of `sample` into configuration, conditions and the rest; ValueError for unknown ones."""
         options, names = dict(options), Conditions.names()
         config = pop_config(options)

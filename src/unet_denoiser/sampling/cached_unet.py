@@ -4,8 +4,6 @@ From call to call the deep features of a U-Net change slowly (Ma et al. 2023, De
 linearly. So most calls can run the outermost layers alone, with a forecast of the deep features.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -46,6 +44,14 @@ def make_cached_unet(
                 f"{name}={value} needs a UNet with its own forward, neither sharded nor hooked nor compiled already"
             )
     return lambda x, t, **inputs: model(x.to(model.input_conv.weight.dtype), t, **inputs).float()
+
+
+class _Embedded(NamedTuple):
+    """The embedded conditions of a batch. `tensors` keeps the originals alive, so that no other one gets their id."""
+
+    added: list[Tensor]
+    context: Context | None
+    tensors: list[Any]
 
 
 class CachedUNet:
@@ -124,14 +130,6 @@ class CachedUNet:
             context = None if context is None else project_context(model, context)
             self.embedded[key] = _Embedded(added, context, [value for _, value in tensors])
         return self.embedded[key]
-
-
-class _Embedded(NamedTuple):
-    """The embedded conditions of a batch. `tensors` keeps the originals alive, so that no other one gets their id."""
-
-    added: list[Tensor]
-    context: Context | None
-    tensors: list[Any]
 
 
 def _run_full(model: UNet, x: Tensor, emb: Tensor, context: Context | None) -> tuple[Tensor, Tensor]:

@@ -3,10 +3,8 @@
 So it does not depend on the number of processes or of micro-batches, nor on interruptions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -29,9 +27,9 @@ class LossDraws(NamedTuple):
     chances: Tensor
     self_condition: Tensor
 
-    def rows(self, rows: slice) -> LossDraws:
+    def rows(self, rows: slice) -> Self:
         """Return the draws of some samples of the batch."""
-        return LossDraws(*(values[rows] for values in self))
+        return type(self)(*(values[rows] for values in self))
 
 
 def draw_for_loss(seed: int, first: int, x0: Tensor, num_train_timesteps: int, noise_offset: float = 0.0) -> LossDraws:

@@ -10,13 +10,11 @@ RUN/.lock             held by the process that trains here
 RUN/metrics.jsonl     loss, gradient norm, learning rate and more over the steps; RUN/loss.png shows them
 """
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -47,13 +45,13 @@ class Run:
     training: TrainingConfig
 
     @classmethod
-    def find(cls, path: str | Path) -> Run | None:
+    def find(cls, path: str | Path) -> Self | None:
         """Load the run in a directory; None if it holds something else, such as a saved model, or does not exist."""
         file = Path(path) / "config.json"
         return cls.load(path) if file.is_file() and "training" in read_json(file) else None
 
     @classmethod
-    def load(cls, path: str | Path) -> Run:
+    def load(cls, path: str | Path) -> Self:
         """Read a run directory; FileNotFoundError or ValueError if it holds no run."""
         path = Path(path)
         if not (path / "config.json").is_file():
@@ -83,11 +81,11 @@ class Run:
             "training": asdict(self.training),
         }
 
-    def with_training(self, **changes: Any) -> Run:
+    def with_training(self, **changes: Any) -> Self:
         """Return the same run with other training options."""
         return replace(self, training=replace(self.training, **changes))
 
-    def with_data(self, **changes: Any) -> Run:
+    def with_data(self, **changes: Any) -> Self:
         """Return the same run with other data options."""
         return replace(self, data=replace(self.data, **changes))
 

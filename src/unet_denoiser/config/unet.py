@@ -96,8 +96,6 @@ class UNetConfig:
         self._check_levels()
         self._check_heads()
 
-    # ---- derived values --------------------------------------------------------------------------------------------
-
     @property
     def conditions(self) -> tuple[str, ...]:
         """Return the names in `CONDITIONS` that the network is built for."""
@@ -154,8 +152,6 @@ class UNetConfig:
             skips += [(level, width)] * self.num_res_blocks + [(level + 1, width)] * (level < last)
         return tuple(skips)
 
-    # ---- JSON ------------------------------------------------------------------------------------------------------
-
     def to_dict(self) -> dict[str, Any]:
         """Return all options as values for JSON; tuples become lists."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
@@ -169,8 +165,6 @@ class UNetConfig:
         if unknown := sorted(set(options) - known):
             raise ValueError(f"unknown U-Net option {unknown[0]!r}; the options are {', '.join(sorted(known))}")
         return cls(**options)
-
-    # ---- checks ----------------------------------------------------------------------------------------------------
 
     def _check_values(self) -> None:
         """Check the type and range of each option by itself."""

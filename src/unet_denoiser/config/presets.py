@@ -7,7 +7,8 @@ from unet_denoiser.config.unet import UNetConfig
 Options = dict[str, Any]
 
 # fmt: off
-# A line holds as many options as fit. First those that each family shares. Published networks have no learned null: an empty caption stands for no text.
+# The options that each family shares, as many in a line as fit. Published networks have no learned null:
+# an empty caption stands for no text.
 _PUBLISHED: Options = {"context_dim": None, "learned_null": False, "upsample": "nearest"}
 _DDPM: Options = _PUBLISHED | {
     "num_heads": 1, "attention_resolutions": (16,), "downsample": "conv_asymmetric", "norm_eps": 1e-6,

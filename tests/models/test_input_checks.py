@@ -92,7 +92,7 @@ REFUSED = {
         {},
         {"skip_residuals": [zeros(2, 8, 8, 6)]},
         ValueError,
-        ["skip_residuals has 1", "4 skips"],
+        ["skip_residuals has 1", "needs 4"],
     ),
     "residual shape": (
         {},

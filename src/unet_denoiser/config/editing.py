@@ -5,17 +5,9 @@ from pathlib import Path
 
 from unet_denoiser.config.base import check_minimum
 
-# at most one of these may be given
-TASKS = (
-    "strength",
-    "mask",
-    "outpaint",
-    "upscale",
-    "invert",
-    "interpolate_seeds",
-    "interpolate_classes",
-    "interpolate_captions",
-)
+# at most one of TASKS may be given
+INTERPOLATIONS = ("interpolate_seeds", "interpolate_classes", "interpolate_captions")
+TASKS = ("strength", "mask", "outpaint", "upscale", "invert", *INTERPOLATIONS)
 DEFAULT_STRENGTH = 0.6
 
 
@@ -89,4 +81,4 @@ class EditingConfig:
     @property
     def interpolates(self) -> bool:
         """Return True if the task is an interpolation."""
-        return bool(self.interpolate_seeds or self.interpolate_classes or self.interpolate_captions)
+        return any(getattr(self, name) for name in INTERPOLATIONS)

@@ -96,8 +96,6 @@ class UNetConfig:
         self._check_levels()
         self._check_heads()
 
-    # ---- derived values --------------------------------------------------------------------------------------------
-
     @property
     def conditions(self) -> tuple[str, ...]:
         """Return the names in `CONDITIONS` that the network is built for."""
@@ -154,8 +152,6 @@ class UNetConfig:
             skips += [(level, width)] * self.num_res_blocks + [(level + 1, width)] * (level < last)
         return tuple(skips)
 
-    # ---- JSON ------------------------------------------------------------------------------------------------------
-
     def to_dict(self) -> dict[str, Any]:
         """Return all options as values for JSON; tuples become lists."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
@@ -169,8 +165,6 @@ class UNetConfig:
         if unknown := sorted(set(options) - known):
             raise ValueError(f"unknown U-Net option {unknown[0]!r}; the options are {', '.join(sorted(known))}")
         return cls(**options)
-
-    # ---- checks ----------------------------------------------------------------------------------------------------
 
     def _check_values(self) -> None:
         """Check the type and range of each option by itself."""
@@ -210,18 +204,14 @@ class UNetConfig:
         """Check the options with one value per axis or level."""
         sizes = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,) * self.dims
         if len(sizes) != self.dims:
-            raise ValueError(
-                f"image_size={self.image_size} has {len(sizes)} axes, dims={self.dims}: give one int, or one per axis"
-            )
+            raise ValueError(f"image_size={self.image_size} must be one int, or dims={self.dims} of them")
         for size in sizes:
             _check_int("image_size", size, 1)
         levels = len(self.channel_mult)
         for name, low in (("num_heads", 1), ("head_dim", 1), ("transformer_depth", 0)):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != levels:
-                raise ValueError(
-                    f"{name}={value} has {len(value)} entries, but there are {levels} levels: give one int or one each"
-                )
+                raise ValueError(f"{name}={value} must be one int, or one for each of {levels} levels")
             for entry in value if isinstance(value, tuple) else (value,):
                 if value is not None:
                     _check_int(name, entry, low)
@@ -234,7 +224,7 @@ class UNetConfig:
             raise ValueError(f"only_cross_attention={cross} needs attention='transformer' and a context_dim")
         if self.attention == "plain" and self.transformer_depth != 1:
             raise ValueError(
-                f"transformer_depth={self.transformer_depth} needs attention='transformer'; with 'plain' leave it at 1"
+                f"transformer_depth={self.transformer_depth} needs attention='transformer'; else leave it at 1"
             )
         if self.attention_resolutions and not any(map(self.has_attention, range(levels))):
             warnings.warn(
@@ -264,13 +254,9 @@ class UNetConfig:
             width, value = self.widths[level], _at(getattr(self, name), level)
             if width % value:
                 valid = ", ".join(str(d) for d in range(1, width + 1) if width % d == 0)
-                raise ValueError(
-                    f"{name}={value} does not divide the {width} channels of level {level}; valid: {valid}"
-                )
+                raise ValueError(f"{name}={value} does not divide level {level}'s {width} channels; valid: {valid}")
             if self.depth(level) < 1:
-                raise ValueError(
-                    f"transformer_depth={self.transformer_depth} is 0 at level {level}, which has attention; give >= 1"
-                )
+                raise ValueError(f"transformer_depth={self.transformer_depth} must be >= 1 at level {level}")
 
 
 def _at(value: Any, level: int) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from unet_denoiser.config.base import halve
 from unet_denoiser.config.unet import CONDITIONS, UNetConfig
 from unet_denoiser.models.conditions import Conditions
 
@@ -60,9 +61,7 @@ def _check_conditions(config: UNetConfig, dtype: torch.dtype, batch: int, condit
                 built = f"{option}={getattr(config, option)}"
                 raise ValueError(f"{name} is missing: this network has {built} and learned_null=False")
         elif getattr(config, option) is None:
-            raise ValueError(
-                f"{name} was given, but this network has {option}=None; leave it out, or build a network with it"
-            )
+            raise ValueError(f"{name} was given, but this network has {option}=None; leave it out")
         elif name == "class_labels":
             _check_labels(value, batch, config.num_classes or 0, dtype)
         else:
@@ -103,13 +102,11 @@ def _check_residuals(
     config: UNetConfig, dtype: torch.dtype, x: Tensor, skips: Sequence[Tensor] | None, bottleneck: Tensor | None
 ) -> None:
     def shape(level: int, channels: int) -> tuple[int, ...]:
-        return (x.shape[0], channels, *[(n + 2**level - 1) // 2**level for n in x.shape[2:]])
+        return (x.shape[0], channels, *[halve(n, level) for n in x.shape[2:]])
 
     if skips is not None:
         if len(skips) != len(config.skip_levels):
-            raise ValueError(
-                f"skip_residuals has {len(skips)} tensors; this network has {len(config.skip_levels)} skips"
-            )
+            raise ValueError(f"skip_residuals has {len(skips)} tensors; this network needs {len(config.skip_levels)}")
         for i, (residual, skip) in enumerate(zip(skips, config.skip_levels, strict=True)):
             _check_tensor(f"skip_residuals[{i}]", residual, dtype, shape(*skip))
     if bottleneck is not None:

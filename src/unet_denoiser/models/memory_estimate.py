@@ -7,7 +7,7 @@ estimate follows the code: the convolutions of the device, gradient checkpointin
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -69,23 +69,13 @@ def estimate(config: UNetConfig, memory: MemoryConfig, device: str = "cpu") -> M
     """
     size = None if memory.image_size is None else per_axis(memory.image_size, config.dims)
     fsdp, half = memory.sharding == "fsdp", memory.mixed_precision != "no"
-    step = _Step(
-        config=config,
-        batch=memory.batch_size // (memory.num_processes * memory.gradient_accumulation_steps),
-        size=size,
-        context_tokens=memory.context_tokens,
-        checkpointing=memory.gradient_checkpointing,
-        half=half,
-        half_weights=half and fsdp,
-        keep_gradients=not fsdp and memory.gradient_accumulation_steps == 1,
-        device=device,
-    )
-    counted = _simulate(step)
+    keep_gradients = not fsdp and memory.gradient_accumulation_steps == 1  # else each goes once it is added or sent
+    counted = _simulate(config, replace(memory, optimizer_states=0, ema=False), keep_gradients, device)
     share = FLOAT32_BYTES * -(-counted.parameters // (memory.num_processes if fsdp else 1))
     buffers = FLOAT32_BYTES * counted.parameters if memory.sharding == "ddp" else 0
     if fsdp:  # weights of a block and the next, gradients of it and the previous one, in autocast's precision
         buffers = 4 * counted.largest_block * (FLOAT32_BYTES // 2 if half else FLOAT32_BYTES)
-    temporary = counted.peak + buffers + (0 if step.keep_gradients else share)
+    temporary = counted.peak + buffers + (0 if keep_gradients else share)
     peak = share * (1 + memory.optimizer_states + memory.ema) + temporary
     holes = min(int(HEAP_HOLE_RATIO * temporary), MAX_HEAP_HOLE_BYTES) if device == "cpu" else 0
     # the backward pass has two matrix products for each one of the forward pass, which checkpointing runs twice
@@ -103,24 +93,6 @@ def estimate(config: UNetConfig, memory: MemoryConfig, device: str = "cpu") -> M
     )
 
 
-class _Step(NamedTuple):
-    """The forward and backward pass of one micro-batch in one process.
-
-    half_weights: they are in autocast's precision, as FSDP gathers them, so autocast keeps no copies.
-    keep_gradients: False if each is released once computed: added to an existing one, or sent away.
-    """
-
-    config: UNetConfig
-    batch: int
-    size: tuple[int, ...] | None
-    context_tokens: int
-    checkpointing: bool
-    half: bool
-    half_weights: bool
-    keep_gradients: bool
-    device: str
-
-
 class _Counts(NamedTuple):
     """Parameters, of all and of the largest block; bytes that the forward pass keeps, and at the peak."""
 
@@ -131,26 +103,29 @@ class _Counts(NamedTuple):
 
 
 @lru_cache(maxsize=32)
-def _simulate(step: _Step) -> _Counts:
-    """Run a step on tensors without storage; the bytes of the parameters themselves are left out."""
+def _simulate(config: UNetConfig, memory: MemoryConfig, keep_gradients: bool, device: str) -> _Counts:
+    """Run one micro-batch on tensors without storage; the bytes of the parameters themselves are left out."""
+    size = None if memory.image_size is None else per_axis(memory.image_size, config.dims)
+    batch, half = _micro_batch_size(memory), memory.mixed_precision != "no"
     saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor
 
-    dtype = torch.bfloat16 if step.half_weights else torch.float32
-    with FakeTensorMode(), convolutions_as_on(step.device), _default_dtype(dtype):
-        model = UNet.from_config(step.config).train()
-        model.gradient_checkpointing = step.checkpointing
+    # FSDP gathers weights in autocast's precision, so autocast keeps no copies
+    dtype = torch.bfloat16 if half and memory.sharding == "fsdp" else torch.float32
+    with FakeTensorMode(), convolutions_as_on(device), _default_dtype(dtype):
+        model = UNet.from_config(config).train()
+        model.gradient_checkpointing = memory.gradient_checkpointing
         parameters = {p.untyped_storage()._cdata for p in model.parameters()}
-        if not step.keep_gradients:
+        if not keep_gradients:
             for p in model.parameters():
                 p.register_post_accumulate_grad_hook(_drop_gradient)
         with _AllocationCounter(parameters) as counter:
-            inputs = example_inputs(step.config, batch=step.batch, context_tokens=step.context_tokens, size=step.size)
+            inputs = example_inputs(config, batch=batch, context_tokens=memory.context_tokens, size=size)
             held = [torch.zeros_like(inputs["x"]) for _ in ("clean data", "noise")]
-            autocast = torch.autocast("cpu", torch.bfloat16) if step.half else nullcontext()
+            autocast = torch.autocast("cpu", torch.bfloat16) if half else nullcontext()
             with autocast, saved_tensors_hooks(pack, lambda tensor: tensor):
                 out = model(**inputs)
             kept = sum(storage.nbytes() for address, storage in saved.items() if address not in parameters)
@@ -160,6 +135,10 @@ def _simulate(step: _Step) -> _Counts:
     blocks = (*model.encoder, *model.bottleneck, *model.decoder)
     largest = max(sum(p.numel() for p in block.parameters()) for block in blocks)
     return _Counts(sum(p.numel() for p in model.parameters()), largest, kept, counter.peak)
+
+
+def _micro_batch_size(memory: MemoryConfig) -> int:
+    return memory.batch_size // (memory.num_processes * memory.gradient_accumulation_steps)
 
 
 def _drop_gradient(parameter: Tensor) -> None:
@@ -178,14 +157,12 @@ class _AllocationCounter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and (address := tensor.untyped_storage()._cdata) not in self.known:
-                self._count(address, tensor.untyped_storage().nbytes())
-                weakref.finalize(tensor.untyped_storage(), self._discount, address, tensor.untyped_storage().nbytes())
+                size = tensor.untyped_storage().nbytes()
+                self.known.add(address)
+                self.bytes += size
+                self.peak = max(self.peak, self.bytes)
+                weakref.finalize(tensor.untyped_storage(), self._discount, address, size)
         return out
-
-    def _count(self, address: int, size: int) -> None:
-        self.known.add(address)
-        self.bytes += size
-        self.peak = max(self.peak, self.bytes)
 
     def _discount(self, address: int, size: int) -> None:
         self.known.discard(address)
@@ -214,14 +191,13 @@ def _forward_flops(config: UNetConfig, size: tuple[int, ...] | None, context_tok
 def format_estimate(found: MemoryEstimate, memory: MemoryConfig, device: str) -> str:
     """Format an estimate as aligned text."""
     where = "each process" if memory.num_processes > 1 else f"the {device}"
-    batch = memory.batch_size // (memory.num_processes * memory.gradient_accumulation_steps)
     rows = [
         ("parameters (float32)", found.parameters),
         (f"optimizer, {memory.optimizer_states} numbers per parameter", found.optimizer),
         ("averaged weights (EMA)", found.ema),
         ("gradients, after the backward pass", found.gradients),
         ({"ddp": "buckets of DDP", "fsdp": "layers gathered by FSDP"}.get(memory.sharding, ""), found.buffers),
-        (f"activations kept for the backward pass, {batch} images at a time", found.activations),
+        (f"activations kept for the backward pass, {_micro_batch_size(memory)} images at a time", found.activations),
         ("peak", found.peak),
         ("peak of the process, with the holes of Linux's heap", found.resident * (device == "cpu")),
     ]

@@ -74,15 +74,12 @@ class Conv2d(nn.Conv2d):
             if torch.compiler.is_compiling() or torch.is_grad_enabled():
                 return conv3x3(x, self.weight, self.bias, not training)
             return convolve_3x3(x, self.weight, self.bias, cache=not training)
-        if _is_pointwise(self) and is_channels_last(x):
+        pointwise = self.kernel_size == self.stride == (1, 1) and self.padding == (0, 0) and self.groups == 1
+        if pointwise and is_channels_last(x):
             return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
         if x.shape[0] * x.shape[2] * x.shape[3] <= 256 and self.weight.numel() >= 128 * 128 * 9:
             x = x.contiguous()  # channels last would reorder the weights, which takes longer than these few pixels
         return super().forward(x)
-
-
-def _is_pointwise(conv: nn.Conv2d) -> bool:
-    return conv.kernel_size == conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
 
 
 CONV: dict[int, Any] = {1: nn.Conv1d, 2: Conv2d, 3: nn.Conv3d}
@@ -97,9 +94,6 @@ def channels_last(x: Tensor) -> Tensor:
 def is_channels_last(x: Tensor) -> bool:
     """Return True if x is an image (N, C, H, W) whose channels are last in memory."""
     return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
-
-
-# ---- when Winograd's filtering is used -------------------------------------------------------------------------------
 
 
 def winograd_pays(conv: nn.Conv2d, x: Tensor, training: bool) -> bool:
@@ -133,9 +127,6 @@ def winograd_time_ratio(in_ch: int, out_ch: int, shape: Sequence[int], cached: b
     pixels, in_tiles = images * height * width, images * 16 * -(-height // 4) * -(-width // 4)
     arithmetic = (in_tiles / pixels) ** 1.5 * (0.28 + 24 / in_ch + 24 / out_ch)
     return arithmetic + (60 if cached else 220) / pixels + 1.2e6 / (pixels * in_ch * out_ch)
-
-
-# ---- the cache of transformed weights --------------------------------------------------------------------------------
 
 
 class _CachedWeight(NamedTuple):
@@ -174,9 +165,6 @@ def _transform_cached(weight: Tensor, pixels: int) -> Tensor:
         transformed = transform_weight(weight.detach()).contiguous()
         cached = _weight_cache[weight] = _CachedWeight(transformed, weight._version, sample)
     return cached.weight
-
-
-# ---- Winograd's filtering as functions and as operators of torch -----------------------------------------------------
 
 
 def convolve_3x3(x: Tensor, weight: Tensor, bias: Tensor | None, *, cache: bool = False) -> Tensor:

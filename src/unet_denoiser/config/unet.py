@@ -204,14 +204,16 @@ class UNetConfig:
         """Check the options with one value per axis or level."""
         sizes = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,) * self.dims
         if len(sizes) != self.dims:
-            raise ValueError(f"image_size={self.image_size} must be one int, or dims={self.dims} of them")
+            raise ValueError(f"image_size={self.image_size} has {len(sizes)} axes, not dims={self.dims}; give one int")
         for size in sizes:
             _check_int("image_size", size, 1)
         levels = len(self.channel_mult)
         for name, low in (("num_heads", 1), ("head_dim", 1), ("transformer_depth", 0)):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != levels:
-                raise ValueError(f"{name}={value} must be one int, or one for each of {levels} levels")
+                raise ValueError(
+                    f"{name}={value} has {len(value)} entries for {levels} levels: give one int or one each"
+                )
             for entry in value if isinstance(value, tuple) else (value,):
                 if value is not None:
                     _check_int(name, entry, low)

@@ -238,7 +238,7 @@ def test_conditions_reach_the_network():
         ({"dynamic_threshold": 0.0}, "dynamic_threshold=0.0 must be above 0 to 1"),
         (
             {"dynamic_threshold": 0.9, "clip_sample": False},
-            "dynamic_threshold=0.9 needs clip_sample=True",
+            "dynamic_threshold=0.9 clips x0, but clip_sample=False",
         ),
         ({"guidance_rescale": 1.5}, "guidance_rescale=1.5 must be 0"),
         ({"guidance_rescale": 0.5, "guidance_scale": 0.0}, "guidance_scale=0 computes no conditional output"),

@@ -1,10 +1,8 @@
 """The options of the dataset."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 from unet_denoiser.config.base import check_choice, check_minimum
 
@@ -131,7 +129,7 @@ class DataConfig:
         return ConcatKind("downscaled", factor=int(factor))
 
     @classmethod
-    def from_dict(cls, options: Mapping[str, Any]) -> DataConfig:
+    def from_dict(cls, options: Mapping[str, Any]) -> Self:
         """Build from the output of `dataclasses.asdict`, also from JSON; an unknown option raises ValueError."""
         if unknown := sorted(set(options) - {field.name for field in fields(cls)}):
             raise ValueError(f"unknown option of the data {unknown[0]!r}")

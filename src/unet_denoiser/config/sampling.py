@@ -93,4 +93,6 @@ class SamplingConfig:
             if not 0 < self.dynamic_threshold <= 1:
                 raise ValueError(f"dynamic_threshold={self.dynamic_threshold} must be above 0 to 1, for example 0.995")
             if not self.clip_sample:
-                raise ValueError(f"dynamic_threshold={self.dynamic_threshold} needs clip_sample=True")
+                raise ValueError(
+                    f"dynamic_threshold={self.dynamic_threshold} clips x0, but clip_sample=False; give one"
+                )

@@ -1,12 +1,10 @@
 """The options of a `UNet`: its architecture."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, asdict, dataclass, fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from unet_denoiser.config.base import halve, per_axis
 
@@ -157,7 +155,7 @@ class UNetConfig:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, options: Mapping[str, Any]) -> UNetConfig:
+    def from_dict(cls, options: Mapping[str, Any]) -> Self:
         """Build from the output of `to_dict`; missing options take their defaults, unknown ones raise ValueError."""
         if not isinstance(options, Mapping):
             raise TypeError(f"the U-Net's options are {options!r}; they must be an object of names and values")
@@ -258,7 +256,9 @@ class UNetConfig:
                 valid = ", ".join(str(d) for d in range(1, width + 1) if width % d == 0)
                 raise ValueError(f"{name}={value} does not divide level {level}'s {width} channels; valid: {valid}")
             if self.depth(level) < 1:
-                raise ValueError(f"transformer_depth={self.transformer_depth} must be >= 1 at level {level}")
+                raise ValueError(
+                    f"transformer_depth={self.transformer_depth} is 0 at level {level}, which has attention"
+                )
 
 
 def _at(value: Any, level: int) -> int:

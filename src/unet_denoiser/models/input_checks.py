@@ -61,7 +61,7 @@ def _check_conditions(config: UNetConfig, dtype: torch.dtype, batch: int, condit
                 built = f"{option}={getattr(config, option)}"
                 raise ValueError(f"{name} is missing: this network has {built} and learned_null=False")
         elif getattr(config, option) is None:
-            raise ValueError(f"{name} was given, but this network has {option}=None; leave it out")
+            raise ValueError(f"{name} was given, but this network has {option}=None; leave it out, or build for it")
         elif name == "class_labels":
             _check_labels(value, batch, config.num_classes or 0, dtype)
         else:

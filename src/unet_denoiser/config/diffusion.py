@@ -48,7 +48,7 @@ class DiffusionConfig:
             raise ValueError(f"beta_start={self.beta_start} and beta_end={self.beta_end} must be 0 < start <= end < 1")
         if self.clip_sample_range is not None and not 0 < self.clip_sample_range < math.inf:
             raise ValueError(
-                f"clip_sample_range={self.clip_sample_range} must be positive and finite, or None: no bounds"
+                f"clip_sample_range={self.clip_sample_range} must be positive and finite, or None for unbounded data"
             )
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise ValueError(

@@ -94,5 +94,5 @@ class SamplingConfig:
                 raise ValueError(f"dynamic_threshold={self.dynamic_threshold} must be above 0 to 1, for example 0.995")
             if not self.clip_sample:
                 raise ValueError(
-                    f"dynamic_threshold={self.dynamic_threshold} clips x0, but clip_sample=False; give one"
+                    f"dynamic_threshold={self.dynamic_threshold} clips x0, but clip_sample=False; leave out one"
                 )

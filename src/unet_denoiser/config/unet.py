@@ -257,7 +257,7 @@ class UNetConfig:
                 raise ValueError(f"{name}={value} does not divide level {level}'s {width} channels; valid: {valid}")
             if self.depth(level) < 1:
                 raise ValueError(
-                    f"transformer_depth={self.transformer_depth} is 0 at level {level}, which has attention"
+                    f"transformer_depth={self.transformer_depth} is 0 at level {level}, which has attention; give >= 1"
                 )
 
 

@@ -1,4 +1,4 @@
-"""Runs that are broken on purpose, and networks whose best possible answer has a closed form."""
+"""Runs that are broken on purpose, and perfect networks in closed form."""
 
 import json
 from dataclasses import replace
@@ -23,7 +23,7 @@ TINY |= {"context_dim": None, "image_size": 4, "norm_groups": 2, "dropout": 0.0}
 
 
 def flat_images(count, channels=1):
-    """Images of one colour each: all pixels of an image are alike."""
+    """Return images of one colour each."""
     colours = np.random.default_rng(0).uniform(-1, 1, (count, channels, 1, 1))
     return np.broadcast_to(colours, (count, channels, 4, 4)).astype(np.float32)
 
@@ -42,7 +42,7 @@ def make_run(path, data, steps=1, process=None, **options):
     return run
 
 
-def look(run, data, **options):
+def run_doctor(run, data, **options):
     return diagnose(run, data, **{"num_images": 16, "num_samples": 8} | options)
 
 
@@ -50,8 +50,8 @@ def names(report):
     return [finding.name for finding in report.findings]
 
 
-def ideal(network):
-    """A UNet that answers with `network(x_t, alpha, sigma)`, the noise, at every timestep of `make_run`'s process."""
+def make_ideal_network(network):
+    """Return a UNet class that predicts the noise from x0 = `network(x_t, alpha, sigma)`, for `make_run`'s process."""
     process = Diffusion(prediction_type="epsilon", beta_schedule="linear")
 
     class Ideal(UNet):
@@ -63,19 +63,19 @@ def ideal(network):
     return Ideal
 
 
-def of_flat_images(x, alpha, sigma):
-    """The mean of flat images with a colour of N(0, 1/3), given x_t: a shrunken mean of the pixels."""
+def flat_image_mean(x, alpha, sigma):
+    """Return the mean of flat images with a colour of N(0, 1/3), given x_t: a shrunken mean of the pixels."""
     mean = x.mean((2, 3), keepdim=True)
     return (alpha / 3 / (alpha**2 / 3 + sigma**2 / 16) * mean).expand_as(x)
 
 
-def of_independent_pixels(x, alpha, sigma):
-    """The mean of images with pixels of N(0, 0.4^2), given x_t."""
+def independent_pixel_mean(x, alpha, sigma):
+    """Return the mean of images with pixels of N(0, 0.4^2), given x_t."""
     return alpha * 0.16 / (alpha**2 * 0.16 + sigma**2) * x
 
 
-def of_these(images):
-    """The mean of a training set, given x_t: what a network that has learned it by heart answers."""
+def memorized_mean(images):
+    """Return the mean of a training set, given x_t: the output of a network that has learned it by heart."""
 
     def network(x, alpha, sigma):
         distances = (x[:, None] - alpha[:, None] * images).flatten(2).square().sum(2)
@@ -86,7 +86,7 @@ def of_these(images):
 
 
 def with_network(run, monkeypatch, network):
-    model = ideal(network).from_config(run.model).eval()
+    model = make_ideal_network(network).from_config(run.model).eval()
     monkeypatch.setattr(Run, "load_model", lambda self, checkpoint="latest": model)
     for path in run.checkpoints.paths():  # its raw weights are another network's
         path.unlink()
@@ -95,8 +95,8 @@ def with_network(run, monkeypatch, network):
 def test_the_best_network_has_nothing_wrong(tmp_path, monkeypatch):
     data = ArrayDataset(flat_images(200))
     run = make_run(tmp_path / "run", data)
-    with_network(run, monkeypatch, of_flat_images)
-    report = look(run, data, num_images=200, num_samples=32)
+    with_network(run, monkeypatch, flat_image_mean)
+    report = run_doctor(run, data, num_images=200, num_samples=32)
     assert [f for f in report.findings if f.severity != "note"] == []
     assert report.text().startswith("Nothing wrong was found.")
     # closed form: the colour's variance 1/3 seen through 16 pixels of noise, as an error of the noise
@@ -111,8 +111,8 @@ def test_copies(tmp_path, monkeypatch):
     images = np.random.default_rng(0).uniform(-1, 1, (4, 1, 4, 4)).astype(np.float32)
     data = ArrayDataset(images)
     run = make_run(tmp_path / "run", data, batch_size=4)
-    with_network(run, monkeypatch, of_these(torch.from_numpy(images)))
-    report = look(run, data)
+    with_network(run, monkeypatch, memorized_mean(torch.from_numpy(images)))
+    report = run_doctor(run, data)
     assert names(report)[0] == "copies"
     assert report.text().startswith("The samples are copies")
     assert report.measures.neighbours.ratio < 0.1
@@ -125,8 +125,8 @@ def test_doctor_and_evaluate_agree_on_copies(tmp_path, monkeypatch, copied):
     images = np.random.default_rng(0).normal(0, 0.4, (200, 1, 4, 4)).clip(-1, 1).astype(np.float32)
     data = ArrayDataset(images)
     run = make_run(tmp_path / "run", data)
-    with_network(run, monkeypatch, of_these(torch.from_numpy(images)) if copied else of_independent_pixels)
-    diagnosis = look(run, data, num_samples=64)
+    with_network(run, monkeypatch, memorized_mean(torch.from_numpy(images)) if copied else independent_pixel_mean)
+    diagnosis = run_doctor(run, data, num_samples=64)
     assert ("copies" in names(diagnosis)) == copied
     samples = GeneratedSamples(run, data, 64)
     (comparison,) = evaluate(samples, data, extractor="pixels", allow_few=True).neighbours
@@ -139,7 +139,7 @@ def test_grey_samples_are_not_called_copies_in_the_first_place(tmp_path, monkeyp
     data = ArrayDataset(images)
     run = make_run(tmp_path / "run", data)
     with_network(run, monkeypatch, lambda x, alpha, sigma: torch.zeros_like(x))
-    diagnosis = look(run, data)
+    diagnosis = run_doctor(run, data)
     assert {f.name: f.severity for f in diagnosis.findings if f.is_symptom} == {"grey": "error", "copies": "note"}
     assert diagnosis.text().startswith("The samples are grey")
 
@@ -152,13 +152,13 @@ def test_images_of_several_sizes(tmp_path):
     data = load_data(tmp_path, image_size=(8, 8), channels=1, aspect_buckets=True)
     sizes = [len(bucket) for bucket in data.buckets]
     run = make_run(tmp_path / "run", data, batch_size=4)
-    measures = look(run, data, num_samples=3).measures
+    measures = run_doctor(run, data, num_samples=3).measures
     assert (len(sizes), measures.neighbours.searched) == (2, 6)
 
 
 def test_too_few_steps(tmp_path):
     data = ArrayDataset(flat_images(64))
-    report = look(make_run(tmp_path / "run", data), data)
+    report = run_doctor(make_run(tmp_path / "run", data), data)
     assert "undertrained" in names(report)
     assert "train longer (now step 1 of 1)" in report.text()
 
@@ -176,14 +176,14 @@ def test_too_few_steps(tmp_path):
 def test_data_in_a_wrong_range(tmp_path, scale, offset, options, name, words):
     data = ArrayDataset(flat_images(64) * scale + offset)
     run = make_run(tmp_path / "run", data, process=Diffusion(clip_sample_range=None))
-    report = look(replace(run, process=Diffusion(**options)), data)
+    report = run_doctor(replace(run, process=Diffusion(**options)), data)
     assert name in names(report)
     assert words in report.text()
 
 
 def test_a_schedule_that_ends_before_the_noise(tmp_path):
     data = ArrayDataset(flat_images(64))
-    report = look(
+    report = run_doctor(
         make_run(tmp_path / "run", data, process=Diffusion(num_train_timesteps=100, beta_schedule="linear")), data
     )
     assert next(f for f in report.findings if f.name == "schedule end").severity == "error"
@@ -198,13 +198,13 @@ def trained(tmp_path_factory):
 
 def test_averages_that_are_still_the_start(trained):
     run, data = trained
-    good = look(run, data)
+    good = run_doctor(run, data)
     assert "averages too young" not in names(good)
     averages = run.path / "model" / "model.safetensors"
     kept = averages.read_bytes()
     torch.manual_seed(run.training.seed)
     UNet.from_config(run.model).save_pretrained(run.path / "model")
-    report = look(run, data)
+    report = run_doctor(run, data)
     averages.write_bytes(kept)
     assert report.findings[0].name in ("averages too young", "undertrained")
     assert "averages too young" in names(report)
@@ -219,7 +219,7 @@ def test_weights_that_are_no_numbers(trained, capsys):
     model = run.load_model()
     model.output[2].weight.data[0, 0, 0, 0] = float("nan")
     model.save_pretrained(run.path / "model")
-    report = look(run, data)
+    report = run_doctor(run, data)
     averages.write_bytes(kept)
     assert report.findings[0].name == "bad weights"
     assert "output.2.weight (1 tensors)" in report.text()
@@ -234,7 +234,7 @@ def test_the_loss_curve(trained):
     for name, losses in (("flat", [1.0] * 40), ("rising", [*[1.0] * 30, *[1.5] * 10]), ("bad", [None, 1.0])):
         lines = [json.dumps({"step": i, "loss": loss}) for i, loss in enumerate(losses)]
         metrics.write_text("\n".join([*lines, '{"step": 9, "lo']))
-        found[name] = names(look(run, data))
+        found[name] = names(run_doctor(run, data))
     metrics.write_text(kept)
     assert ["plateau" in found["flat"], "rising loss" in found["rising"], "bad steps" in found["bad"]] == [True] * 3
     assert "plateau" not in found["rising"]
@@ -245,7 +245,7 @@ def test_channels_and_classes(tmp_path, channels, classes):
     labels = None if classes is None else np.arange(40) % classes
     data = ArrayDataset(flat_images(40, channels), labels)
     run = make_run(tmp_path / "run", data)
-    report = look(run, data)
+    report = run_doctor(run, data)
     suffix = ".npy" if channels == 5 else ".png"
     assert [p.name for p in report.pictures] == [f"denoising{suffix}", f"neighbours{suffix}"]
     assert all(p.exists() for p in report.pictures)

@@ -1,4 +1,4 @@
-"""Whole evaluations: copies are told from new images, features are kept, what cannot work is refused."""
+"""Whole evaluations: copies are told from new images, features are cached, unusable input is refused."""
 
 import json
 
@@ -19,11 +19,11 @@ def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("UNET_DENOISER_CACHE", str(tmp_path / "cache"))
 
 
-def pictures(count, seed, size=6):
+def random_images(count, seed, size=6):
     return np.random.default_rng(seed).uniform(-1, 1, (count, 1, size, size)).astype(np.float32)
 
 
-TRAIN, HELD_OUT, NEW = pictures(300, 0), pictures(200, 1), pictures(200, 2)
+TRAIN, HELD_OUT, NEW = random_images(300, 0), random_images(200, 1), random_images(200, 2)
 OPTIONS = {"held_out": HELD_OUT, "extractor": "pixels", "allow_few": True}
 
 
@@ -101,7 +101,7 @@ def test_written_report_says_everything(tmp_path):
     assert "FID" not in text
 
 
-def test_features_of_data_are_kept(tmp_path, monkeypatch):
+def test_features_of_data_are_cached(tmp_path, monkeypatch):
     np.savez(tmp_path / "d.npz", images=np.random.default_rng(0).integers(0, 255, (40, 6, 6), np.uint8))
     options = {"allow_few": True, "extractor": "pixels"}
 
@@ -136,9 +136,9 @@ def test_refusals():
     with pytest.raises(ValueError, match="num_samples=5 must be at least 6"):
         evaluate(NEW[:5], TRAIN, held_out=HELD_OUT, extractor="pixels", allow_few=True)
     with pytest.raises(ValueError, match=r"samples has images of shape \(1, 5, 5\), the data \(1, 6, 6\)"):
-        evaluate(pictures(9, 0, 5), TRAIN, **OPTIONS)
+        evaluate(random_images(9, 0, 5), TRAIN, **OPTIONS)
     with pytest.raises(ValueError, match=r"held_out has images of shape \(1, 5, 5\)"):
-        evaluate(NEW, TRAIN, **OPTIONS | {"held_out": pictures(9, 0, 5)})
+        evaluate(NEW, TRAIN, **OPTIONS | {"held_out": random_images(9, 0, 5)})
     with pytest.raises(ValueError, match="data is a stream"):
         evaluate(NEW, iter([{"image": torch.zeros(1, 6, 6)}] * 2), **OPTIONS)
     data = ArrayDataset(TRAIN, np.arange(300) % 2)

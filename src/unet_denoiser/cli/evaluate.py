@@ -67,14 +67,9 @@ def evaluate(
         if out is not None and out.is_file():
             raise ValueError(f"out={out} is a file; give a folder")
         config = SamplingConfig(**sampling)
+        from unet_denoiser.evaluation import samples as sample_sources
         from unet_denoiser.evaluation.evaluator import check_count
         from unet_denoiser.evaluation.evaluator import evaluate as evaluate_samples
-        from unet_denoiser.evaluation.samples import (
-            GeneratedSamples,
-            load_compared_data,
-            load_conditioned_data,
-            read_samples,
-        )
         from unet_denoiser.training.run import Run
         from unet_denoiser.utils.device import resolve_device
         from unet_denoiser.utils.files import check_writable
@@ -85,14 +80,16 @@ def evaluate(
         loaded, resolved = None if run is None else Run.load(run), resolve_device(device)
         folder = out or _default_folder(run, samples)
         check_writable(folder)
-        data_config, images, unseen = load_compared_data(loaded, data, held_out, held_out_split)
+        data_config, images, unseen = sample_sources.load_compared_data(loaded, data, held_out, held_out_split)
         source: Any
         if samples is not None:
-            source, about = read_samples(samples, images), {"source": str(samples)}
+            source, about = sample_sources.read_samples(samples, images), {"source": str(samples)}
         else:
             assert loaded is not None
-            conditioned = load_conditioned_data(data_config, images)
-            source = GeneratedSamples(loaded, conditioned, count, config=config, device=resolved, **given)
+            conditioned = sample_sources.load_conditioned_data(data_config, images)
+            source = sample_sources.GeneratedSamples(
+                loaded, conditioned, count, config=config, device=resolved, **given
+            )
             about = source.about
         report = evaluate_samples(
             source,

@@ -8,15 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import tyro
 
+from unet_denoiser.cli import options
 from unet_denoiser.cli.errors import one_line_errors
-from unet_denoiser.cli.options import (
-    EditingOptions,
-    OptionalName,
-    OptionalNumber,
-    OptionalPath,
-    OptionalSize,
-    SamplingOptions,
-)
 from unet_denoiser.config.base import DeviceName
 from unet_denoiser.config.editing import EditingConfig
 from unet_denoiser.config.sampling import SamplingConfig
@@ -34,24 +27,24 @@ DEFAULT_COUNT = 16
 def sample(
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
     *,
-    num_images: OptionalNumber = None,
+    num_images: options.OptionalNumber = None,
     classes: Annotated[tuple[str, ...], tyro.conf.arg(name="class")] = (),
     captions: Annotated[tuple[str, ...], tyro.conf.arg(name="caption"), tyro.conf.UseAppendAction] = (),
     vector: tuple[float, ...] = (),
-    negative_class: OptionalName = None,
-    negative_caption: OptionalName = None,
-    guide_checkpoint: OptionalName = None,
-    concat_image: OptionalPath = None,
-    editing: EditingOptions = {},  # noqa: B006
-    sampling: SamplingOptions = {},  # noqa: B006
+    negative_class: options.OptionalName = None,
+    negative_caption: options.OptionalName = None,
+    guide_checkpoint: options.OptionalName = None,
+    concat_image: options.OptionalPath = None,
+    editing: options.EditingOptions = {},  # noqa: B006
+    sampling: options.SamplingOptions = {},  # noqa: B006
     seed: int = 0,
     batch_size: int = 64,
-    image_size: OptionalSize = None,
-    out: OptionalPath = None,
+    image_size: options.OptionalSize = None,
+    out: options.OptionalPath = None,
     separate: bool = False,
     strip: bool = False,
     gif: bool = False,
-    preview_every: OptionalNumber = None,
+    preview_every: options.OptionalNumber = None,
     device: DeviceName = "auto",
     checkpoint: str = "latest",
 ) -> None:

@@ -5,28 +5,21 @@ from typing import Annotated, Any
 
 import tyro
 
+from unet_denoiser.cli import options
 from unet_denoiser.cli.errors import one_line_errors, one_line_training_errors
-from unet_denoiser.cli.options import (
-    DataOptions,
-    ModelOptions,
-    OptionalName,
-    OptionalPath,
-    ProcessOptions,
-    TrainingOptions,
-)
 
 
 def train(
     data: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="DATA", help_behavior_hint="")] = None,
     *,
-    out: OptionalPath = None,
-    resume: OptionalPath = None,
-    init: OptionalPath = None,
-    preset: OptionalName = None,
-    dataset: DataOptions = {},  # noqa: B006  # tyro's way to say: nothing given
-    training: TrainingOptions = {},  # noqa: B006
-    process: ProcessOptions = {},  # noqa: B006
-    model: ModelOptions = {},  # noqa: B006
+    out: options.OptionalPath = None,
+    resume: options.OptionalPath = None,
+    init: options.OptionalPath = None,
+    preset: options.OptionalName = None,
+    dataset: options.DataOptions = {},  # noqa: B006  # tyro's way to say: nothing given
+    training: options.TrainingOptions = {},  # noqa: B006
+    process: options.ProcessOptions = {},  # noqa: B006
+    model: options.ModelOptions = {},  # noqa: B006
 ) -> None:
     """Train a U-Net on your images, or resume a training.
 

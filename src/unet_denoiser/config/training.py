@@ -3,14 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from unet_denoiser.config.base import (
-    DeviceName,
-    LossWeightingName,
-    MixedPrecision,
-    TrackerName,
-    check_choice,
-    check_minimum,
-)
+from unet_denoiser.config import base
 
 
 @dataclass(frozen=True)
@@ -64,7 +57,7 @@ class TrainingConfig:
     warmup_steps: int = 200
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
-    loss_weighting: LossWeightingName = "constant"
+    loss_weighting: base.LossWeightingName = "constant"
     min_snr_gamma: float = 5.0
     p2_gamma: float = 1.0
     noise_offset: float = 0.0
@@ -72,7 +65,7 @@ class TrainingConfig:
     condition_dropout: float = 0.1
     seed: int = 0
     gradient_checkpointing: bool = False
-    mixed_precision: MixedPrecision = "no"
+    mixed_precision: base.MixedPrecision = "no"
     max_bad_steps: int = 20
     lora_rank: int | None = None
     checkpoint_every: int = 1000
@@ -81,18 +74,18 @@ class TrainingConfig:
     keep_best: bool = False
     preview_every: int = 1000
     num_workers: int | None = None
-    device: DeviceName = "auto"
-    track: TrackerName | None = None
+    device: base.DeviceName = "auto"
+    track: base.TrackerName | None = None
 
     def __post_init__(self) -> None:
-        check_choice("device", self.device, DeviceName)
-        check_choice("loss_weighting", self.loss_weighting, LossWeightingName)
-        check_choice("mixed_precision", self.mixed_precision, MixedPrecision)
+        base.check_choice("device", self.device, base.DeviceName)
+        base.check_choice("loss_weighting", self.loss_weighting, base.LossWeightingName)
+        base.check_choice("mixed_precision", self.mixed_precision, base.MixedPrecision)
         if self.track is not None:
-            check_choice("track", self.track, TrackerName)
-        check_minimum(self, 1, "steps", "batch_size", "gradient_accumulation_steps", "max_bad_steps", "keep_last")
-        check_minimum(self, 1, "checkpoint_every", "preview_every", "keep_every", "lora_rank")
-        check_minimum(self, 0, "num_workers")
+            base.check_choice("track", self.track, base.TrackerName)
+        base.check_minimum(self, 1, "steps", "batch_size", "gradient_accumulation_steps", "max_bad_steps", "keep_last")
+        base.check_minimum(self, 1, "checkpoint_every", "preview_every", "keep_every", "lora_rank")
+        base.check_minimum(self, 0, "num_workers")
         if self.batch_size % self.gradient_accumulation_steps:
             parts = self.gradient_accumulation_steps
             raise ValueError(f"batch_size={self.batch_size} cannot be divided into {parts} equal parts")

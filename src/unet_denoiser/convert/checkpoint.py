@@ -9,14 +9,7 @@ from torch import Tensor
 
 from unet_denoiser.config.base import ForeignFormat, QKVOrder, check_choice
 from unet_denoiser.config.unet import UNetConfig
-from unet_denoiser.convert.architecture import (
-    describe,
-    detect_layout,
-    detect_structure,
-    fill_from_preset,
-    infer_options,
-    published_order,
-)
+from unet_denoiser.convert import architecture
 from unet_denoiser.convert.checkpoint_files import read_state, save_state
 from unet_denoiser.convert.diffusers_config import from_diffusers, has_linear_projections, to_diffusers
 from unet_denoiser.convert.key_maps import LAYOUTS
@@ -63,9 +56,11 @@ class ForeignCheckpoint:
         """
         path = Path(path)
         tensors, diffusers_config = read_state(path, ema, variant)
-        layout = detect_layout(tensors)
-        structure = detect_structure(layout, tensors)
-        inferred = infer_options(layout, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, structure)
+        layout = architecture.detect_layout(tensors)
+        structure = architecture.detect_structure(layout, tensors)
+        inferred = architecture.infer_options(
+            layout, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, structure
+        )
         cosines_first, preset_name = LAYOUTS[layout].cosines_first, None
         if diffusers_config is not None:
             stated, cosines_first = from_diffusers(diffusers_config)
@@ -75,7 +70,7 @@ class ForeignCheckpoint:
         if "num_heads" in inferred:
             config = _use_head_dim(UNetConfig(**inferred | options))
         else:
-            config, preset_name = fill_from_preset(inferred, options)
+            config, preset_name = architecture.fill_from_preset(inferred, options)
         packing = _choose_packing(LAYOUTS[layout], tensors, config, qkv_order, preset_name)
         kind = FormatVariant(LAYOUTS[layout], structure, config.heads, packing, cosines_first)
         return cls(path, layout, config, tensors, kind, diffusers_config)
@@ -89,7 +84,7 @@ class ForeignCheckpoint:
         try:
             return to_internal(self.tensors, shapes, self.kind)
         except ValueError as error:
-            raise ValueError(f"{describe(self.config)}, but {error}") from None
+            raise ValueError(f"{architecture.describe(self.config)}, but {error}") from None
 
 
 def import_checkpoint(path: str | Path, shapes: Shapes, **options: Any) -> tuple[UNetConfig, dict[str, Tensor]]:
@@ -116,7 +111,7 @@ def export_state_dict(
         ValueError: a parameter that the layout has no place for.
     """
     cosines_first = config.time_frequencies == "half"  # DDPM's spacing comes with DDPM's order in every layout
-    packing = LAYOUTS[layout].packing or qkv_order or published_order(config)
+    packing = LAYOUTS[layout].packing or qkv_order or architecture.published_order(config)
     structure, linear = BlockStructure.from_config(config), has_linear_projections(config)
     return to_foreign(state, FormatVariant(LAYOUTS[layout], structure, config.heads, packing, cosines_first, linear))
 
@@ -153,7 +148,7 @@ def _choose_packing(
     has_heads = any(config.heads(level) > 1 for level in range(len(config.widths)))
     if is_open and has_heads and qkv_order is None and preset_name is None:
         raise ValueError("the file does not tell how it packs query, key and value; give qkv_order='legacy' or 'new'")
-    return layout.packing or qkv_order or published_order(config)
+    return layout.packing or qkv_order or architecture.published_order(config)
 
 
 def _use_head_dim(config: UNetConfig) -> UNetConfig:

@@ -11,22 +11,9 @@ from torch import Tensor
 from unet_denoiser.data.dataset import ImageDataset
 from unet_denoiser.data.sources.arrays import ArrayDataset
 from unet_denoiser.data.sources.custom import as_dataset
+from unet_denoiser.evaluation import memorization, metrics
 from unet_denoiser.evaluation.feature_extractors import Extractor, dataset_features, load_extractor, package_versions
 from unet_denoiser.evaluation.images import image_batches, spread_indices, stack_images
-from unet_denoiser.evaluation.memorization import (
-    MAX_COMPARED_IMAGES,
-    NearestImages,
-    compare_neighbours,
-    compare_pixels,
-    save_pairs,
-)
-from unet_denoiser.evaluation.metrics import (
-    class_accuracy,
-    frechet_distance,
-    kernel_distance,
-    manifold_overlap,
-    nearest_neighbours,
-)
 from unet_denoiser.evaluation.report import ClassAccuracy, DataSource, ExtractorInfo, Figures, Report, Setup
 
 MIN_SAMPLES = 2000
@@ -99,8 +86,8 @@ def evaluate(
     train, reference = _split_data(data, unseen, num_data, len(samples), extractor)
     made = _read_samples(samples, extractor)
     searched = np.setdiff1d(np.arange(len(data)), reference.indices if unseen is None else [])
-    held_out_images = stack_images(reference.data, reference.indices[:MAX_COMPARED_IMAGES])
-    nearest = [compare_pixels(made.images, held_out_images, data, searched)]
+    held_out_images = stack_images(reference.data, reference.indices[: memorization.MAX_COMPARED_IMAGES])
+    nearest = [memorization.compare_pixels(made.images, held_out_images, data, searched)]
     if extractor.name != "pixels":
         nearest.append(_compare_features(made, reference, train, extractor.name))
     few = _spread(made.features, len(reference.features))
@@ -113,7 +100,7 @@ def evaluate(
         accuracy=_measure_accuracy(train, reference, made, labels),
     )
     if folder is not None:
-        report.pictures.append(save_pairs(made.images, data, nearest, Path(folder) / "neighbours.png"))
+        report.pictures.append(memorization.save_pairs(made.images, data, nearest, Path(folder) / "neighbours.png"))
         report.write(Path(folder))
     return report
 
@@ -167,7 +154,7 @@ def _split_data(
 
 def _read_samples(samples: Any, extractor: Extractor) -> SampleSet:
     """Compute the features of samples, which are read only once."""
-    indices = spread_indices(len(samples), MAX_COMPARED_IMAGES)
+    indices = spread_indices(len(samples), memorization.MAX_COMPARED_IMAGES)
     kept, start = set(indices.tolist()), 0
     features: list[Tensor] = []
     images: list[Tensor] = []
@@ -188,10 +175,10 @@ def _compute_figures(features: Tensor, reference: Tensor) -> Figures:
     return Figures(
         images=len(features),
         reference=len(reference),
-        frechet=frechet_distance(features, reference),
-        kernel=kernel_distance(features, reference),
+        frechet=metrics.frechet_distance(features, reference),
+        kernel=metrics.kernel_distance(features, reference),
         overlap_count=count,
-        overlap=manifold_overlap(_spread(reference, count), _spread(features, count)),
+        overlap=metrics.manifold_overlap(_spread(reference, count), _spread(features, count)),
     )
 
 
@@ -199,13 +186,15 @@ def _spread(features: Tensor, count: int) -> Tensor:
     return features[spread_indices(len(features), count)]
 
 
-def _compare_features(samples: SampleSet, held_out: ImageSet, train: ImageSet, space: str) -> NearestImages:
+def _compare_features(
+    samples: SampleSet, held_out: ImageSet, train: ImageSet, space: str
+) -> memorization.NearestImages:
     """Compare all samples with the training images by features; tell the nearest ones of `samples.images`."""
-    distances, nearest = nearest_neighbours(samples.features, train.features)
-    reference, _ = nearest_neighbours(held_out.features, train.features)
-    comparison = compare_neighbours(space, len(train.indices), distances, reference)
+    distances, nearest = metrics.nearest_neighbours(samples.features, train.features)
+    reference, _ = metrics.nearest_neighbours(held_out.features, train.features)
+    comparison = memorization.compare_neighbours(space, len(train.indices), distances, reference)
     shown = samples.indices
-    return NearestImages(comparison, distances[shown], torch.from_numpy(train.indices)[nearest[shown]])
+    return memorization.NearestImages(comparison, distances[shown], torch.from_numpy(train.indices)[nearest[shown]])
 
 
 def _measure_accuracy(
@@ -217,7 +206,7 @@ def _measure_accuracy(
     if len(labels) != len(samples.features):
         raise ValueError(f"labels has {len(labels)} entries for {len(samples.features)} samples")
     tests = (samples.features, labels), (held_out.features, held_out.labels)
-    return ClassAccuracy(*class_accuracy((train.features, train.labels), *tests))
+    return ClassAccuracy(*metrics.class_accuracy((train.features, train.labels), *tests))
 
 
 def _describe(extractor: Extractor, train: ImageSet, held_out: ImageDataset | None, samples: dict[str, Any]) -> Setup:

@@ -1,6 +1,6 @@
 """Base classes of all datasets: items by index, items of a stream, and wrappers that change items."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -44,6 +44,7 @@ class _Attributes:
     vector_dim: int | None = None
     context_dim: int | None = None
     concat_channels: int = 0
+    origins: Mapping[str, str] = {}
 
 
 class ImageDataset(_Attributes, Dataset[dict[str, Any]]):
@@ -58,6 +59,7 @@ class ImageDataset(_Attributes, Dataset[dict[str, Any]]):
         captions: one per item, or None; item i then has "caption".
         vectors, vector_dim: (N, vector_dim), and the length of "vector"; or None.
         context_dim, concat_channels: width of the tokens in "context", or None; channels of "concat", or 0.
+        origins: where "class_labels", "caption" and "vector" come from, as in {"class_labels": "its sub-folders"}.
         buckets: indices of the items of each size; a batch is of one bucket. None: all items have `image_size`.
         in_memory: items cost next to nothing, so worker processes would only add cost.
         background: (C,) in [-1, 1], to pad with.

@@ -112,6 +112,47 @@ def test_reads_the_file_of_another_scheduler(tmp_path):
     assert_close(process.alphas, Diffusion(beta_schedule="scaled_linear").alphas)
 
 
+OTHERS = [
+    "DDIM",
+    "DEISMultistep",
+    "EulerDiscrete",
+    "HeunDiscrete",
+    "KDPM2Discrete",
+    "LCM",
+    "PNDM",
+    "TCD",
+    "UniPCMultistep",
+]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_a_file_lacks_is_the_default_of_the_scheduler_that_wrote_it(name):
+    scheduler = getattr(diffusers, f"{name}Scheduler")()
+    process = Diffusion.from_dict({"_class_name": type(scheduler).__name__})
+    assert_close(process.alphas**2, scheduler.alphas_cumprod, rtol=1e-6, atol=1e-6)
+    assert (process.data_range is not None) == scheduler.config.get("clip_sample", False)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, "'FlowMatchEulerDiscreteScheduler' is no"),
+        ({"_class_name": "EDMEulerScheduler", "prediction_type": "epsilon"}, "'EDMEulerScheduler' is no scheduler of"),
+        ({"_class_name": "CogVideoXDDIMScheduler"}, "'CogVideoXDDIMScheduler' is no scheduler of"),
+        ({"beta_ehd": 0.02}, "beta_ehd=0.02 is an option of no scheduler"),
+        ({"thresholding": True}, "thresholding=True"),
+    ],
+)
+def test_files_that_would_be_misread_are_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        Diffusion.from_dict(config)
+
+
+def test_reads_the_first_name_of_the_prediction_type():
+    assert Diffusion.from_dict({"predict_epsilon": False}).prediction_type == "sample"
+    assert Diffusion.from_dict({"predict_epsilon": True}).prediction_type == "epsilon"
+
+
 @pytest.mark.parametrize(("theirs", "ours"), [("fixed_small_log", "fixed_small"), ("fixed_large", "fixed_large")])
 def test_reads_the_variance_type_of_other_schedulers(tmp_path, theirs, ours):
     diffusers.DDPMScheduler(variance_type=theirs).save_config(tmp_path)

@@ -7,9 +7,11 @@ x_t = alpha_t x0 + sigma_t eps with alpha_t^2 = product of (1 - beta) and sigma_
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
+from inspect import signature
 from pathlib import Path
 from typing import Any, Self
 
+import diffusers
 import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
@@ -153,9 +155,10 @@ class Diffusion:
         """Read the contents of `scheduler_config.json` of any `diffusers` scheduler of the DDPM family.
 
         Raises:
-            ValueError: a schedule or prediction type outside that family.
+            ValueError: a scheduler, schedule or prediction type outside that family, or a key that no scheduler has.
         """
-        config = {"prediction_type": "epsilon", "beta_schedule": "linear"} | dict(config)  # diffusers' defaults
+        predicts = "sample" if config.get("predict_epsilon") is False else "epsilon"  # the option's name at first
+        config = _scheduler_defaults(config) | {"prediction_type": predicts} | dict(config)
         # the same variance by another computation; other samplers' files have none
         names = {"fixed_small_log": "fixed_small", None: "fixed_small"}
         config["variance_type"] = names.get(config.get("variance_type"), config.get("variance_type"))
@@ -172,6 +175,27 @@ class Diffusion:
     def from_pretrained(cls, directory: str | Path) -> Self:
         """Read `scheduler_config.json`; FileNotFoundError or ValueError if it is missing or unreadable."""
         return cls.from_dict(read_json(Path(directory) / SCHEDULER_NAME))
+
+
+def _scheduler_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the defaults of the scheduler that wrote a configuration.
+
+    ValueError for a scheduler without betas or with shifted ones, and for a key that no scheduler has: its value would
+    be lost.
+    """
+    name, keys = config.get("_class_name", "DDPMScheduler"), {key for key in config if not key.startswith("_")}
+    keys -= {"self_conditioning", "predict_epsilon", "tensor_format"}  # ours, and names of diffusers' first versions
+    parameters = signature(getattr(diffusers, str(name), DDPMScheduler)).parameters
+    if not {"beta_schedule", "kwargs"} & set(parameters) or "snr_shift_scale" in parameters:
+        raise ValueError(f"_class_name={name!r} is no scheduler of DDPM's family, whose noise levels come from betas")
+    if keys - set(parameters):  # only then, since looking at all schedulers takes a second
+        every = (getattr(diffusers, other) for other in dir(diffusers) if other.endswith("Scheduler"))
+        if unknown := sorted(keys.difference(*(signature(scheduler).parameters for scheduler in every))):
+            raise ValueError(f"{unknown[0]}={config[unknown[0]]!r} is an option of no scheduler; correct its name")
+    if config.get("thresholding"):
+        raise ValueError("thresholding=True, which cuts off a share of the values of x0, has no counterpart here")
+    names = {"beta_start", "beta_end", "beta_schedule", "clip_sample"} & set(parameters)
+    return {"clip_sample": False} | {key: parameters[key].default for key in names}
 
 
 def self_conditioned_input(xt: Tensor, x0_estimate: Tensor | None) -> Tensor:

@@ -11,7 +11,8 @@ import torch
 from unet_denoiser.config.data import DataConfig
 from unet_denoiser.data.dataset import DatasetWrapper, ImageDataset, StreamDataset
 from unet_denoiser.data.sources.arrays import DIGITS, load_digits_data, load_npy, load_npz
-from unet_denoiser.data.sources.image_folder import ImageFolder, list_images
+from unet_denoiser.data.sources.folder_walk import list_images
+from unet_denoiser.data.sources.image_folder import ImageFolder
 from unet_denoiser.data.wrappers.captions import CaptionedDataset
 from unet_denoiser.data.wrappers.concat import ConcatConditionDataset
 from unet_denoiser.data.wrappers.latents import LatentDataset

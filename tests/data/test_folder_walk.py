@@ -48,7 +48,7 @@ def test_links_are_followed_for_images_and_metadata(tmp_path):
     (tmp_path / "d" / "second").symlink_to(real)
     data, said = warnings_of(tmp_path / "d")
     assert (data.files, data.class_names) == (["first/a.png", "first/b/b.png"], ["cat", "dog"])
-    assert "not read again: second" in said
+    assert "not read again: 1 folder" in said
 
 
 @needs_links
@@ -58,8 +58,7 @@ def test_links_that_lead_nowhere_are_named(tmp_path):
     (folder / "self").symlink_to("self")
     data, said = warnings_of(folder)
     assert len(data) == 1
-    assert "2 links" in said
-    assert "dogs, self" in said
+    assert f"2 in {folder}: dogs, self" in said
     (folder / "cats" / "b.png").symlink_to("nowhere.png")
     os.mkfifo(folder / "cats" / "c.png")
     with pytest.raises(ValueError, match=r"2 of 3 images .* cats/b\.png is missing; cats/c\.png is a folder"):
@@ -84,8 +83,7 @@ def test_files_of_unknown_suffix_are_counted(tmp_path):
     data, said = warnings_of(folder)
     assert len(data) == 1
     assert "has 3 .heic files, 1 .jxl file, 1 image without a suffix, which are not read" in said
-    assert "1 sub-folder" in said
-    assert "are no classes: dogs" in said
+    assert f"no classes are made of 1 sub-folder of {folder} without usable images: dogs" in said
     (folder / "cats" / "a.png").unlink()
     with pytest.raises(ValueError, match=r"no images were found in .*, only 3 \.heic files, 1 \.jxl file, 1 image"):
         load_data(folder)
@@ -152,8 +150,8 @@ def test_classes_of_similar_names_are_said(tmp_path):
 def test_refuses_folders_whose_names_are_no_utf_8(tmp_path):
     folder = make_images(tmp_path / "d", "a/b.png")
     (folder / "a").rename(folder / os.fsdecode(b"caf\xe9"))
-    with pytest.raises(ValueError, match=r"sub-folder of .*/d, caf\\xe9 is no UTF-8; rename it"):
+    with pytest.raises(ValueError, match=r"sub-folder of .*/d is no UTF-8: caf\\xe9; rename it"):
         load_data(folder)
     folder.rename(tmp_path / os.fsdecode(b"\xe9"))
-    with pytest.raises(ValueError, match=r"the folder .*\\xe9 is no UTF-8; rename it"):
+    with pytest.raises(ValueError, match=r"the folder is no UTF-8: .*\\xe9; rename it"):
         load_data(tmp_path / os.fsdecode(b"\xe9"))

@@ -108,11 +108,11 @@ def describe_unread(contents: FolderContents) -> str:
 def warn_of_links(contents: FolderContents) -> None:
     """Warn of links that lead nowhere, and of folders that are reached twice."""
     if paths := contents.broken:
-        found = f"{count_of(len(paths), 'link')} or devices in {contents.folder} lead to no file or folder"
-        warnings.warn(f"{found} and are left out: {name_some(paths)}", stacklevel=3)
+        found = f"links without a file or folder behind them, and devices: {len(paths)} in {contents.folder}"
+        warnings.warn(f"left out {found}: {name_some(paths)}", stacklevel=3)
     if paths := contents.repeated:
-        found = f"{count_of(len(paths), 'folder')} in {contents.folder} are read already under another name"
-        warnings.warn(f"{found}, and are not read again: {name_some(paths)}", stacklevel=3)
+        found = f"{count_of(len(paths), 'folder')} in {contents.folder} that another name leads to as well"
+        warnings.warn(f"not read again: {found}: {name_some(paths)}", stacklevel=3)
 
 
 def warn_of_unread(contents: FolderContents, has_captions: bool) -> None:
@@ -156,8 +156,8 @@ def warn_of_sub_folders(contents: FolderContents, files: Sequence[str], are_clas
         warnings.warn(f"{found}{as_classes}; give {folder / best} to read that one", stacklevel=3)
     empty = set(contents.sub_folders) - {*used, *contents.repeated, "__MACOSX"}
     if are_classes and empty:
-        found = f"{count_of(len(empty), 'sub-folder')} of {folder} without usable images are no classes"
-        warnings.warn(f"{found}: {name_some(sorted(empty))}", stacklevel=3)
+        found = f"{count_of(len(empty), 'sub-folder')} of {folder} without usable images"
+        warnings.warn(f"no classes are made of {found}: {name_some(sorted(empty))}", stacklevel=3)
 
 
 def is_split(name: str) -> bool:
@@ -181,7 +181,7 @@ def check_encoding(path: str, kind: str) -> None:
         path.encode()
     except UnicodeEncodeError:
         shown = path.encode(errors="surrogateescape").decode(errors="backslashreplace")
-        raise ValueError(f"the name of {kind} {shown} is no UTF-8; rename it") from None
+        raise ValueError(f"the name of {kind} is no UTF-8: {shown}; rename it") from None
 
 
 def count_of(count: int, noun: str) -> str:

@@ -51,7 +51,7 @@ class ImageFolder(EncodedImages):
         walk.check_encoding(str(self.folder.absolute()), "the folder")
         contents = walk.walk_folder(self.folder)
         for name in contents.sub_folders:
-            walk.check_encoding(name, f"the sub-folder of {folder},")
+            walk.check_encoding(name, f"a sub-folder of {folder}")
         walk.warn_of_links(contents)
         metadata = Metadata(contents) if contents.metadata else None
         files = contents.images if metadata is None else sorted(metadata.rows)

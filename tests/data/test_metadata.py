@@ -105,8 +105,11 @@ def test_messages_name_the_line_of_a_csv(folder, text, message):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"file_name": "b.png", "text": "x"', r"line 4 of .*metadata.jsonl is not valid JSON: .* at character 35"),
-        ("not JSON", r"line 4 of .*metadata.jsonl is not valid JSON: Expecting value at character 1"),
+        (
+            '{"file_name": "b.png", "text": "x"',
+            "line 4 of .*jsonl is no whole JSON object: .* at character 35",
+        ),
+        ("not JSON", r"line 4 of .*metadata.jsonl is no whole JSON object: Expecting value at character 1"),
         ('["b.png"]', "line 4 of .*metadata.jsonl is no object with a file_name"),
         (
             '{"file_name": "b.png", "text": "x", "text ": "y"}',
@@ -118,9 +121,8 @@ def test_messages_name_the_line_of_a_csv(folder, text, message):
         ('{"file_name": "b.png", "text": null}', "no 'text' in 1 of 2 rows; the first is line 4 of .*metadata.jsonl"),
         ('{"file_name": "b.png", "text": NaN}', "no 'text' in 1 of 2 rows; the first is line 4 of"),
         ('{"file_name": "b.png", "text": []}', "no 'text' in 1 of 2 rows; the first is line 4 of"),
-        ('{"file_name": "b.png", "text": [""]}', r"line 4 of .*metadata.jsonl has the caption \[''\]"),
-        ('{"file_name": "b.png", "text": {"en": "x"}}', "line 4 of .*metadata.jsonl has the caption {'en': 'x'}"),
-        ('{"file_name": "b.png", "text": true}', "line 4 of .*metadata.jsonl has the caption True"),
+        ('{"file_name": "b.png", "text": [""]}', "no 'text' in 1 of 2 rows; the first is line 4 of"),
+        ('{"file_name": "b.png", "text": {"en": "x"}}', "has the caption {'en': 'x'} in line 4 of .*metadata.jsonl"),
         ('{"file_name": "z.png", "text": "x"}', r"z\.png is missing \(line 4 of .*metadata.jsonl names it\)"),
     ],
 )
@@ -155,13 +157,11 @@ def test_the_first_of_a_list_of_captions_is_taken(folder):
         (["01", "1"], ["01", "1"]),
         (["007", "008"], ["007", "008"]),
         (["+1", "1"], ["+1", "1"]),
-        (["-1", "1"], ["-1", "1"]),
-        (["1.0", "2"], ["1.0", "2"]),
+        (["1.0", "x"], ["1.0", "x"]),
         (["\u0661", "1"], ["1", "\u0661"]),
         (["\uff10", "\uff11"], ["\uff10", "\uff11"]),
         (["\xb2", "2"], ["2", "\xb2"]),
         (["1_0", "1"], ["1", "1_0"]),
-        (["9" * 30, "1"], ["1", "9" * 30]),
         (["nan", "None"], ["None", "nan"]),
         (["null", "NA"], ["NA", "null"]),
         (["True", "false"], ["True", "false"]),
@@ -241,11 +241,11 @@ def test_two_files_complete_each_other(folder):
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ("class", "taken as label; not used: class. --label-column class would take"),
-        ("categoryName", "taken as label; not used: categoryName"),
-        ("Target", "taken as label; not used: Target"),
-        ("caption_en", "taken as caption; not used: caption_en. --caption-column caption_en would take"),
-        ("age", "no column is used of age; --label-column, --caption-column or --vector-columns"),
+        ("class", "has the column 'class', which is not used; label_column='class' would use it"),
+        ("categoryName", "which is not used; label_column='categoryName'"),
+        ("Target", "which is not used; label_column='Target'"),
+        ("caption_en", "which is not used; caption_column='caption_en'"),
+        ("age", "is used: age; label_column, caption_column or vector_columns would use them"),
     ],
 )
 def test_columns_that_are_not_used_are_named(folder, header, message):
@@ -253,7 +253,7 @@ def test_columns_that_are_not_used_are_named(folder, header, message):
     data, said = load_with_warnings(folder)
     assert (data.class_names, data.captions) == (None, None)
     assert message in said
-    assert re.search("not used|no column", load_with_warnings(folder, vector_columns=(header,))[1]) is None
+    assert re.search("used", load_with_warnings(folder, vector_columns=(header,))[1]) is None
 
 
 def test_columns_that_differ_in_case_must_be_chosen(folder):

@@ -21,7 +21,7 @@ SIDECARS = (".txt", ".caption", ".json")  # captions, one file for each image
 OTHER_SUFFIXES = frozenset({  # of files that often lie beside images
     *TABLES, *TEXTS, "", ".caption", ".css", ".db", ".doc", ".docx", ".gz", ".htm", ".html", ".info", ".ini", ".ipynb",
     ".js", ".lnk", ".lock", ".log", ".md", ".md5", ".pdf", ".py", ".rst", ".rtf", ".safetensors", ".sh", ".sha256",
-    ".tar", ".toml", ".torrent", ".url", ".zip",
+    ".parquet", ".tar", ".toml", ".torrent", ".url", ".zip",
 })  # fmt: skip
 SPLIT = re.compile(
     "((data|images?|imgs)[ _-]?)?(train|training|test|testing|val|valid|validation|dev|eval)"

@@ -2,29 +2,39 @@
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from unet_denoiser.config.data import DataConfig
-from unet_denoiser.data.columns import CAPTION_COLUMNS, encode_labels, encode_vectors
+from unet_denoiser.data.columns import (
+    CAPTION_COLUMNS,
+    LABEL_COLUMNS,
+    encode_labels,
+    encode_vectors,
+    parse_texts,
+    read_caption,
+    warn_unused,
+)
 from unet_denoiser.data.dataset import refuse_options
 from unet_denoiser.data.sources import folder_walk as walk
 from unet_denoiser.data.sources.encoded_images import EncodedImages, check_config, split_usable
-from unet_denoiser.data.sources.metadata import Metadata, parse_labels, to_caption, to_label, to_number
+from unet_denoiser.data.sources.metadata import Cell, Metadata
 from unet_denoiser.data.sources.verification import MISSING, Header, verify_images
 
 SUB_FOLDERS = "its sub-folders"
 
 
 class Columns(NamedTuple):
-    """The columns of metadata that are used, each by the images' paths, and where they come from."""
+    """The columns of metadata that are used, a value for each image, and where they come from."""
 
-    labels: dict[str, Any] | None
-    captions: dict[str, str] | None
-    vectors: dict[str, dict[str, float]]
-    origins: dict[str, str]
+    labels: list[Cell] | None = None
+    captions: list[str] | None = None
+    vectors: Tensor | None = None
+    origins: Mapping[str, str] = {}
 
 
 class ImageFolder(EncodedImages):
@@ -64,11 +74,10 @@ class ImageFolder(EncodedImages):
             found = f"{len(left_out)} images in {folder} are not in its metadata and are left out"
             warnings.warn(f"{found}: {walk.name_some(left_out)}", stacklevel=2)
         # before the images are verified, which may take minutes
-        columns = Columns(None, None, {}, {}) if metadata is None else read_columns(metadata, files, config)
+        columns = Columns() if metadata is None else read_columns(metadata, files, config)
         headers, config = split_usable(self._verify(files, metadata), config, str(self.folder))
         self.files = list(headers)
-        self.origins = columns.origins
-        self._set_conditions(columns, config, "" if metadata is None else metadata.where)
+        self._set_conditions(columns, [i for i, file in enumerate(files) if file in headers], config, metadata)
         walk.warn_of_unread(contents, has_captions=self.captions is not None)
         walk.warn_of_sub_folders(contents, self.files, self.origins.get("class_labels") == SUB_FOLDERS)
         self._set_up(config, list(headers.values()))
@@ -88,35 +97,50 @@ class ImageFolder(EncodedImages):
                 headers[file] = headers[file]._replace(problem=named)
         return headers
 
-    def _set_conditions(self, columns: Columns, config: DataConfig, where: str) -> None:
-        if columns.labels is not None:
-            labels = parse_labels([columns.labels[file] for file in self.files])
-            self.labels, self.class_names = encode_labels(labels, config.class_names, where)
-        elif classes := find_folder_classes(self.folder, self.files, has_metadata=bool(where)):
+    def _set_conditions(self, columns: Columns, kept: list[int], config: DataConfig, metadata: Metadata | None) -> None:
+        self.origins = columns.origins
+        if columns.labels is not None and metadata is not None:
+            self.labels, self.class_names = encode_cells([columns.labels[i] for i in kept], config, metadata.where)
+        elif classes := find_folder_classes(self.folder, self.files, has_metadata=metadata is not None):
             self.labels, self.class_names = encode_labels(classes, config.class_names, str(self.folder))
             self.origins = {**self.origins, "class_labels": SUB_FOLDERS}
         if self.class_names is not None:
             walk.warn_of_similar(self.class_names, str(self.folder))
         if columns.captions is not None:
-            self.captions = [columns.captions[file] for file in self.files]
-        if columns.vectors:
-            values = {name: [column[file] for file in self.files] for name, column in columns.vectors.items()}
-            self.vectors, self.vector_dim = encode_vectors(values, where), len(values)
+            self.captions = [columns.captions[i] for i in kept]
+        if columns.vectors is not None:
+            self.vectors, self.vector_dim = columns.vectors[kept], columns.vectors.shape[1]
 
 
 def read_columns(metadata: Metadata, files: Sequence[str], config: DataConfig) -> Columns:
     """Read the columns that the options or their names make conditions."""
-    label = metadata.find_column("label_column", config.label_column, ("label", "labels"))
+    where, numbers, origins = metadata.where, config.vector_columns, {}
+    labels = captions = vectors = None
+    label = metadata.find_column("label_column", config.label_column, LABEL_COLUMNS)
     caption = metadata.find_column("caption_column", config.caption_column, CAPTION_COLUMNS)
-    metadata.warn_of_unused(label, caption, config.vector_columns)
-    origins = {"class_labels": label, "caption": caption}
-    return Columns(
-        metadata.read_column(label, files, to_label) if label else None,
-        metadata.read_column(caption, files, to_caption) if caption else None,
-        {name: metadata.read_column(name, files, to_number) for name in config.vector_columns},
-        {name: metadata.describe(column) for name, column in origins.items() if column}
-        | ({"vector": metadata.describe(*config.vector_columns)} if config.vector_columns else {}),
-    )
+    warn_unused(sorted(metadata.names - {*numbers}), label, caption, where)
+    if metadata.names and not (label or caption or numbers):
+        found = f"no column of {where} is used: {walk.name_some(sorted(metadata.names))}"
+        warnings.warn(f"{found}; label_column, caption_column or vector_columns would use them", stacklevel=3)
+    if label:
+        labels, origins["class_labels"] = metadata.read_column(label, files), metadata.describe(label)
+        encode_cells(labels, config, where)  # raises for values that are no labels
+    if caption:
+        cells, origins["caption"] = metadata.read_column(caption, files), metadata.describe(caption)
+        captions = [read_caption(cell.value, where, cell.place) for cell in cells]
+    if numbers:
+        columns, origins["vector"] = [metadata.read_column(n, files) for n in numbers], metadata.describe(*numbers)
+        values = {n: [cell.value for cell in cells] for n, cells in zip(numbers, columns, strict=True)}
+        vectors = encode_vectors(values, where, lambda i: columns[0][i].place)
+    return Columns(labels, captions, vectors, origins)
+
+
+def encode_cells(cells: Sequence[Cell], config: DataConfig, where: str) -> tuple[Tensor, list[str]]:
+    """Return labels and class names as `encode_labels` does; texts that are integers become such."""
+    values = [cell.value for cell in cells]
+    if all(isinstance(value, str) for value in values):
+        values = parse_texts(values, config.class_names)
+    return encode_labels(values, config.class_names, where, lambda i: cells[i].place)
 
 
 def find_folder_classes(folder: Path, files: Sequence[str], has_metadata: bool) -> list[str] | None:

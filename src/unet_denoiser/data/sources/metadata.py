@@ -3,22 +3,17 @@
 import codecs
 import csv
 import json
-import math
 import os
 import re
 import unicodedata
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from unet_denoiser.data.columns import pick_column
+from unet_denoiser.data.columns import is_absent, pick_column
 from unet_denoiser.data.sources.folder_walk import FolderContents, name_some
-
-LABEL_WORD = re.compile("breed|category|categories|class(es|name)?|genre|kind|labels?|species|tags?|targets?")
-CAPTION_WORD = re.compile("captions?|comment|desc|description|prompts?|sentences?|texts?|title")
 
 
 class Row(NamedTuple):
@@ -31,6 +26,13 @@ class Row(NamedTuple):
     @property
     def place(self) -> str:
         return f"line {self.line} of {self.path}"
+
+
+class Cell(NamedTuple):
+    """A value, and its row's place."""
+
+    value: Any
+    place: str
 
 
 class Metadata:
@@ -66,8 +68,8 @@ class Metadata:
                 return alike[0]
         return pick_column(self.names, option, given, (), self.where)
 
-    def read_column(self, name: str, files: Sequence[str], convert: Callable[[Any, str], Any]) -> dict[str, Any]:
-        """Return a column's values by image, as `convert(value, "line 5 of FILE")` returns them.
+    def read_column(self, name: str, files: Sequence[str]) -> list[Cell]:
+        """Return a column's cell for each image.
 
         Raises:
             ValueError: images without a value, or with two.
@@ -82,26 +84,13 @@ class Metadata:
                 if str(other.values[name]) != str(row.values[name]):
                     both = f"{row.values[name]!r} in {row.place} and {other.values[name]!r} in {other.place}"
                     raise ValueError(f"{file} has two values of {name!r}: {both}; give each image one")
-        return {file: convert(row.values[name], row.place) for file, (row, *_) in zip(files, found, strict=True)}
+        return [Cell(row.values[name], row.place) for row, *_ in found]
 
     def describe(self, *columns: str) -> str:
         """Return the place of columns that are used, as in "column text of metadata.csv"."""
         rows = (row for rows in self.rows.values() for row in rows)
         files = sorted({row.path.name for row in rows if not row.values.keys().isdisjoint(columns)})
         return f"column{'s' if len(columns) > 1 else ''} {', '.join(columns)} of {' and '.join(files)}"
-
-    def warn_of_unused(self, label: str | None, caption: str | None, vectors: Sequence[str]) -> None:
-        """Warn of columns that look like classes or captions if there are none, and if no column is used."""
-        unused, said = self.names - {label, caption, *vectors}, False
-        for option, used, word in (("label", label, LABEL_WORD), ("caption", caption, CAPTION_WORD)):
-            alike = [name for name in sorted(unused) if any(map(word.fullmatch, _split_words(name)))]
-            if used is None and alike:
-                found = f"{self.where} has no column that is taken as {option}; not used: {name_some(alike)}"
-                warnings.warn(f"{found}. --{option}-column {alike[0]} would take that one", stacklevel=4)
-                said = True
-        if unused == self.names and unused and not said:
-            options = "--label-column, --caption-column or --vector-columns takes them"
-            warnings.warn(f"{self.where}: no column is used of {name_some(sorted(unused))}; {options}", stacklevel=4)
 
 
 class _Locator:
@@ -113,7 +102,7 @@ class _Locator:
     def find(self, base: str, name: str) -> str:
         """Return the path of the image that a metadata file in the sub-folder `base` calls `name`."""
         paths = [_join(base, text) for text in (name, name.strip(), name.strip().replace("\\", "/"))]
-        for path in paths:
+        for path in dict.fromkeys(paths):
             if path in self.images:
                 return path
             if composed := self._composed.get(unicodedata.normalize("NFC", path)):
@@ -142,10 +131,6 @@ _real_folder = lru_cache(1024)(os.path.realpath)
 
 def _join(base: str, name: str) -> str:
     return os.path.normpath(os.path.join(base, name)).replace(os.sep, "/")
-
-
-def _split_words(name: str) -> list[str]:
-    return re.findall("[a-z]+", re.sub("(?<=[a-z])(?=[A-Z])", " ", name).lower())
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -214,7 +199,7 @@ def _read_jsonl(text: str, path: Path) -> Iterator[Row]:
         try:
             values = json.loads(content, object_pairs_hook=_to_dict)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{place} is not valid JSON: {error.msg} at character {error.pos + 1}") from None
+            raise ValueError(f"{place} is no whole JSON object: {error.msg} at character {error.pos + 1}") from None
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{place} cannot be read: {error}") from None
         if not isinstance(values, dict):
@@ -234,46 +219,3 @@ def _clean_name(name: str) -> str:
     """Return a column's name without the spaces and marks of other programs."""
     name = name.strip("\ufeff").strip()
     return "file_name" if name.casefold() == "file_name" else name
-
-
-def is_absent(value: Any) -> bool:
-    """Return True for a cell that is empty: None, NaN, a text of spaces, or an empty list."""
-    return value is None or value == [] or value != value or (isinstance(value, str) and not value.strip())
-
-
-def to_label(value: Any, place: str) -> Any:
-    """Return a class, a text or number; ValueError for anything else."""
-    if isinstance(value, list | dict):
-        raise ValueError(f"{place} has the class {value!r}; give a text or an integer")
-    return value
-
-
-def to_caption(value: Any, place: str) -> str:
-    """Return a caption, the first of a list; ValueError for what is no text or number."""
-    first = value[0] if isinstance(value, list) else value
-    if is_absent(first) or isinstance(first, list | dict | bool):
-        raise ValueError(f"{place} has the caption {value!r}; give a text, or a list whose first is taken")
-    return str(first)
-
-
-def to_number(value: Any, place: str) -> float:
-    """Return a finite number; ValueError for anything else."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"vector_columns must hold a finite number in every row; {place} has {value!r}")
-    return number
-
-
-def parse_labels(values: list[Any]) -> list[Any]:
-    """Return integers if all values are written as such, since a .csv holds texts only; otherwise names.
-
-    "01" and "+1" are names, because the number's name would be another.
-    """
-    if not any(isinstance(value, str) for value in values):
-        return values
-    texts = [str(value) for value in values]
-    is_number = all(text.isdecimal() and len(text) < 19 and str(int(text)) == text for text in texts)
-    return [int(text) for text in texts] if is_number else texts

@@ -5,10 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from unet_denoiser.config.data import DataConfig
@@ -270,6 +272,10 @@ def _read_cell(cell: Any, config: DataConfig, name: str) -> Source:
     """
     if isinstance(cell, bytes):
         return cell
+    if isinstance(cell, Image.Image):  # of a stream with a filter, which decodes
+        buffer = BytesIO()
+        cell.save(buffer, "TIFF")  # loses nothing in any mode
+        return buffer.getvalue()
     if not cell or (cell.get("bytes") is None and cell.get("path") is None):
         return b""
     if cell.get("bytes") is not None:

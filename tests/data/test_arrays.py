@@ -1,6 +1,8 @@
 """Arrays in .npz and .npy files, and scikit-learn's digits."""
 
+import io
 import pickle
+import zipfile
 from collections import Counter
 
 import numpy as np
@@ -80,10 +82,12 @@ def test_uint16_and_mapped_npy_files(tmp_path):
 def test_labels_with_large_gaps(tmp_path):
     images = np.zeros((4, 8, 8), np.uint8)
     np.savez(tmp_path / "years.npz", images=images, labels=[7, 8, 9, 9])
-    with pytest.warns(UserWarning, match="has images of 3 of the 10 classes 0 to 9"):
+    with pytest.warns(
+        UserWarning, match="3 of its 10 classes, none of 0, 1, 2, 3, 4 and 2 more; its labels begin at 7"
+    ):
         load_data(tmp_path / "years.npz")
     np.savez(tmp_path / "ids.npz", images=images, labels=[7, 8, 9, 10**8])
-    with pytest.raises(ValueError, match="go up to 100000000; give names, or integers from 0 without gaps"):
+    with pytest.raises(ValueError, match="go up to 100000000 in item 3; give names, or integers from 0 without gaps"):
         load_data(tmp_path / "ids.npz")
 
 
@@ -96,9 +100,23 @@ def test_labels_with_large_gaps(tmp_path):
         ({"images": np.zeros((2, 4, 4), np.int64)}, "dtype int64; give uint8"),
         ({"images": np.full((2, 4, 4), 1.5)}, r"go from 1.5 to 1.5; floats must be in \[-1, 1\]"),
         ({"images": np.full((2, 4, 4), np.nan)}, r"floats must be in \[-1, 1\]"),
-        ({"images": np.zeros((2, 4, 4)), "labels": np.zeros(3, int)}, r"labels have shape \(3,\)"),
+        ({"images": np.zeros((2, 4, 4)), "labels": np.zeros(3, int)}, r"labels of .*d\.npz have shape \(3,\)"),
         ({"images": np.zeros((2, 4, 4)), "labels": np.array([0, -1])}, "integers from 0"),
         ({"images": np.zeros((2, 4, 4)), "labels": np.array([0.0, 1.0])}, "integers from 0"),
+        ({"images": np.zeros((2, 3, 32, 32), np.uint8)}, r"as \(N, C, H, W\) has; give \(N, H, W, C\)"),
+        ({"images": np.zeros((2, 1, 28, 28), np.uint8)}, r"as \(N, C, H, W\) has"),
+        ({"images": np.full((2, 4, 4), 200.0)}, r"d\.npz go from 200 to 200; .* or images / 127\.5 - 1"),
+        ({"images": np.full((2, 4, 4), 200)}, r"dtype int64; .* for example images\.astype\(np\.uint8\)$"),
+        ({"images": np.ones((2, 4, 4), bool)}, r"dtype bool; .* for example images\.astype\(np\.uint8\) \* 255"),
+        ({"images": np.zeros((2, 4, 4), complex)}, r"d\.npz have dtype complex128"),
+        ({"images": np.zeros((2, 4, 4), [("r", "u1")])}, "give uint8"),
+        (
+            {"images": np.zeros((2, 4, 4)), "captions": np.array(["a", ""])},
+            "no 'caption' in 1 of 2 rows",
+        ),
+        ({"images": np.zeros((2, 4, 4)), "captions": np.array([b"a", b"b"])}, "in item 0, of type bytes_; give text"),
+        ({"images": np.zeros((2, 4, 4)), "captions": np.array(["a"])}, "there are 1 captions for 2 images"),
+        ({"images": np.zeros((2, 4, 4)), "vectors": np.zeros(2)}, r"vectors of .*d\.npz have shape \(2,\)"),
         (
             {"images": np.zeros((2, 4, 4)), "labels": np.array([0, 3]), "class_names": np.array(["a", "b"])},
             "class_names has 2 entries, labels go up to 3",
@@ -109,3 +127,109 @@ def test_refuses_arrays(tmp_path, arrays, message):
     np.savez(tmp_path / "d.npz", **arrays)
     with pytest.raises((ValueError, TypeError), match=message):
         load_data(tmp_path / "d.npz")
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.linspace(0, 1, 32), r"d\.np. go from 0 to 1, and black is -1; if 0 is black, give images \* 2 - 1"),
+        (np.arange(32).astype(np.uint8) % 2, r"from 0 to 1 of 0 to 255, so they are nearly black; images \* 255"),
+        (np.arange(32).astype(np.uint16) * 8, "from 0 to 248 of 0 to 65535, so they are nearly black; scale them"),
+    ],
+)
+def test_warns_of_ranges_that_are_used_in_part(tmp_path, images, message):
+    images = images.reshape(2, 4, 4)
+    np.savez(tmp_path / "d.npz", images=images)
+    np.save(tmp_path / "d.npy", images)
+    for name in ("d.npz", "d.npy"):
+        with pytest.warns(UserWarning, match=message):
+            load_data(tmp_path / name)
+
+
+def test_warns_of_shapes_that_look_like_others(tmp_path):
+    for shape in ((9, 3, 100), (64, 64, 3)):
+        np.save(tmp_path / "d.npy", np.zeros(shape, np.uint8))
+        with pytest.warns(UserWarning, match=r"d\.npy has shape .* is read as .* grey images"):
+            load_data(tmp_path / "d.npy")
+    with pytest.warns(UserWarning, match=r"as \(N, H, W, C\) has, and are read as \(N, C, H, W\)"):
+        ArrayDataset(np.zeros((2, 32, 32, 3), np.uint8))
+
+
+@pytest.mark.parametrize("dtype", [">u2", ">f4", ">f8", "<f2", np.longdouble])
+def test_any_order_of_bytes_and_axes(tmp_path, dtype):
+    images = np.asfortranarray(np.linspace(-1, 1, 2 * 6 * 5 * 2).reshape(2, 6, 5, 2))
+    if dtype == ">u2":
+        images = ((images + 1) * 32767.5).round()
+    np.save(tmp_path / "d.npy", images.astype(dtype))
+    np.savez(tmp_path / "d.npz", images=images.astype(dtype), labels=np.array([1, 0], ">i4"))
+    expected = torch.from_numpy(images[1] / 32767.5 - 1 if dtype == ">u2" else images[1]).permute(2, 0, 1).float()
+    for name in ("d.npy", "d.npz"):
+        assert_close(load_data(tmp_path / name)[1]["image"], expected, atol=1e-3, rtol=0)
+    assert load_data(tmp_path / "d.npz").labels.tolist() == [1, 0]
+
+
+def test_labels_of_npz_may_be_names(tmp_path):
+    np.savez(tmp_path / "d.npz", images=np.zeros((2, 4, 4), np.uint8), labels=np.array(["b", "a"]))
+    data = load_data(tmp_path / "d.npz")
+    assert (data.class_names, data.labels.tolist()) == (["a", "b"], [1, 0])
+    assert data.origins == {"class_labels": "array labels"}
+
+
+# ---- hostile and damaged files ---------------------------------------------------------------------------------------
+
+
+def write_npz(path, compression=zipfile.ZIP_STORED, **contents):
+    with zipfile.ZipFile(path, "w", compression) as file:
+        for name, content in contents.items():
+            file.writestr(f"{name}.npy", content)
+    return path
+
+
+def npy(array, shape=None):
+    """The content of an .npy file, whose header may claim another shape."""
+    buffer = io.BytesIO()
+    header = {"descr": np.lib.format.dtype_to_descr(array.dtype), "fortran_order": False, "shape": shape or array.shape}
+    np.lib.format.write_array_header_1_0(buffer, header)
+    return buffer.getvalue() + array.tobytes()
+
+
+def test_headers_that_claim_more_than_there_is(tmp_path):
+    for shape in ((2**20, 2**10, 2**10), (2**40, 2**40, 2**40), (-1, 4, 4)):
+        content = npy(np.zeros((1, 4, 4), np.uint8), shape)
+        (tmp_path / "d.npy").write_bytes(content)
+        for path in (write_npz(tmp_path / "d.npz", images=content), tmp_path / "d.npy"):
+            with pytest.raises(ValueError, match=rf"{path.name} is not a readable"):
+                load_data(path)
+
+
+def test_bombs_are_not_decompressed(tmp_path, monkeypatch):
+    """Of an array that is not used nothing is read; one that is used is judged by its size first."""
+    images = npy(np.zeros((1, 4, 4), np.uint8))
+    with zipfile.ZipFile(tmp_path / "unused.npz", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("images.npy", images)
+        file.writestr("junk.npy", b"no array at all")
+    assert len(load_data(tmp_path / "unused.npz")) == 1
+    monkeypatch.setattr("unet_denoiser.data.sources.arrays.MAX_UNCHECKED_SIZE", 2**22)
+    bomb = npy(np.zeros((2**19, 4, 4), np.uint8))
+    write_npz(tmp_path / "bomb.npz", zipfile.ZIP_DEFLATED, images=bomb)
+    with pytest.raises(ValueError, match=r"bomb\.npz is not a readable .* expands from 0 MiB to 8 MiB"):
+        load_data(tmp_path / "bomb.npz")
+
+
+def test_damaged_and_encrypted_files(tmp_path):
+    content = bytearray(write_npz(tmp_path / "d.npz", images=npy(np.zeros((2, 4, 4), np.uint8))).read_bytes())
+    encrypted = content.copy()
+    for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        encrypted[content.index(signature) + offset] |= 1
+    unknown = content.copy()
+    for signature, offset in ((b"PK\x03\x04", 8), (b"PK\x01\x02", 10)):
+        unknown[content.index(signature) + offset] = 77
+    flipped = content.copy()
+    flipped[content.index(b"PK\x01\x02") - 1] ^= 1  # the last pixel
+    for damaged in (encrypted, unknown, flipped, content[:-30], b""):
+        (tmp_path / "d.npz").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"d\.npz is not a readable \.npz file"):
+            load_data(tmp_path / "d.npz")
+    np.save(tmp_path / "d.npy", np.array([{"a": 1}], object), allow_pickle=True)
+    with pytest.raises(ValueError, match=r"d\.npy is not a readable \.npy file"):
+        load_data(tmp_path / "d.npy")

@@ -2,10 +2,13 @@
 
 import random
 
+import datasets
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.testing import assert_close
+from torch.utils.data import DataLoader
 
 from support.data import assert_same, load_batches
 from unet_denoiser import DataConfig, Diffusion, Run, Trainer, TrainingConfig, UNet
@@ -83,15 +86,137 @@ def test_training_on_custom_data_with_conditions(stream, tmp_path):
     assert preview(run, trainer).exists()
 
 
+IMAGE = torch.zeros(3, 4, 5)
+
+
+class ByName:
+    """As a table of pandas: it has len(), and names for keys."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, name):
+        raise KeyError(name)
+
+
+class Named(list):
+    class_names = ("cat", "dog")
+
+
+RGB = np.arange(60, dtype=np.uint8).reshape(4, 5, 3) * 4
+SCALED = torch.from_numpy(RGB).permute(2, 0, 1) / 127.5 - 1
+
+
+@pytest.mark.parametrize(
+    ("item", "image"),
+    [
+        (SCALED, SCALED),
+        ({"image": Image.fromarray(RGB)}, SCALED),
+        ({"img": RGB}, SCALED),
+        ({"pixel_values": torch.from_numpy(RGB).permute(2, 0, 1)}, SCALED),
+        ({"image": SCALED.numpy().astype(">f4")}, SCALED),
+        ((Image.fromarray(RGB[..., 0]), 0), SCALED[:1]),
+        ({"images": RGB[..., 0]}, SCALED[:1]),
+    ],
+)
+def test_images_whose_meaning_is_plain(item, image):
+    data = as_dataset([item])
+    assert (data.channels, data.image_size) == (len(image), (4, 5))
+    assert_close(data[0]["image"], image)
+
+
+@pytest.mark.parametrize(
+    ("item", "label"),
+    [({"class_labels": "dog"}, 1), ({"label": 1}, 1), ({"labels": torch.tensor(1)}, 1), ({"label": np.int64(0)}, 0)],
+)
+def test_labels_whose_meaning_is_plain(item, label):
+    for data in (Named([{"image": IMAGE} | item]), ListStream([{"image": IMAGE} | item])):
+        data.class_names = ("cat", "dog")
+        assert next(iter(load_batches(as_dataset(data), stop=1)))["class_labels"].tolist() == [label] * 4
+    assert as_dataset([(IMAGE, label)])[0]["class_labels"] == label
+
+
+def test_pil_images_have_the_channels_of_the_first():
+    data = as_dataset([Image.fromarray(RGB), Image.fromarray(RGB[..., 0])])
+    assert data[1]["image"].shape == (3, 4, 5)
+
+
+def test_warns_of_images_without_black():
+    with pytest.warns(UserWarning, match=r"'image' in item 0 goes from 0.* to 0.* and black is -1; give 2 \* x - 1"):
+        as_dataset([{"image": torch.rand(3, 8, 8)}])
+
+
+# ---- objects of `datasets` -------------------------------------------------------------------------------------------
+
+
+def hub_table():
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    content = {"image": [Image.fromarray(RGB)] * 4, "label": [0, 1] * 2}
+    return datasets.Dataset.from_dict(content, features=features)
+
+
+def as_tensors(rows):
+    return {"images": [SCALED for _ in rows["image"]], "label": rows["label"]}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda table: table,
+        lambda table: table.with_transform(as_tensors),
+        lambda table: table.with_transform(lambda rows: rows),
+        lambda table: table.with_format("torch"),
+        lambda table: table.with_format("numpy"),
+        lambda table: table.to_iterable_dataset(),
+        lambda table: table.to_iterable_dataset().with_format("torch"),
+        lambda table: table.to_iterable_dataset().map(lambda row: {"pixel_values": SCALED}, remove_columns=["image"]),
+        lambda table: table.to_iterable_dataset().map(lambda row: row),
+        lambda table: datasets.interleave_datasets([table.to_iterable_dataset()] * 2),
+        lambda table: table.to_iterable_dataset().shuffle(seed=0).filter(lambda row: True),
+        lambda table: datasets.IterableDataset.from_generator(lambda: iter([table[0], table[1]])),
+        lambda table: table.cast_column("image", datasets.Image(decode=False)),
+    ],
+)
+def test_objects_of_datasets(change):
+    data = as_dataset(change(hub_table()))
+    assert (data.channels, data.image_size) == (3, (4, 5))
+    (batch,) = load_batches(data, stop=1)
+    assert sorted(set(batch["class_labels"].tolist())) == [0, 1]
+    assert_close(batch["image"], SCALED.expand(4, -1, -1, -1))
+
+
+def test_names_of_classes_survive_a_transform():
+    assert as_dataset(hub_table().with_transform(as_tensors)).class_names == ["a", "b"]
+
+
+def test_refuses_objects_of_datasets():
+    with pytest.raises(TypeError, match=r"for example data\['train'\]; it has train, test"):
+        as_dataset(datasets.DatasetDict({"train": hub_table(), "test": hub_table()}))
+    features = datasets.Features({"image": datasets.Array3D((3, 4, 5), "float64")})
+    with pytest.raises(ValueError, match=r"holds Array3D, not images; give image files .* or items {'image': tensor}"):
+        as_dataset(datasets.Dataset.from_dict({"image": [np.zeros((3, 4, 5))]}, features=features))
+
+
 @pytest.mark.parametrize(
     ("data", "error", "message"),
     [
         (3, TypeError, "data is a int; give a dataset"),
         ([], ValueError, "no items"),
-        ([torch.zeros(1, 4, 4)], ValueError, "item 0 of the dataset is a Tensor; give dicts with 'image'"),
         ([{"pixels": 1}], ValueError, "item 0 of the dataset has the keys pixels"),
-        ([{"image": np.zeros((4, 4, 3), np.uint8)}], ValueError, r"'image' in item 0 is torch.uint8 \(4, 4, 3\)"),
+        ([(1, 2)], ValueError, "item 0 of the dataset is a tuple; give dicts with 'image'"),
+        ([{"image": np.zeros((3, 4, 4), np.int64)}], ValueError, r"'image' in item 0 is torch.int64 \(3, 4, 4\)"),
+        ([{"image": np.zeros((5, 4, 7), np.uint8)}], ValueError, r"'image' in item 0 is torch.uint8 \(5, 4, 7\)"),
         ([{"image": "a.png"}], ValueError, "'image' in item 0 is str; give a tensor"),
+        ("photos", TypeError, r"data is a str; give a dataset of dicts, or load_data\(path\)"),
+        ({"image": IMAGE}, TypeError, "data is a dict; give a dataset of dicts"),
+        (({"image": IMAGE} for _ in range(3)), TypeError, "is a generator, which can be read only once; give a list"),
+        (map(abs, [1]), TypeError, "is a map, which can be read only once"),
+        (DataLoader([{"image": IMAGE}]), TypeError, r"is a DataLoader; give its dataset, loader\.dataset"),
+        (ByName(), TypeError, "is a ByName, of which .* no item .KeyError: 0.; give a dataset of dicts"),
+        ([{"image": IMAGE, "class_labels": "cat"}], ValueError, "item 0 is 'cat', but the dataset has no class_names"),
+        ([{"image": IMAGE, "class_labels": 1.0}], ValueError, "the label 1.0 in item 0, of type float"),
+        ([(IMAGE, torch.zeros(2))], ValueError, r"'class_labels' in item 0 is torch.float32 \(2,\); give one integer"),
+        (Named([{"image": IMAGE, "label": "cow"}]), ValueError, "the class 'cow', which is not one of .*: cat, dog"),
     ],
 )
 def test_refuses_custom_data(data, error, message):

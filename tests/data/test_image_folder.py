@@ -102,7 +102,7 @@ def test_refuses_metadata(tmp_path, rows, options, message):
 def test_refuses_a_comma_without_quotes(tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,a cat, sitting\n")
-    with pytest.raises(ValueError, match=r"row 1 of .*metadata\.csv has more values .* put quotes around"):
+    with pytest.raises(ValueError, match=r"line 2 of .*metadata\.csv has more values .* put quotes around"):
         load_data(tmp_path)
 
 

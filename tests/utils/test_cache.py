@@ -60,6 +60,20 @@ def test_a_scan_of_an_earlier_version_is_found(home, monkeypatch):
     assert load_data(images).channels == 1
 
 
+@pytest.mark.parametrize(
+    "header", [[True, 8, 8, "is broken"], [True, 8], [True, "8", 8, None], [True, 8, 8, None, 1], 5]
+)
+def test_a_scan_is_not_trusted_about_failures_or_if_it_is_damaged(home, header):
+    images = write_images(home.parent / "images", ["a.png"])
+    load_data(images)
+    (path,) = (home / "x" / "scans").glob("*.json")
+    entries = json.loads(path.read_text())
+    for broken in ({"a.png": [entries["a.png"][0], header]}, {"a.png": header}, {"a.png": [[], [True, 8, 9, None]]}):
+        path.write_text(json.dumps(broken))
+        assert load_data(images).image_size == (8, 8)
+        assert json.loads(path.read_text()) == entries
+
+
 @pytest.mark.skipif(os.name != "posix", reason="only there a file's name may be any bytes")
 def test_a_file_name_that_is_not_utf_8_is_remembered(home, monkeypatch):
     images = write_images(home.parent / "images", ["a.png"])

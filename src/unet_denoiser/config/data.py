@@ -29,10 +29,11 @@ class DataConfig:
             64).
         channels: convert image files to 1 (grey), 3 (RGB) or 4 (RGBA) channels (default: as they are).
         class_names: names of the classes in label order (default: those found).
-        split: split of a Hugging Face dataset.
-        image_column: image column of a Parquet or Hugging Face dataset (default: the first that holds images).
-        label_column: column of the class, a name or an integer from 0; also in metadata.csv (default: "label" if there
-            is one).
+        split: split of a Hugging Face dataset, or of a folder of .parquet files whose names tell it.
+        image_column: image column of a Parquet or Hugging Face dataset (default: "image", or the first that holds
+            images).
+        label_column: column of the class, a name or an integer from 0; also in metadata.csv (default: "label", "labels"
+            or the first that a Hugging Face dataset marks as classes).
         caption_column: column of the caption; also in metadata.csv (default: "text", "caption", "captions" or "prompt"
             if there is one).
         vector_columns: columns of numbers that condition the network; also in metadata.csv. They are not normalized,

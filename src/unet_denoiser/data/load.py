@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from unet_denoiser.config.data import DataConfig
+from unet_denoiser.data.columns import warn_empty_classes
 from unet_denoiser.data.dataset import DatasetWrapper, ImageDataset, StreamDataset
 from unet_denoiser.data.sources.arrays import DIGITS, load_digits_data, load_npy, load_npz
-from unet_denoiser.data.sources.image_folder import ImageFolder, list_images
+from unet_denoiser.data.sources.folder_walk import list_images
+from unet_denoiser.data.sources.image_folder import ImageFolder
+from unet_denoiser.data.sources.parquet_files import list_tables
 from unet_denoiser.data.wrappers.captions import CaptionedDataset
 from unet_denoiser.data.wrappers.concat import ConcatConditionDataset
 from unet_denoiser.data.wrappers.latents import LatentDataset
@@ -45,6 +49,8 @@ def load_data(config: DataConfig | str | Path, **options: Any) -> ImageDataset |
     if vae is not None:  # latents are kept, so `LatentDataset` flips
         source = replace(source, horizontal_flip=False, channels=config.channels or vae.image_channels)
     data: Any = _load_source(source)
+    if isinstance(data, ImageDataset) and data.labels is not None:
+        warn_empty_classes(data.labels, data.class_names or [], config.source)
     if config.concat is not None:
         data = ConcatConditionDataset(data, config, _load_paired(config, source, data))
     if vae is not None:
@@ -61,15 +67,19 @@ def _load_source(config: DataConfig) -> ImageDataset | StreamDataset:
     path = Path(config.source)
     if config.source in DIGITS:
         return load_digits_data(config)
-    is_table = path.is_dir() and next(path.rglob("*.parquet"), None) is not None and not list_images(path)
-    if config.source.startswith("hf:") or path.suffix == ".parquet" or is_table:
+    tables = [file for file in list_tables(path) if Path(file).stem.lower() != "metadata"] if path.is_dir() else []
+    images = list_images(path) if tables else []
+    if images:
+        found = f"{path} has images, which are used, and {len(tables)} .parquet files, which are not"
+        warnings.warn(f"{found}; give the folder of the .parquet files to use them", stacklevel=3)
+    if config.source.startswith("hf:") or path.suffix.lower() == ".parquet" or (tables and not images):
         from unet_denoiser.data.sources.huggingface import load_hub
 
         return load_hub(config)
     if path.is_dir():
         return ImageFolder(path, config)
-    if path.is_file() and path.suffix in (".npz", ".npy"):
-        return (load_npz if path.suffix == ".npz" else load_npy)(path, config)
+    if path.is_file() and path.suffix.lower() in (".npz", ".npy"):
+        return (load_npz if path.suffix.lower() == ".npz" else load_npy)(path, config)
     others = "nor an existing folder of images, nor an .npz, .npy or .parquet file, nor hf:NAME"
     raise FileNotFoundError(f"DATA={config.source} is not 'digits', {others}")
 

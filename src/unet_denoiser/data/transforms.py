@@ -23,6 +23,10 @@ SUFFIXES = frozenset(
     )
 )
 
+MAX_PIXELS = 2**29  # of an image, 23,170 x 23,170; a small file may claim any number, and fill the memory
+if Image.MAX_IMAGE_PIXELS is not None:  # Pillow refuses images of twice its limit, by default of 179 megapixels
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, MAX_PIXELS)
+
 
 class UnreadableItemError(ValueError):
     """An item cannot be read; training replaces it by another one."""
@@ -40,10 +44,15 @@ def open_image(source: Source, name: str = "") -> Image.Image:
     name = name or str(source)
     try:
         with Image.open(source if isinstance(source, str) else BytesIO(source)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
             image.load()
             upright = ImageOps.exif_transpose(image)
     except Image.UnidentifiedImageError:
         raise UnreadableItemError(name, "cannot be read as an image: no image format that is known") from None
+    except Image.DecompressionBombError:
+        reason = f"has more than {MAX_PIXELS // 10**6} megapixels, and is not decoded; make it smaller"
+        raise UnreadableItemError(name, reason) from None
     except Exception as error:  # decoders raise exceptions of many types
         reason = str(error) or type(error).__name__
         raise UnreadableItemError(name, f"cannot be read as an image: {reason}") from None

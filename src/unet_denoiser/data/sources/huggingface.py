@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from unet_denoiser.config.data import DataConfig
-from unet_denoiser.data.columns import CAPTION_COLUMNS, encode_labels, encode_vectors, pick_column, renumber_labels
+from unet_denoiser.data.columns import (
+    CAPTION_COLUMNS,
+    LABEL_COLUMNS,
+    Namer,
+    encode_labels,
+    encode_vectors,
+    is_absent,
+    pick_column,
+    read_caption,
+    renumber_labels,
+    warn_unused,
+)
 from unet_denoiser.data.dataset import StreamDataset, StreamIndex
 from unet_denoiser.data.sources.encoded_images import EncodedImages, check_config, choose_size, split_usable
+from unet_denoiser.data.sources.parquet_files import check_files, choose_files
 from unet_denoiser.data.sources.verification import Header, verify_images
 from unet_denoiser.data.transforms import Source, UnreadableItemError, augment, make_fill, read_pixels, to_float
 
@@ -34,6 +48,12 @@ class Columns(NamedTuple):
     caption: str | None
     class_names: list[str] | None
 
+    def origins(self, config: DataConfig) -> dict[str, str]:
+        """Return the columns of the conditions, as `ImageDataset.origins`."""
+        vector = ", ".join(config.vector_columns) or None
+        found = {"class_labels": self.label, "caption": self.caption, "vector": vector}
+        return {name: f"column {column}" for name, column in found.items() if column}
+
 
 class HubDataset(EncodedImages):
     """The images of a `datasets.Dataset`.
@@ -49,20 +69,26 @@ class HubDataset(EncodedImages):
     def __init__(self, table: datasets.Dataset, config: DataConfig | None = None, **options: Any) -> None:
         config = replace(config or DataConfig(UNNAMED_SOURCE), **options)
         check_config(config)
-        columns, table = find_columns(table, config)
+        if table.format["type"] == "custom":
+            raise TypeError("the data set has a transform; give it to Trainer, which takes the items that it makes")
+        columns, table = find_columns(table if table.format["type"] is None else table.with_format(None), config)
         stamps = {f"row {i}": [0] for i in range(len(table))}
         if not stamps:
             raise ValueError(f"{config.source} has no rows")
         images = table.select_columns([columns.image])
         # the fingerprint of `datasets` changes with the content, so rows need no stamps
         name = f"{config.source} {columns.image} {table._fingerprint}"
-        headers = verify_images(name, stamps, lambda row: _read_cell(images[int(row[4:])][columns.image]))
+        headers = verify_images(name, stamps, lambda row: _read_cell(images[int(row[4:])][columns.image], config, row))
+        for column in filter(None, (columns.label, columns.caption)):
+            for i in (i for i, value in enumerate(table[column]) if is_absent(value)):
+                headers[f"row {i}"] = headers[f"row {i}"]._replace(problem=f"has no {column!r}")
         headers, config = split_usable(headers, config, config.source)
         kept = [int(row[4:]) for row in headers]
         self.table = table if len(kept) == len(table) else table.select(kept)
         self.columns, self.images = columns, self.table.select_columns([columns.image])
-        self.labels, self.class_names, self.captions, self.vectors = read_conditions(self.table, columns, config)
-        self.vector_dim = len(config.vector_columns) or None
+        found = read_conditions(self.table, columns, config, lambda i: f"row {kept[i]}")
+        self.labels, self.class_names, self.captions, self.vectors = found
+        self.vector_dim, self.origins = len(config.vector_columns) or None, columns.origins(config)
         self._set_up(config, list(headers.values()))
 
     def __len__(self) -> int:
@@ -72,7 +98,7 @@ class HubDataset(EncodedImages):
         return f"row {int(index)} of {self.config.source}"
 
     def source(self, index: int) -> Source:
-        return _read_cell(self.images[int(index)][self.columns.image])
+        return _read_cell(self.images[int(index)][self.columns.image], self.config, self.name(index))
 
 
 class HubStream(StreamDataset):
@@ -86,13 +112,15 @@ class HubStream(StreamDataset):
     def __init__(self, table: datasets.IterableDataset, config: DataConfig | None = None, **options: Any) -> None:
         config = replace(config or DataConfig(UNNAMED_SOURCE, streaming=True), **options)
         check_config(config)
-        if table.features is None:
-            table = table._resolve_features()
-        columns, table = find_columns(table, config)
+        if (features := resolve_features(table)) is None:
+            raise ValueError(f"the columns of the stream {config.source} have no types that `datasets` can tell")
+        columns, table = find_columns(features.with_format(None), config)
         self.table, self.columns, self.config = table, columns, config
+        self.problem = "it is empty"
         headers = list(self._read_headers())
         if not headers:
-            raise ValueError(f"{config.source} has no readable images among its first {STREAM_HEADER_ROWS} rows")
+            found = f"has no readable images among its first {STREAM_HEADER_ROWS} rows"
+            raise ValueError(f"{config.source} {found}: {self.problem}")
         self.channels = config.channels or (1 if all(header.is_grey for header in headers) else 3)
         self.image_size = choose_size(config, headers)
         self.background = make_fill(config.background, self.channels)
@@ -102,12 +130,14 @@ class HubStream(StreamDataset):
                 found = f"label_column={columns.label!r} of the stream {config.source} does not tell its classes"
                 raise ValueError(f"{found}; give class_names, in label order")
             self.class_names = list(names)
-        self.vector_dim = len(config.vector_columns) or None
+        self.vector_dim, self.origins = len(config.vector_columns) or None, columns.origins(config)
 
     def _read_headers(self) -> Iterator[Header]:
-        for row in self.table.take(STREAM_HEADER_ROWS):
-            with suppress(UnreadableItemError):
-                yield Header.read(_read_cell(row[self.columns.image]), "a row")
+        for i, row in enumerate(self.table.take(STREAM_HEADER_ROWS)):
+            try:
+                yield Header.read(_read_cell(row[self.columns.image], self.config, f"row {i}"), f"row {i}")
+            except UnreadableItemError as error:
+                self.problem = str(error)
 
     def read_epoch(self, epoch: int, seed: int) -> Iterator[dict[str, Any]]:
         """Yield the rows of all shards, the shards in a new order and their rows mixed in a buffer.
@@ -128,11 +158,15 @@ class HubStream(StreamDataset):
 
     def decode(self, raw: dict[str, Any], index: StreamIndex) -> dict[str, Any]:
         config, columns = self.config, self.columns
-        source, name = _read_cell(raw[columns.image]), f"item {index.position} of {config.source}"
+        name = f"item {index.position} of {config.source}"
+        for column in filter(None, (columns.label, columns.caption)):
+            if is_absent(raw[column]):
+                raise UnreadableItemError(name, f"has no {column!r}")
+        source = _read_cell(raw[columns.image], config, name)
         image = to_float(read_pixels(source, name, self.channels, self.image_size, config))
         image = augment(image, self.image_size, config, rng=index.rng(), background=self.background)
         row = {name: [value] for name, value in raw.items()}
-        labels, _, captions, vectors = read_conditions(row, columns, config)
+        labels, _, captions, vectors = read_conditions(row, columns, config, lambda _: f"item {index.position}")
         found: Any = {"class_labels": labels, "caption": captions, "vector": vectors}
         return {"image": image} | {name: values[0] for name, values in found.items() if values is not None}
 
@@ -141,17 +175,20 @@ def load_hub(config: DataConfig) -> HubDataset | HubStream:
     """Load the dataset that `config.source` names: "hf:NAME", "hf:NAME:SUBSET", a .parquet file or a folder of them."""
     import datasets
 
-    path = Path(config.source)
     load: Any = datasets.load_dataset
     datasets.utils.disable_progress_bars()
+    is_named = config.source.startswith("hf:")
+    files, split = ({}, config.split) if is_named else choose_files(Path(config.source), config.split)
     try:
-        if config.source.startswith("hf:"):
+        if is_named:
             name, _, subset = config.source.removeprefix("hf:").partition(":")
-            table = load(name, subset or None, split=config.split, streaming=config.streaming)
+            table = load(name, subset or None, split=split, streaming=config.streaming)
         else:
-            files = [str(path)] if path.is_file() else sorted(map(str, path.rglob("*.parquet")))
-            table = load("parquet", data_files={config.split: files}, split=config.split, streaming=config.streaming)
+            check_files(files)
+            table = load("parquet", data_files=files, split=split, streaming=config.streaming)
     except Exception as error:  # the hub, pyarrow and datasets raise exceptions of many types
+        while error.__cause__ is not None:  # the last one only says that an error occurred
+            error = error.__cause__
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"{config.source} cannot be loaded as a dataset: {lines[0]}") from None
     return HubStream(table, config) if config.streaming else HubDataset(table, config)
@@ -163,16 +200,20 @@ def find_columns(table: Any, config: DataConfig) -> tuple[Columns, Any]:
 
     features, where = dict(table.features), config.source
     names = set(features)
-    image_columns = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    image = pick_column(names, "image_column", config.image_column, [*image_columns, *IMAGE_COLUMNS], where)
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    usual = [name for name in IMAGE_COLUMNS if name in images]
+    image = pick_column(names, "image_column", config.image_column, [*usual, *images, *IMAGE_COLUMNS], where)
     if image is None:
         raise ValueError(f"{where} has no column of images; give image_column, one of {', '.join(sorted(names))}")
-    kind = getattr(features[image], "dtype", "")
-    if isinstance(features[image], datasets.Value) and not kind.endswith(("binary", "string")):
-        raise ValueError(f"image_column={image!r} of {where} holds {kind}, not images")
+    _check_image_feature(features[image], image, where)
     classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    label = pick_column(names, "label_column", config.label_column, [*classes, "label", "labels"], where)
+    label = pick_column(names, "label_column", config.label_column, [*LABEL_COLUMNS, *classes], where)
     caption = pick_column(names, "caption_column", config.caption_column, CAPTION_COLUMNS, where)
+    for option, taken, alike in (("image_column", image, images), ("label_column", label, classes)):
+        if getattr(config, option) is None and len(alike) > 1:
+            found = f"{where} has the columns {', '.join(alike)}, of which {taken} is used"
+            warnings.warn(f"{found}; {option} chooses another", stacklevel=4)
+    warn_unused(features, label, caption, where)
     for name in config.vector_columns:
         pick_column(names, "vector_columns", name, (), where)
     # decoded by `open_image`, so that all sources give the same pixels
@@ -180,31 +221,68 @@ def find_columns(table: Any, config: DataConfig) -> tuple[Columns, Any]:
     return Columns(image, label, caption, getattr(features.get(label), "names", None)), table
 
 
+def _check_image_feature(feature: Any, image: str, where: str) -> None:
+    """Raise ValueError for a column that holds no image files, such as numbers or arrays of pixels."""
+    import datasets
+
+    kind = str(getattr(feature, "dtype", ""))
+    is_content = isinstance(feature, datasets.Value) and kind.removesuffix("_view").endswith(("binary", "string"))
+    if is_content or isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature):
+        return
+    found = kind if isinstance(feature, datasets.Value) else type(feature).__name__
+    remedy = "give image files as bytes or paths, or the pixels as an .npy file or items {'image': tensor}"
+    raise ValueError(f"image_column={image!r} of {where} holds {found}, not images; {remedy}")
+
+
+def resolve_features(table: datasets.IterableDataset) -> datasets.IterableDataset | None:
+    """Return a stream that knows the types of its columns; None for items that no table can hold, such as tensors."""
+    if table.features is not None:
+        return table
+    try:
+        return table._resolve_features()
+    except Exception:  # pyarrow raises exceptions of many types
+        return None
+
+
 def read_conditions(
-    table: Any, columns: Columns, config: DataConfig
+    table: Any, columns: Columns, config: DataConfig, name_row: Namer
 ) -> tuple[Tensor | None, list[str] | None, list[str] | None, Tensor | None]:
     """Return labels (N,), class names, N captions and vectors (N, D) of a table or dict of columns, or None each."""
     labels = class_names = captions = vectors = None
+    where = config.source
     if columns.label:
         names = columns.class_names or config.class_names
-        labels, found_names = encode_labels(list(table[columns.label]), names, config.source)
+        labels, found_names = encode_labels(list(table[columns.label]), names, where, name_row)
         class_names = list(config.class_names or found_names)
-        labels = renumber_labels(labels, columns.class_names, class_names)
+        labels = renumber_labels(labels, columns.class_names, class_names, where)
     if columns.caption:
-        captions = [_first_caption(caption) for caption in table[columns.caption]]
+        captions = [read_caption(caption, where, name_row(i)) for i, caption in enumerate(table[columns.caption])]
     if config.vector_columns:
-        vectors = encode_vectors({name: list(table[name]) for name in config.vector_columns}, config.source)
+        vectors = encode_vectors({name: list(table[name]) for name in config.vector_columns}, where, name_row)
     return labels, class_names, captions, vectors
 
 
-def _first_caption(caption: Any) -> str:
-    first = next(iter(caption), None) if isinstance(caption, list) else caption
-    return "" if first is None else str(first)
+def _read_cell(cell: Any, config: DataConfig, name: str) -> Source:
+    """Return the content or the path of the image in a cell, b"" for an empty one.
 
+    Relative paths count from the working directory, or else from the folder of the .parquet file.
 
-def _read_cell(cell: Any) -> Source:
-    """Return the content or the path of the image in a cell; b"" for an empty one."""
+    Raises:
+        UnreadableItemError: a path of no file.
+    """
     if isinstance(cell, bytes):
         return cell
-    contents = [cell[key] for key in ("bytes", "path") if cell and cell.get(key) is not None]
-    return contents[0] if contents else b""
+    if isinstance(cell, Image.Image):  # of a stream with a filter, which decodes
+        buffer = BytesIO()
+        cell.save(buffer, "TIFF")  # loses nothing in any mode
+        return buffer.getvalue()
+    if not cell or (cell.get("bytes") is None and cell.get("path") is None):
+        return b""
+    if cell.get("bytes") is not None:
+        content: bytes = cell["bytes"]
+        return content
+    source = Path(config.source)
+    places = [Path(cell["path"]), (source if source.is_dir() else source.parent) / cell["path"]]
+    if (found := next((place for place in places if place.is_file()), None)) is None:
+        raise UnreadableItemError(name, f"names the file {cell['path']}, which does not exist")
+    return str(found)

@@ -1,31 +1,49 @@
 """A folder of images, with classes, captions and vectors from sub-folders or metadata files."""
 
-import csv
-import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from unet_denoiser.config.data import DataConfig
-from unet_denoiser.data.columns import CAPTION_COLUMNS, encode_labels, encode_vectors, pick_column
+from unet_denoiser.data.columns import (
+    CAPTION_COLUMNS,
+    LABEL_COLUMNS,
+    encode_labels,
+    encode_vectors,
+    parse_texts,
+    read_caption,
+    warn_unused,
+)
 from unet_denoiser.data.dataset import refuse_options
+from unet_denoiser.data.sources import folder_walk as walk
 from unet_denoiser.data.sources.encoded_images import EncodedImages, check_config, split_usable
-from unet_denoiser.data.sources.verification import verify_images
-from unet_denoiser.data.transforms import SUFFIXES
+from unet_denoiser.data.sources.metadata import Cell, Metadata
+from unet_denoiser.data.sources.verification import MISSING, Header, verify_images
 
-METADATA_FILES = ("metadata.csv", "metadata.jsonl")
+SUB_FOLDERS = "its sub-folders"
+
+
+class Columns(NamedTuple):
+    """The columns of metadata that are used, a value for each image, and where they come from."""
+
+    labels: list[Cell] | None = None
+    captions: list[str] | None = None
+    vectors: Tensor | None = None
+    origins: Mapping[str, str] = {}
 
 
 class ImageFolder(EncodedImages):
     """The images in a folder and its sub-folders, decoded when they are asked for.
 
-    The first sub-folder of each image's path is its class, however deep the image lies. Instead, a metadata.csv or
+    The first sub-folder of each image's path is its class, however deep the image lies. A metadata.csv or
     metadata.jsonl, in the folder or in sub-folders, may name images in its column "file_name" and give captions,
-    classes and vectors; images that it does not name are left out. Hidden files, and files whose suffix is not that of
-    an image format, are ignored.
+    vectors and other classes; images that it does not name are left out. Hidden files and folders are ignored, and so
+    are files whose suffix is not that of an image format. Links to folders are followed; each folder is read once.
 
     Args:
         folder: images in any format that Pillow reads.
@@ -40,22 +58,28 @@ class ImageFolder(EncodedImages):
         check_config(config)
         refuse_options(config, ("split", "image_column", "streaming"), "a folder of images")
         self.folder = Path(folder)
-        files = list_images(self.folder)
-        rows = read_metadata(self.folder)
-        if rows is not None:
-            if left_out := len(set(files) - set(rows)):
-                warnings.warn(f"{left_out} images in {folder} are not in its metadata and are left out", stacklevel=2)
-            files = sorted(rows)
+        walk.check_encoding(str(self.folder.absolute()), "the folder")
+        contents = walk.walk_folder(self.folder)
+        for name in contents.sub_folders:
+            walk.check_encoding(name, f"a sub-folder of {folder}")
+        walk.warn_of_links(contents)
+        metadata = Metadata(contents) if contents.metadata else None
+        files = contents.images if metadata is None else sorted(metadata.rows)
         if not files:
-            raise ValueError(f"no images were found in {folder}")
-        stamps = {file: _stamp(self.folder / file) for file in files}
-        headers = verify_images(str(self.folder.absolute()), stamps, lambda file: str(self.folder / file))
-        headers, config = split_usable(headers, config, str(self.folder))
+            others = f", only {found}, which are not read" if (found := walk.describe_unread(contents)) else ""
+            raise ValueError(f"no images were found in {folder}{others}")
+        if metadata is None:
+            refuse_options(config, ("label_column", "caption_column", "vector_columns"), "a folder without metadata")
+        elif left_out := sorted(set(contents.images) - set(files)):
+            found = f"{len(left_out)} images in {folder} are not in its metadata and are left out"
+            warnings.warn(f"{found}: {walk.name_some(left_out)}", stacklevel=2)
+        # before the images are verified, which may take minutes
+        columns = Columns() if metadata is None else read_columns(metadata, files, config)
+        headers, config = split_usable(self._verify(files, metadata), config, str(self.folder))
         self.files = list(headers)
-        if rows is None:
-            self._read_folder_classes(config)
-        else:
-            self._read_metadata_columns([rows[file] for file in self.files], config)
+        self._set_conditions(columns, [i for i, file in enumerate(files) if file in headers], config, metadata)
+        walk.warn_of_unread(contents, has_captions=self.captions is not None)
+        walk.warn_of_sub_folders(contents, self.files, self.origins.get("class_labels") == SUB_FOLDERS)
         self._set_up(config, list(headers.values()))
 
     def __len__(self) -> int:
@@ -64,95 +88,83 @@ class ImageFolder(EncodedImages):
     def source(self, index: int) -> str:
         return str(self.folder / self.files[index])
 
-    def _read_folder_classes(self, config: DataConfig) -> None:
-        classes, count = [file.partition("/")[0] for file in self.files if "/" in file], len(self.files)
-        if len(classes) == count:
+    def _verify(self, files: Sequence[str], metadata: Metadata | None) -> dict[str, Header]:
+        stamps = {file: _stamp(self.folder / file) for file in files}
+        headers = verify_images(str(self.folder.absolute()), stamps, lambda file: str(self.folder / file))
+        if metadata is not None:
+            for file in [file for file in files if headers[file].problem == MISSING]:
+                named = f"{MISSING} ({metadata.rows[file][0].place} names it)"
+                headers[file] = headers[file]._replace(problem=named)
+        return headers
+
+    def _set_conditions(self, columns: Columns, kept: list[int], config: DataConfig, metadata: Metadata | None) -> None:
+        self.origins = columns.origins
+        if columns.labels is not None and metadata is not None:
+            self.labels, self.class_names = encode_cells([columns.labels[i] for i in kept], config, metadata.where)
+        elif classes := find_folder_classes(self.folder, self.files, has_metadata=metadata is not None):
             self.labels, self.class_names = encode_labels(classes, config.class_names, str(self.folder))
-        elif classes:
-            found = f"{count - len(classes)} of {count} images lie beside the sub-folders of {self.folder}, not in them"
-            warnings.warn(f"{found}; so the sub-folders are not taken as classes", stacklevel=2)
-        refuse_options(config, ("label_column", "caption_column", "vector_columns"), "a folder without metadata")
-
-    def _read_metadata_columns(self, rows: list[dict[str, Any]], config: DataConfig) -> None:
-        names = {name for row in rows for name in row}  # of all rows, so that a row without a value is reported
-        where = f"the metadata of {self.folder}"
-        label = pick_column(names, "label_column", config.label_column, ("label", "labels"), where)
-        caption = pick_column(names, "caption_column", config.caption_column, CAPTION_COLUMNS, where)
-        if label:
-            values = _read_column(rows, label, where)
-            self.labels, self.class_names = encode_labels(_parse_integers(values), config.class_names, where)
-        if caption:
-            self.captions = [str(value) for value in _read_column(rows, caption, where)]
-        if config.vector_columns:
-            self.vectors = encode_vectors({k: _read_column(rows, k, where) for k in config.vector_columns}, where)
-            self.vector_dim = len(config.vector_columns)
+            self.origins = {**self.origins, "class_labels": SUB_FOLDERS}
+        if self.class_names is not None:
+            walk.warn_of_similar(self.class_names, str(self.folder))
+        if columns.captions is not None:
+            self.captions = [columns.captions[i] for i in kept]
+        if columns.vectors is not None:
+            self.vectors, self.vector_dim = columns.vectors[kept], columns.vectors.shape[1]
 
 
-def list_images(folder: Path) -> list[str]:
-    """Return the sorted paths of the image files below a folder, relative to it and with "/", without hidden ones."""
-    found = []
+def read_columns(metadata: Metadata, files: Sequence[str], config: DataConfig) -> Columns:
+    """Read the columns that the options or their names make conditions."""
+    where, numbers, origins = metadata.where, config.vector_columns, {}
+    labels = captions = vectors = None
+    label = metadata.find_column("label_column", config.label_column, LABEL_COLUMNS)
+    caption = metadata.find_column("caption_column", config.caption_column, CAPTION_COLUMNS)
+    warn_unused(sorted(metadata.names - {*numbers}), label, caption, where)
+    if metadata.names and not (label or caption or numbers):
+        found = f"no column of {where} is used: {walk.name_some(sorted(metadata.names))}"
+        warnings.warn(f"{found}; label_column, caption_column or vector_columns would use them", stacklevel=3)
+    if label:
+        labels, origins["class_labels"] = metadata.read_column(label, files), metadata.describe(label)
+        encode_cells(labels, config, where)  # raises for values that are no labels
+    if caption:
+        cells, origins["caption"] = metadata.read_column(caption, files), metadata.describe(caption)
+        captions = [read_caption(cell.value, where, cell.place) for cell in cells]
+    if numbers:
+        columns, origins["vector"] = [metadata.read_column(n, files) for n in numbers], metadata.describe(*numbers)
+        values = {n: [cell.value for cell in cells] for n, cells in zip(numbers, columns, strict=True)}
+        vectors = encode_vectors(values, where, lambda i: columns[0][i].place)
+    return Columns(labels, captions, vectors, origins)
 
-    def refuse(error: OSError) -> None:  # by default os.walk passes over such folders
-        raise error
 
-    for root, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]  # in place: os.walk descends into these
-        base = Path(root).relative_to(folder)
-        images = [name for name in files if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES]
-        found += [(base / name).as_posix() for name in images]
-    return sorted(found)
+def encode_cells(cells: Sequence[Cell], config: DataConfig, where: str) -> tuple[Tensor, list[str]]:
+    """Return labels and class names as `encode_labels` does; texts that are integers become such."""
+    values = [cell.value for cell in cells]
+    if all(isinstance(value, str) for value in values):
+        values = parse_texts(values, config.class_names)
+    return encode_labels(values, config.class_names, where, lambda i: cells[i].place)
 
 
-def read_metadata(folder: Path) -> dict[str, dict[str, Any]] | None:
-    """Return the rows of all metadata files below a folder, by their image's path; None without such files."""
-    paths = sorted(path for name in METADATA_FILES for path in folder.rglob(name))
-    if not paths:
+def find_folder_classes(folder: Path, files: Sequence[str], has_metadata: bool) -> list[str] | None:
+    """Return the first sub-folder of each file, its class; None if files lie beside the sub-folders.
+
+    Beside metadata, which are there to tell what images show, one sub-folder or "train" and "test" are no classes.
+    """
+    outside = [file for file in files if os.path.isabs(file) or file.startswith("../")]
+    classes = [file.partition("/")[0] for file in files if "/" in file]
+    if has_metadata and (outside or len(set(classes)) < 2 or all(map(walk.is_split, classes))):
         return None
-    rows = {}
-    for path in paths:
-        base = path.parent.relative_to(folder)
-        for number, row in enumerate(_read_rows(path), start=1):
-            if not row.get("file_name"):
-                raise ValueError(f"row {number} of {path} has no file_name; it has {', '.join(map(str, row))}")
-            if None in row:  # the csv module's key for values beyond the last column
-                raise ValueError(f"row {number} of {path} has more values than columns; put quotes around commas")
-            rows[os.path.normpath(base / str(row.pop("file_name"))).replace(os.sep, "/")] = row
-    return rows
-
-
-def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            if path.suffix == ".csv":
-                yield from csv.DictReader(file)
-                return
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError(f"line {number} of {path} is no object with a file_name: {line.strip()[:80]}")
-                yield row
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-
-
-def _read_column(rows: list[dict[str, Any]], name: str, where: str) -> list[Any]:
-    if missing := sum(row.get(name) in (None, "") for row in rows):
-        raise ValueError(f"{where} has no {name!r} in {missing} of {len(rows)} rows; columns: {', '.join(rows[0])}")
-    return [row[name] for row in rows]
-
-
-def _parse_integers(values: list[Any]) -> list[Any]:
-    """Return integers if all values are, since a .csv holds text only; otherwise names."""
-    texts = [str(value) for value in values]
-    return [int(text) for text in texts] if all(text.isdecimal() for text in texts) else texts
+    if classes and len(classes) < len(files):
+        found = (
+            f"{len(files) - len(classes)} of {len(files)} images lie beside the sub-folders of {folder}, not in them"
+        )
+        warnings.warn(f"{found}; so the sub-folders are not taken as classes", stacklevel=4)
+        return None
+    return classes or None
 
 
 def _stamp(path: Path) -> list[int]:
-    """Return size and modification time in nanoseconds; -1 for a missing file."""
+    """Return size and times of modification and change in nanoseconds; -1 for a missing file."""
     try:
         stat = path.stat()
-    except OSError:
-        return [-1, -1]
-    return [stat.st_size, stat.st_mtime_ns]
+    except (OSError, ValueError):  # ValueError: a name with a NUL
+        return [-1, -1, -1]
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]

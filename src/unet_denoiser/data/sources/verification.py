@@ -1,6 +1,7 @@
 """Decode every image once before training, so that a bad one is found at the start and not at step 40,000."""
 
 import os
+import stat
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,10 +10,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+import PIL
+
 from unet_denoiser.data.transforms import GREY_MODES, Source, UnreadableItemError, open_image
 from unet_denoiser.utils.cache import cache_directory
 from unet_denoiser.utils.files import read_json, write_json
 
+MISSING = "is missing"  # the problem of a file that does not exist
 MAX_NAMED_IMAGES = 5  # in a message about bad ones
 MIN_IMAGES_FOR_PROGRESS_BAR = 1000
 
@@ -33,26 +37,38 @@ class Header(NamedTuple):
 
 
 def verify_images(name: str, stamps: dict[str, list[int]], open_source: Callable[[str], Source]) -> dict[str, Header]:
-    """Decode images in parallel, and return their headers by key; those in the cache are not decoded again.
+    """Decode images in parallel, and return their headers by key; good ones are kept, and not decoded again.
+
+    A failure may be over the next time: a missing permission, a missing decoder, a device that was busy.
 
     Args:
         name: of the dataset; it names the file in the cache.
-        stamps: by each image's key, the size and modification time that it is decoded again for.
+        stamps: by each image's key, the numbers, such as size and times, that it is decoded again for if they change.
     """
+    # another Pillow may read less; a shorter stamp, of an earlier version, is enough if it agrees
+    full = {key: [*stamp, PIL.__version__] for key, stamp in stamps.items()}
     path = cache_directory() / "scans" / f"{sha256(name.encode()).hexdigest()[:24]}.json"
     with _lock(path):
         cached: dict[str, Any] = {}
         with suppress(OSError, ValueError):
             cached = read_json(path)
-        headers = {key: Header(*cached[key][1]) for key, stamp in stamps.items() if cached.get(key, [None])[0] == stamp}
+        headers = {key: header for key in stamps if (header := _kept_header(cached.get(key), full[key]))}
         if new := [key for key in stamps if key not in headers]:
             decoded = map_images(lambda key: _decode_header(key, open_source), new, "checking images")
             headers |= dict(zip(new, decoded, strict=True))
-            entries = {key: [stamps[key], list(headers[key])] for key in stamps}
+            entries = {key: [full[key], list(headers[key])] for key in stamps if headers[key].problem is None}
             with suppress(OSError):  # without the cache, the next start takes longer
                 # compact, since there may be millions; ASCII, since a file's name may hold bytes that are not UTF-8
                 write_json(path, entries, indent=None, ensure_ascii=True)
     return {key: headers[key] for key in stamps}
+
+
+def _kept_header(entry: Any, stamp: list[Any]) -> Header | None:
+    """Return the header in an entry of the cache if that is whole, of a good image and of this stamp."""
+    match entry:
+        case [list(kept), [bool(is_grey), int(height), int(width), None]] if kept and kept == stamp[: len(kept)]:
+            return Header(is_grey, height, width)
+    return None
 
 
 def _lock(path: Path) -> AbstractContextManager[Any]:
@@ -78,16 +94,25 @@ def map_images(function: Callable[[Any], Any], items: Sequence[Any], description
 def _decode_header(key: str, open_source: Callable[[str], Source]) -> Header:
     try:
         source = open_source(key)
-        if os.path.getsize(source) if isinstance(source, str) else source:
+        problem = _find_problem(source) if isinstance(source, str) else None if source else "is empty"
+        if problem is None:
             return Header.read(source, key)
-        problem = "is empty"
     except FileNotFoundError:
-        problem = "is missing"
+        problem = MISSING
     except OSError as error:
         problem = f"cannot be opened: {error.strerror}"
     except UnreadableItemError as error:
         problem = error.reason
     return Header(False, 0, 0, problem)
+
+
+def _find_problem(path: str) -> str | None:
+    if "\0" in path:  # which no path has
+        return MISSING
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):  # before it is opened, since a pipe would block
+        return "is a folder or a device, not a file"
+    return None if status.st_size else "is empty"
 
 
 def report_unusable(problems: dict[str, str], count: int, where: str, on_bad: str) -> None:

@@ -6,11 +6,11 @@ from typing import Any, Literal, NamedTuple
 
 from unet_denoiser.config.base import ForeignFormat, check_choice
 from unet_denoiser.convert.checkpoint import ForeignCheckpoint, export_checkpoint
+from unet_denoiser.convert.checkpoint_files import CONFIG_NAME, read_recorded_config
 from unet_denoiser.convert.lora import merge_lora
-from unet_denoiser.models.pretrained import WEIGHTS_NAME
 from unet_denoiser.models.unet import UNet
 from unet_denoiser.models.verify import MAX_RELATIVE_ERROR, Comparison, compare
-from unet_denoiser.utils.files import write_atomically
+from unet_denoiser.utils.files import read_json, write_atomically
 
 NetworkFormat = Literal["unet-denoiser", ForeignFormat]
 
@@ -52,7 +52,7 @@ def convert_checkpoint(
         raise ValueError(f"lora_scale={lora_scale} needs lora, the file to merge")
     if target.exists():
         raise FileExistsError(f"{target} exists; give a new name")
-    is_own = (source / WEIGHTS_NAME).is_file()
+    is_own = _is_own(source)
     if is_own and options:
         raise ValueError(f"{source} is this library's own, which tells all; leave out {', '.join(options)}")
     if is_own and verify:
@@ -66,6 +66,13 @@ def convert_checkpoint(
     else:
         export_checkpoint(model.state_dict(), model.config, target, to, qkv_order=options.get("qkv_order"))
     return Conversion(sum(p.numel() for p in model.parameters()), comparison, merged_weights)
+
+
+def _is_own(source: Path) -> bool:
+    """Return True for a directory or file that `save_pretrained` wrote."""
+    if source.is_file():
+        return bool(read_recorded_config(source))
+    return (source / CONFIG_NAME).is_file() and "_class_name" not in read_json(source / CONFIG_NAME)
 
 
 def _load_verified(source: Path, options: dict[str, Any]) -> tuple[UNet, Comparison]:

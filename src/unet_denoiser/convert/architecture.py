@@ -41,6 +41,8 @@ def detect_structure(layout: str, names: Collection[str]) -> BlockStructure:
     counted = LAYOUTS[layout].count_blocks(names)
     if counted.blocks < 1 or counted.levels < 1:
         raise ValueError(f"a {layout} checkpoint without encoder blocks: it is not a whole U-Net")
+    if counted.blocks * counted.levels > 1000:
+        raise ValueError(f"a {layout} checkpoint of {counted.levels} levels with {counted.blocks} blocks is no U-Net")
     transformer = any(".transformer_blocks." in name for name in names)
     everywhere = counted._replace(attended=(True,) * counted.levels, transformer=transformer)
 
@@ -192,8 +194,9 @@ def fill_from_preset(
     if untold:
         ways = ", ".join(_UNTOLD_WAYS.get(name, name) for name in untold)
         raise ValueError(
-            f"no config.json is beside the file, and no known network has its shapes ({describe(probe)}); give the "
-            f"folder that has it, or all that names and shapes do not tell: num_heads or head_dim, {ways}"
+            f"no known network has these shapes ({describe(probe)}), and no config.json tells what they do not (it is "
+            "read beside a file named diffusion_pytorch_model*, model* or pytorch_model*); give the folder that has "
+            f"it, or all of num_heads or head_dim, {ways}"
         )
     raise ValueError(
         "the file does not tell the number of attention heads, and no known network has its shapes "

@@ -17,6 +17,14 @@ from unet_denoiser.convert.key_maps import LAYOUTS
 from unet_denoiser.convert.layout import BlockStructure, Layout, Packing, Shapes
 from unet_denoiser.convert.state_dict import FormatVariant, to_foreign, to_internal
 
+# layers that are replaced in a network, to give it other inputs or outputs: the axis of an option
+_SHAPE_OPTIONS = {
+    "input_conv.weight": (1, "in_channels"),
+    "output.2.weight": (0, "out_channels"),
+    "class_embedding.weight": (0, "num_classes"),
+    "vector_embedding.0.weight": (1, "vector_dim"),
+    "time_cond.weight": (1, "time_cond_dim"),
+}
 FOREIGN_OPTIONS = ("ema", "variant", "prefix", "qkv_order")  # of `ForeignCheckpoint.open`, beside the architecture's
 
 
@@ -95,8 +103,8 @@ class ForeignCheckpoint:
             cosines_first = config.time_frequencies == "half" if untold else cosines_first
             if untold and preset_name:
                 warnings.warn(
-                    f"{path}: no {CONFIG_NAME} is beside it; its shapes are those of {preset_name}, and so all else "
-                    f"that they do not tell is taken to be, as {', '.join(untold)}",
+                    f"{path}: no {CONFIG_NAME} is beside it; its shapes are those of {preset_name}, from which "
+                    f"the rest is taken: heads, {', '.join(untold)}",
                     stacklevel=2,
                 )
         packing = _choose_packing(LAYOUTS[layout], tensors, config, qkv_order, preset_name)
@@ -136,8 +144,14 @@ def export_state_dict(
         qkv_order: the order of packed attention (default: as in the published network, "legacy" for most).
 
     Raises:
-        ValueError: a parameter that the layout has no place for.
+        ValueError: a parameter that the layout has no place for, or that has another shape than `config` says.
     """
+    for name, (axis, option) in _SHAPE_OPTIONS.items():
+        if name in state and (found := state[name].shape[axis]) != (stated := getattr(config, option)):
+            raise ValueError(
+                f"{name} is {tuple(state[name].shape)}, and {option}={stated}; give the configuration of the network "
+                f"as it is: dataclasses.replace(model.config, {option}={found})"
+            )
     cosines_first = config.time_frequencies == "half"  # DDPM's spacing comes with DDPM's order in every layout
     packing = LAYOUTS[layout].packing or qkv_order or architecture.published_order(config)
     structure, linear = BlockStructure.from_config(config), has_linear_projections(config)

@@ -56,8 +56,8 @@ def unify_dtypes(tensors: Mapping[str, Tensor], source: object, torch_dtype: Any
         if kind := next((kind for ending, kind in _QUANTISED.items() if name.endswith(ending)), None):
             raise ValueError(f"{source} holds {kind} ({name}); give the file that they were made from")
         if tensor.dtype not in (*DTYPES, *_STORAGE_ONLY) or tensor.layout != torch.strided:
-            kind = tensor.dtype if tensor.layout == torch.strided else tensor.layout
-            raise ValueError(f"{source}: {name} is {kind}; weights must be floating-point numbers")
+            found = tensor.dtype if tensor.layout == torch.strided else tensor.layout
+            raise ValueError(f"{source}: {name} is {found}; weights must be floating-point numbers")
     counts = Counter(tensor.dtype for tensor in tensors.values())
     plain = [dtype for dtype in counts if dtype in DTYPES]
     dtype = wanted or reduce(torch.promote_types, plain or [torch.bfloat16])

@@ -9,9 +9,10 @@ from torch import Tensor
 from unet_denoiser.convert.key_maps import LAYOUTS
 from unet_denoiser.convert.layout import BlockStructure
 from unet_denoiser.convert.pickles import Inert, describe_object
+from unet_denoiser.utils.tensor_files import MAX_TENSORS
 
 OWN_MARKER = "time_mlp.1.weight"
-_MAX_DEPTH, _MAX_CONTAINERS = 6, 10_000
+_MAX_DEPTH, _MAX_CONTAINERS, _MAX_PLACES = 6, 10_000, 50
 # for each layout, our own included: the first and the last tensor of a network
 _SIGNS = {layout.marker: layout.key_map("output.2.weight", BlockStructure(0, 0)).name for layout in LAYOUTS.values()}
 _SIGNS[OWN_MARKER] = "output.2.weight"
@@ -50,6 +51,8 @@ def find_network(content: Any, *, ema: bool = False, prefix: str | None = None) 
         ValueError: no network, or several that could be meant, by name.
     """
     mappings = list(_list_mappings(content))
+    if (largest := max((len(tensors) for _, tensors in mappings), default=0)) > MAX_TENSORS:
+        raise ValueError(f"it has {largest:,} tensors; the largest networks have some thousand")
     places = [place for path, tensors in mappings for place in _list_places(path, tensors)]
     if prefix is not None:
         found = [place for place in places if place.name == prefix.rstrip(".")]
@@ -114,6 +117,8 @@ def _list_places(path: str, tensors: dict[str, Tensor]) -> list[Place]:
                 (whole if prefix + last in tensors else parts)[prefix] = marker
             elif name.endswith(flat_marker := marker.replace(".", "")):
                 flat[name.removesuffix(flat_marker)] = marker
+    if len(whole) + len(parts) + len(flat) > _MAX_PLACES:
+        raise ValueError(f"it has more than {_MAX_PLACES} networks")
     others = [*whole, *parts, *(prefix[: prefix.rfind(".") + 1] or prefix for prefix in flat)]
     found = whole or {prefix: marker for prefix, marker in parts.items() if marker != OWN_MARKER}
     places = {prefix: _cut_out(path, prefix, tensors, others) for prefix in found}

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 
+from unet_denoiser.utils.tensor_files import MAX_TENSORS
+
 _MAX_NAMES = 200
 _RUNS_CODE = re.compile(
     r"(os|posix|nt|sys|subprocess|_posixsubprocess|shutil|socket|ctypes|importlib|runpy|pty|pickle|marshal|operator|"
-    r"webbrowser|multiprocessing)\."
+    r"webbrowser|multiprocessing|commands|io|_io)\."
     r"|builtins\.(eval|exec|compile|__import__|open|input|breakpoint)$"
 )
 _BYTEARRAYS = (b"builtins\nbytearray\n", b"__builtin__\nbytearray\n")  # torch makes them, of any size
@@ -64,6 +66,9 @@ def read_pickle(path: Path) -> Any:
         try:
             with _lock, warnings.catch_warnings(), torch.serialization.safe_globals(allowed):
                 warnings.simplefilter("ignore")  # of old protocols and storages
+                if path.suffix == ".safetensors":  # by which torch would choose another reader
+                    with path.open("rb") as file:
+                        return torch.load(file, map_location="cpu", weights_only=True)
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
         except pickle.UnpicklingError as error:
             name, base = _find_unknown(str(error), path)
@@ -106,6 +111,8 @@ def _check_contents(path: Path, is_zip: bool) -> None:
     if is_zip:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
+            if len(entries) > MAX_TENSORS:
+                raise ValueError(f"{path} has {len(entries):,} parts; the largest networks have some thousand")
             pickled = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
             if any(entry.filename.endswith("/constants.pkl") for entry in entries):
                 raise ValueError(f"{path} is a TorchScript program; give the weights of its network (state_dict)")

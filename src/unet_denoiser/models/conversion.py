@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from unet_denoiser.config.base import ForeignFormat, check_choice
+from unet_denoiser.config.unet import UNetConfig
 from unet_denoiser.convert.checkpoint import ForeignCheckpoint, export_checkpoint
 from unet_denoiser.convert.checkpoint_files import CONFIG_NAME, read_recorded_config
 from unet_denoiser.convert.lora import merge_lora
@@ -66,6 +67,13 @@ def convert_checkpoint(
     else:
         export_checkpoint(model.state_dict(), model.config, target, to, qkv_order=options.get("qkv_order"))
     return Conversion(sum(p.numel() for p in model.parameters()), comparison, merged_weights)
+
+
+def read_architecture(source: Path) -> UNetConfig:
+    """Read the architecture of a local directory or file that `UNet.from_pretrained` loads; errors as there."""
+    if not _is_own(source):
+        return ForeignCheckpoint.open(source).config
+    return UNetConfig.from_dict(read_recorded_config(source) if source.is_file() else read_json(source / CONFIG_NAME))
 
 
 def _is_own(source: Path) -> bool:

@@ -139,7 +139,8 @@ class Pretrained:
             if wanted != found:
                 raise ValueError(
                     f"{name}: the network has {found}, and its config asks for {wanted}; nothing was saved. Where a "
-                    "layer was replaced, give config=dataclasses.replace(model.config, in_channels=8), for example"
+                    "layer was replaced, such as the first one for 8 channels, give "
+                    "config=dataclasses.replace(model.config, in_channels=8)"
                 )
 
     @classmethod

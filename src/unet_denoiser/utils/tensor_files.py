@@ -12,7 +12,8 @@ from torch import Tensor
 
 from unet_denoiser.utils.files import write_atomically
 
-_MAX_COPIED_BYTES = 2**20
+_MAX_COPIED_BYTES, _MAX_HEADER_BYTES = 2**20, 100_000_000
+MAX_TENSORS = 50_000  # far above any network, its averages and its optimizer
 _CHUNK_BYTES = 2**22
 # One changed bit leaves either the key or the value as it is, so that a digest cannot disappear by damage.
 _DIGEST_KEY, _DIGEST_PREFIX = "unet_denoiser_digest", "unet-denoiser-sha256:"
@@ -63,10 +64,10 @@ def recognize_file(path: Path) -> FileKind:
         return FileKind("other", "a JSON text")
     if head[257:262] == b"ustar":
         return FileKind("other", "a tar archive, as early versions of torch.save wrote them; save it anew with torch")
-    if head[0] in range(0x81, 0x90) or head[0] in (0xDE, 0xDF):
-        return FileKind("other", "a msgpack file, as Flax writes them; give the weights of PyTorch")
-    words = next((words for sign, words in _SIGNS if head.startswith(sign)), "something else than a checkpoint")
-    return FileKind("other", words)
+    words = next((words for sign, words in _SIGNS if head.startswith(sign)), None)
+    if words is None and (head[0] in range(0x81, 0x90) or head[0] in (0xDE, 0xDF)):
+        words = "a msgpack file, as Flax writes them; give the weights of PyTorch"
+    return FileKind("other", words or "something else than a checkpoint")
 
 
 def write_safetensors(
@@ -99,11 +100,12 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    _check_header(path)
     try:
         tensors = load_file(path)
     except SafetensorError as error:
         kind = recognize_file(path)
-        reason = f"it is {kind.words}" if kind.container != "safetensors" else error
+        reason = f"it is {kind.words}" if kind.container != "safetensors" else str(error)[:200]
         raise ValueError(f"{path} is not a readable safetensors file: {reason}") from None
     check_digest(path)
     # Mapped tensors start at any address, torch's own at multiples of 64 bytes, and some kernels round small
@@ -115,11 +117,12 @@ def read_safetensors_metadata(path: Path) -> dict[str, str]:
     """Return the metadata in a safetensors file's header; ValueError if it is damaged."""
     from safetensors import SafetensorError, safe_open
 
+    _check_header(path)
     try:
         with safe_open(path, "pt") as file:
             return file.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
+        raise ValueError(f"{path} is not a readable safetensors file: {str(error)[:200]}") from None
 
 
 def check_digest(path: Path) -> None:
@@ -131,8 +134,16 @@ def check_digest(path: Path) -> None:
 
 
 def _read_header(path: Path) -> bytes:
+    """Return the JSON text at the beginning of a file; b"" if it is longer than safetensors takes."""
     with path.open("rb") as file:
-        return file.read(int.from_bytes(file.read(8), "little"))
+        size = int.from_bytes(file.read(8), "little")
+        return file.read(size) if size <= _MAX_HEADER_BYTES else b""
+
+
+def _check_header(path: Path) -> None:
+    """Raise ValueError for a header that would take minutes to read: a tensor has four of its entries."""
+    if (entries := _read_header(path).count(b'":')) > 4 * MAX_TENSORS:
+        raise ValueError(f"{path} has a header of {entries:,} entries; the largest networks have some ten thousand")
 
 
 def _find_digest(header: bytes) -> int | None:

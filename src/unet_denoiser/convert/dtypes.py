@@ -2,7 +2,7 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import reduce
 from typing import Any
 
@@ -45,6 +45,12 @@ def check_dtype(torch_dtype: Any) -> torch.dtype | None:
     raise ValueError(f"torch_dtype={torch_dtype!r} is not one of {', '.join(map(str, DTYPES))}")
 
 
+def describe_quantisation(names: Iterable[str]) -> str | None:
+    """Return whose quantised weights these are, by the name of a tensor that is kept beside them; None if of none."""
+    found = ((kind, name) for name in names for ending, kind in _QUANTISED.items() if name.endswith(ending))
+    return next((f"{kind} ({name})" for kind, name in found), None)
+
+
 def unify_dtypes(tensors: Mapping[str, Tensor], source: object, torch_dtype: Any = None) -> dict[str, Tensor]:
     """Return the tensors in one floating dtype: the given one, else the widest among them; fp8 becomes bfloat16.
 
@@ -52,9 +58,9 @@ def unify_dtypes(tensors: Mapping[str, Tensor], source: object, torch_dtype: Any
     as quantised ones, and for values that are not finite, by name.
     """
     wanted = check_dtype(torch_dtype)
+    if kind := describe_quantisation(tensors):
+        raise ValueError(f"{source} holds {kind}; give the file that they were made from")
     for name, tensor in tensors.items():
-        if kind := next((kind for ending, kind in _QUANTISED.items() if name.endswith(ending)), None):
-            raise ValueError(f"{source} holds {kind} ({name}); give the file that they were made from")
         if tensor.dtype not in (*DTYPES, *_STORAGE_ONLY) or tensor.layout != torch.strided:
             found = tensor.dtype if tensor.layout == torch.strided else tensor.layout
             raise ValueError(f"{source}: {name} is {found}; weights must be floating-point numbers")

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from unet_denoiser.convert.dtypes import describe_quantisation
 from unet_denoiser.convert.key_maps import LAYOUTS
 from unet_denoiser.convert.layout import BlockStructure
 from unet_denoiser.convert.pickles import Inert, describe_object
@@ -16,8 +17,8 @@ _MAX_DEPTH, _MAX_CONTAINERS, _MAX_PLACES = 6, 10_000, 50
 # for each layout, our own included: the first and the last tensor of a network
 _SIGNS = {layout.marker: layout.key_map("output.2.weight", BlockStructure(0, 0)).name for layout in LAYOUTS.values()}
 _SIGNS[OWN_MARKER] = "output.2.weight"
-# what torch.compile, FSDP and activation checkpointing put into names
-_WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# what torch.compile, FSDP and activation checkpointing put into names; at their beginning it is a prefix
+_WRAPPERS = re.compile(r"(?<=\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _AVERAGED = re.compile(r"(?<![a-z])(ema|swa)(?![a-z])|average|shadow")
 PROCESS_MARKS = frozenset({"v_pred", "ztsnr"})  # empty tensors that say what a Stable Diffusion predicts
 _NOT_WEIGHTS = re.compile(r"optim|exp_avg|momentum|grad(?![a-z])")
@@ -65,7 +66,7 @@ def find_network(content: Any, *, ema: bool = False, prefix: str | None = None) 
     places = [place for place in places if not _NOT_WEIGHTS.search(place.name.lower())] or places
     averaged = [place for place in places if place.is_averaged]
     others = [place for place in places if not place.is_averaged]
-    if not averaged and len(others) == 2 and _are_in_one_list(others):
+    if not averaged and len(others) == 2 and isinstance(content, list | tuple):
         others, averaged = others[:1], others[1:]  # [model, optimizer, ..., averages], as DDPM's port saves
     if ema and not averaged:
         listed = _has_key(content, "shadow_params")
@@ -142,11 +143,6 @@ def _cut_out(path: str, prefix: str, tensors: Mapping[str, Tensor], others: list
     return Place((path + prefix).rstrip("."), own, frozenset(tensors.keys() & PROCESS_MARKS))
 
 
-def _are_in_one_list(places: list[Place]) -> bool:
-    first, second = (place.name.split(".") for place in places)
-    return first[0].isdecimal() and second[0].isdecimal() and first[1:] == second[1:]
-
-
 def _has_key(value: Any, key: str, depth: int = 0) -> bool:
     if not isinstance(value, Mapping) or depth > 2:
         return False
@@ -163,6 +159,8 @@ def _describe_content(content: Any, mappings: list[tuple[str, dict[str, Tensor]]
     names = [path + name for path, tensors in mappings for name in tensors]
     if any(map(_LORA.search, names)):
         return "it is a LoRA, not a network; merge it with merge_lora, or convert NETWORK OUT --lora FILE"
+    if kind := describe_quantisation(names):
+        return f"it holds {kind}; give the file that they were made from"
     objects = [describe_object(child) for child in (content.values() if isinstance(content, Mapping) else content)]
     kept = [f"an object of {name}" for name in objects if "." in name]
     some = ", ".join([*sorted(names)[:3], *kept[:2]]) or "no tensors at all"

@@ -67,7 +67,7 @@ def test_other_numbers_are_refused_by_name(dtype):
         ("a.scale_weight", "scaled fp8"),
         ("scaled_fp8", "scaled fp8"),
         ("a.weight_scale", "quantised weights with scales"),
-        ("a.qweight", "GPTQ"),
+        ("a.qweight", "weights of GPTQ"),
     ],
 )
 def test_quantised_weights_are_named_as_what_they_are(name, kind):

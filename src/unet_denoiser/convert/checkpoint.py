@@ -16,6 +16,7 @@ from unet_denoiser.convert.diffusers_config import from_diffusers, has_linear_pr
 from unet_denoiser.convert.key_maps import LAYOUTS
 from unet_denoiser.convert.layout import BlockStructure, Layout, Packing, Shapes
 from unet_denoiser.convert.state_dict import FormatVariant, to_foreign, to_internal
+from unet_denoiser.utils.files import read_json
 
 # layers that are replaced in a network, to give it other inputs or outputs: the axis of an option
 _SHAPE_OPTIONS = {
@@ -74,8 +75,10 @@ class ForeignCheckpoint:
         known = [*(field.name for field in fields(UNetConfig)), *FOREIGN_OPTIONS, "torch_dtype", "subfolder"]
         check_names("U-Net option", options, known)
         path, diffusers_config = Path(path), None
-        if (found := find_config(path)) is not None and (path.is_dir() or "_class_name" in found[1]):
-            diffusers_config = found[1]
+        config_path = find_config(path)
+        found = {} if config_path is None else read_json(config_path)
+        if config_path is not None and (path.is_dir() or "_class_name" in found):
+            diffusers_config = found
         elif path.is_dir():
             raise FileNotFoundError(f"{path} has no {CONFIG_NAME}")
         if diffusers_config is not None and path.is_dir():  # another class is told by its name, before its tensors

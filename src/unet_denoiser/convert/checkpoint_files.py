@@ -26,12 +26,12 @@ _STEMS = {_DIFFUSERS_WEIGHTS: ("safetensors", "bin"), "model": ("safetensors",),
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def find_config(path: Path) -> tuple[Path, dict[str, Any]] | None:
+def find_config(path: Path) -> Path | None:
     """Return the config.json of a folder, or the one beside a file that has a name which such folders give."""
     if not path.is_dir() and not path.name.startswith(tuple(_STEMS)):
         return None
     file = (path if path.is_dir() else path.parent) / CONFIG_NAME
-    return (file, read_json(file)) if file.is_file() else None
+    return file if file.is_file() else None
 
 
 def read_state(

@@ -159,8 +159,8 @@ def _describe_content(content: Any, mappings: list[tuple[str, dict[str, Tensor]]
     names = [path + name for path, tensors in mappings for name in tensors]
     if any(map(_LORA.search, names)):
         return "it is a LoRA, not a network; merge it with merge_lora, or convert NETWORK OUT --lora FILE"
-    if kind := describe_quantisation(names):
-        return f"it holds {kind}; give the file that they were made from"
+    if quantised := describe_quantisation(names):
+        return f"it holds {quantised}; give the file that they were made from"
     objects = [describe_object(child) for child in (content.values() if isinstance(content, Mapping) else content)]
     kept = [f"an object of {name}" for name in objects if "." in name]
     some = ", ".join([*sorted(names)[:3], *kept[:2]]) or "no tensors at all"

@@ -15,8 +15,10 @@ from unet_denoiser.config.base import check_names
 from unet_denoiser.convert.checkpoint_files import (
     CONFIG_NAME,
     OWN_CONFIG_KEY,
+    find_config,
     find_shards,
     read_own,
+    read_recorded_config,
 )
 from unet_denoiser.models.fetch import fetch
 from unet_denoiser.utils.files import read_json, write_json
@@ -108,7 +110,10 @@ class Pretrained:
         hub = {"force_download": force_download, "token": token, "cache_dir": cache_dir, "revision": revision}
         hub |= {"local_files_only": local_files_only, "subfolder": model_kwargs.pop("subfolder", None)}
         source = Path(pretrained_model_name_or_path)
-        config_path = None if source.is_file() else fetch(pretrained_model_name_or_path, CONFIG_NAME, hub)
+        if source.is_file():
+            config_path = find_config(source)
+        else:
+            config_path = fetch(pretrained_model_name_or_path, CONFIG_NAME, hub)
         with _pause_garbage_collection():
             return cls._load(pretrained_model_name_or_path, config_path, hub, model_kwargs).eval()  # type: ignore[attr-defined]
 
@@ -120,7 +125,8 @@ class Pretrained:
         path = Path(source)
         files, place = ([path], path) if path.is_file() else (_fetch_weights(source, hub), path / WEIGHTS_NAME)
         tensors, recorded = read_own(files, place, torch_dtype)
-        stated = recorded if config_path is None else read_json(config_path)
+        alone = config_path is None or (recorded and path.is_file())
+        stated = recorded if alone or config_path is None else read_json(config_path)
         if not stated:
             raise FileNotFoundError(f"{source} has no architecture; give the directory that save_pretrained wrote")
         config = cls.config_class.from_dict(stated | options)
@@ -215,6 +221,17 @@ def _compare_configs(kind: Any, path: Path | None, stated: dict[str, Any], recor
                 f"{path} has {name}={given[name]!r}, and the weights beside it were saved with {saved[name]!r}; "
                 f"give the {CONFIG_NAME} that belongs to them"
             )
+
+
+def is_own(source: Path, config_path: Path | None) -> bool:
+    """Return True for a model of this library: a file with its architecture, or a config.json like `save_pretrained`'s.
+
+    `config_path` is the config.json of a directory or repository, or that beside a file.
+    """
+    if source.is_file() and read_recorded_config(source):
+        return True
+    config = {"_class_name": None} if config_path is None else read_json(config_path)
+    return "_class_name" not in config and ("model_channels" in config or not source.is_file())
 
 
 def write_pretrained(directory: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:

@@ -13,7 +13,7 @@ from unet_denoiser.config.base import signature_of
 from unet_denoiser.config.presets import preset
 from unet_denoiser.config.unet import UNetConfig
 from unet_denoiser.convert.checkpoint import FOREIGN_OPTIONS, ForeignCheckpoint
-from unet_denoiser.convert.checkpoint_files import find_config, find_weights, read_recorded_config
+from unet_denoiser.convert.checkpoint_files import find_weights
 from unet_denoiser.models.conditions import Conditions
 from unet_denoiser.models.fetch import fetch
 from unet_denoiser.models.input_checks import check_inputs
@@ -25,8 +25,7 @@ from unet_denoiser.models.layers.embeddings import ClassEmbedding, TimeMLP, Vect
 from unet_denoiser.models.layers.norm import group_norm
 from unet_denoiser.models.layers.resampling import AveragePool, Downsample, NearestUpsample, TransposedUpsample
 from unet_denoiser.models.layers.resblock import Block, ResBlock
-from unet_denoiser.models.pretrained import Pretrained, load_strictly
-from unet_denoiser.utils.files import read_json
+from unet_denoiser.models.pretrained import Pretrained, is_own, load_strictly
 
 
 class UNet(Pretrained, nn.Module):
@@ -105,17 +104,11 @@ class UNet(Pretrained, nn.Module):
     def _load(cls, source: str | Path, config_path: Path | None, hub: dict[str, Any], options: dict[str, Any]) -> Self:
         """Load our own format, or one that `ForeignCheckpoint` opens; `options` state what such a file leaves open."""
         path = Path(source)
-        if path.is_file() and not read_recorded_config(path):
-            beside = find_config(path)
-            config_path = beside[0] if beside and "model_channels" in beside[1] else None
-            is_own = config_path is not None
-        else:
-            is_own = config_path is None or "_class_name" not in read_json(config_path)
-        if is_own:
+        if is_own(path, config_path):
             if unused := [name for name in FOREIGN_OPTIONS if options.pop(name, None)]:
                 raise ValueError(f"{source} is this library's own, which tells all; leave out {', '.join(unused)}")
             return super()._load(source, config_path, hub, options)
-        if config_path is not None:
+        if not path.is_file():
             path = find_weights(lambda name: fetch(source, name, hub), options.get("variant"))[0].parent
         return cls.from_checkpoint(ForeignCheckpoint.open(path, **options))
 

@@ -86,4 +86,4 @@ def test_info_shows_presets_runs_and_models(tmp_path, monkeypatch, capsys):
     for place in ("run", "run/model"):
         main(["info", str(place)])
         assert "model_channels=8" in capsys.readouterr().out
-    assert "neither a run or model directory nor a preset: specification" in error(capsys, "info", "sd-9")
+    assert "neither a run, a model's directory or file nor a preset: specification" in error(capsys, "info", "sd-9")

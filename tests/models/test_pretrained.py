@@ -4,6 +4,7 @@ import inspect
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -77,7 +78,10 @@ def test_the_files_are_plain(saved):
     stored = load_file(directory / WEIGHTS)
     assert {name: p.shape for name, p in stored.items()} == {name: p.shape for name, p in model.state_dict().items()}
     with safetensors.safe_open(directory / WEIGHTS, "pt") as file:
-        assert file.metadata() == {"format": "pt"}  # transformers and diffusers ask for it
+        metadata = file.metadata()
+    assert metadata["format"] == "pt"  # transformers and diffusers ask for it
+    assert json.loads(metadata["unet_denoiser_config"]) == model.config.to_dict()
+    assert metadata.keys() == {"format", "unet_denoiser_config", "unet_denoiser_digest"}
 
 
 def test_options_can_be_changed_on_loading(saved):
@@ -172,9 +176,15 @@ def test_neither_a_directory_nor_a_hub_name(name, tmp_path, monkeypatch):
         UNet.from_pretrained(name)
 
 
-def test_a_file_is_not_a_directory(saved):
+def test_a_file_of_weights_alone_has_its_architecture(saved, tmp_path):
+    model, directory = saved
+    (directory / WEIGHTS).rename(tmp_path / "alone.safetensors")
+    loaded = UNet.from_pretrained(tmp_path / "alone.safetensors", dropout=0.0)
+    assert loaded.config == replace(model.config, dropout=0.0)
+    assert torch.equal(loaded.input_conv.weight, model.input_conv.weight)
+    save_file(load_file(tmp_path / "alone.safetensors"), tmp_path / "old.safetensors")  # as without a header
     with pytest.raises(ValueError, match=r"own weights; give the directory that has their config\.json"):
-        UNet.from_pretrained(saved[1] / WEIGHTS)
+        UNet.from_pretrained(tmp_path / "old.safetensors")
 
 
 # ---- atomic --------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ def convert(
     head_dim: OptionalNumber = None,
     qkv_order: OptionalOrder = None,
     variant: OptionalName = None,
+    prefix: OptionalName = None,
     lora: OptionalPath = None,
     lora_scale: float = 1.0,
     verify: bool = False,
@@ -37,12 +38,19 @@ def convert(
         qkv_order: how an ADM file packs query, key and value, if its network is not a published one ("new" is
             use_new_attention_order).
         variant: the weights to take of a diffusers folder that has several, for example fp16.
+        prefix: the network to take of a file that has several, as the error names them.
         lora: a LoRA file (.safetensors of diffusers or kohya) to merge into the weights.
         lora_scale: strength of the LoRA.
         verify: first run the checkpoint in its own code too (diffusers or guided-diffusion) and compare the outputs.
     """
     with one_line_errors():
-        given = {"num_heads": num_heads, "head_dim": head_dim, "qkv_order": qkv_order, "variant": variant}
+        given = {
+            "num_heads": num_heads,
+            "head_dim": head_dim,
+            "qkv_order": qkv_order,
+            "variant": variant,
+            "prefix": prefix,
+        }
         options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         options |= {"ema": True} if ema else {}
         if to == "pipeline":

@@ -24,7 +24,7 @@ def info(
     """Show a network: its levels with sizes, widths, heads, parameters and FLOPs; with --memory, what training needs.
 
     Args:
-        name: a preset's name, a run directory, or a directory with a saved model.
+        name: a preset's name, a run directory, or a directory or file with a model of any format that convert reads.
         diagram: also draw the network into this .svg file.
         memory: show instead the estimated memory and operations of a training step; the options below describe it
             (default: those of the run, if there is one).
@@ -50,18 +50,18 @@ def info(
 
 
 def _find_network(name: str) -> tuple[UNetConfig, Any]:
-    """Return the architecture of a preset, run or model directory, and the run if it is one."""
+    """Return the architecture of a preset, run or model, and the run if it is one."""
     from unet_denoiser.config.presets import PRESETS, preset
+    from unet_denoiser.models.conversion import read_architecture
     from unet_denoiser.training.run import Run
-    from unet_denoiser.utils.files import read_json
 
     if name in PRESETS:
         return preset(name), None
     if (run := Run.find(name)) is not None:
         return run.model, run
-    if (Path(name) / "config.json").is_file():
-        return UNetConfig.from_dict(read_json(Path(name) / "config.json")), None
-    raise ValueError(f"{name!r} is neither a run or model directory nor a preset: {', '.join(PRESETS)}")
+    if Path(name).is_file() or any((Path(name) / file).is_file() for file in ("config.json", "model_index.json")):
+        return read_architecture(Path(name)), None
+    raise ValueError(f"{name!r} is neither a run, a model's directory or file nor a preset: {', '.join(PRESETS)}")
 
 
 def _show_memory(name: str, options: dict[str, Any], device: DeviceName) -> None:

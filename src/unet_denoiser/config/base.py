@@ -1,7 +1,8 @@
 """Shared by the configurations: names that options may have, checks, sizes."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from difflib import get_close_matches
 from typing import Any, Concatenate, Literal, ParamSpec, get_args
 
 P = ParamSpec("P")
@@ -34,6 +35,15 @@ def check_choice(name: str, value: object, choices: object) -> None:
     """Raise ValueError unless `value` is one of the values of the Literal `choices`."""
     if value not in get_args(choices):
         raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, get_args(choices)))}")
+
+
+def check_names(kind: str, given: Iterable[str], known: Collection[str]) -> None:
+    """Raise ValueError for a name that is not known, with those that are like it, or all."""
+    for name in given:
+        if name not in known:
+            near = get_close_matches(name, known)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"the options are {', '.join(sorted(known))}"
+            raise ValueError(f"unknown {kind} {name!r}; {hint}")
 
 
 def check_minimum(config: object, minimum: int, *names: str) -> None:

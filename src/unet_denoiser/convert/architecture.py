@@ -11,6 +11,11 @@ from unet_denoiser.convert.layout import BlockStructure, Layout, Shapes
 
 # options that names and shapes do not tell, or that change no parameter
 _UNSEEN_OPTIONS = ("num_heads", "head_dim", "dropout", "image_size", "attention_resolutions", "norm_groups")
+# how to give, without config.json, what it tells
+_UNTOLD_WAYS = {
+    "time_frequencies": "time_frequencies ('half' for flip_sin_to_cos=true, freq_shift=0; 'endpoint' for false, 1)",
+    "downsample": "downsample ('conv' for downsample_padding=1; 'conv_asymmetric' for 0)",
+}
 # conditions beside the context: the parameter and the axis that tell their width
 _CONDITION_SHAPES = {
     "num_classes": ("class_embedding.weight", 0),
@@ -36,6 +41,8 @@ def detect_structure(layout: str, names: Collection[str]) -> BlockStructure:
     counted = LAYOUTS[layout].count_blocks(names)
     if counted.blocks < 1 or counted.levels < 1:
         raise ValueError(f"a {layout} checkpoint without encoder blocks: it is not a whole U-Net")
+    if counted.blocks * counted.levels > 1000:
+        raise ValueError(f"a {layout} checkpoint of {counted.levels} levels with {counted.blocks} blocks is no U-Net")
     transformer = any(".transformer_blocks." in name for name in names)
     everywhere = counted._replace(attended=(True,) * counted.levels, transformer=transformer)
 
@@ -152,21 +159,45 @@ def _infer_transformer(tensors: _TensorShapes) -> dict[str, Any]:
     return options
 
 
-def fill_from_preset(options: dict[str, Any], given: Mapping[str, Any]) -> tuple[UNetConfig, str | None]:
+def list_untold(layout: str, options: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the options beside the heads that files of a layout leave open.
+
+    The other layouts are each written by one code base, which has one way; diffusers says its own in config.json.
+    """
+    if layout != "diffusers":
+        return ()
+    widths = [round(mult * options["model_channels"]) for mult in options["channel_mult"]]
+    resampled = ("downsample",) if len(widths) > 1 and options.get("downsample", "conv") == "conv" else ()
+    # a key of the context's width may also be one of the features
+    crossed = ("only_cross_attention",) if options.get("context_dim") in widths else ()
+    return ("time_frequencies", "norm_eps", "norm_groups", *resampled, *crossed)
+
+
+def fill_from_preset(
+    options: dict[str, Any], given: Mapping[str, Any], untold: Collection[str] = ()
+) -> tuple[UNetConfig, str | None]:
     """Add the options that shapes do not tell: from `given`, else from the preset that equals the rest.
 
-    Return the configuration, and the preset's name if one was needed. Raise ValueError if the number of heads is not
-    given, and no preset equals the rest.
+    Return the configuration, and the preset's name if one was needed. Raise ValueError if the number of heads, or one
+    of the options `untold` (as `list_untold` gives them), is not given, and no preset equals the rest.
     """
-    if "num_heads" in given or "head_dim" in given:
-        heads = {"num_heads": given.get("num_heads"), "head_dim": given.get("head_dim")}
+    has_heads = "num_heads" in given or "head_dim" in given
+    heads = {"num_heads": given.get("num_heads"), "head_dim": given.get("head_dim")} if has_heads else {}
+    if has_heads and all(name in given for name in untold):
         return UNetConfig(**options | heads | dict(given)), None
     probe = UNetConfig(**options | {"num_heads": 1})
     for name in PRESETS:
         known = preset(name)
-        if _get_visible(known) == _get_visible(probe):
-            unseen = {field: getattr(known, field) for field in _UNSEEN_OPTIONS}
-            return UNetConfig(**options | unseen | dict(given)), name
+        if _get_visible(known, untold) == _get_visible(probe, untold):
+            unseen = {field: getattr(known, field) for field in (*_UNSEEN_OPTIONS, *untold)}
+            return UNetConfig(**options | unseen | heads | dict(given)), name
+    if untold:
+        ways = ", ".join(_UNTOLD_WAYS.get(name, name) for name in untold)
+        raise ValueError(
+            f"no known network has these shapes ({describe(probe)}), and no config.json tells what they do not (it is "
+            "read beside a file named diffusion_pytorch_model*, model* or pytorch_model*); give the folder that has "
+            f"it, or all of num_heads or head_dim, {ways}"
+        )
     raise ValueError(
         "the file does not tell the number of attention heads, and no known network has its shapes "
         f"({describe(probe)}); give num_heads=... or head_dim=..., for example head_dim=64"
@@ -192,10 +223,10 @@ def describe(config: UNetConfig) -> str:
     return f"this looks like {name} with {options}" if options else f"this looks like {name}"
 
 
-def _get_visible(config: UNetConfig) -> dict[str, Any]:
+def _get_visible(config: UNetConfig, untold: Collection[str] = ()) -> dict[str, Any]:
     """Return the part of a configuration that names and shapes tell."""
     levels = range(len(config.widths))
-    visible = {name: value for name, value in config.to_dict().items() if name not in _UNSEEN_OPTIONS}
+    visible = {name: value for name, value in config.to_dict().items() if name not in (*_UNSEEN_OPTIONS, *untold)}
     depths = [config.depth(level) for level in levels if config.has_attention(level)]
     visible["transformer_depth"] = [*depths, config.depth(len(config.widths) - 1)]
     return visible | {"attended": [config.has_attention(level) for level in levels]}

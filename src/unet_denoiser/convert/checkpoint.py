@@ -1,20 +1,32 @@
 """Read a checkpoint of any layout, and write one."""
 
+import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
 from torch import Tensor
 
-from unet_denoiser.config.base import ForeignFormat, QKVOrder, check_choice
+from unet_denoiser.config.base import ForeignFormat, QKVOrder, check_choice, check_names
 from unet_denoiser.config.unet import UNetConfig
 from unet_denoiser.convert import architecture
-from unet_denoiser.convert.checkpoint_files import read_state, save_state
+from unet_denoiser.convert.checkpoint_files import CONFIG_NAME, find_config, read_state, save_state
 from unet_denoiser.convert.diffusers_config import from_diffusers, has_linear_projections, to_diffusers
 from unet_denoiser.convert.key_maps import LAYOUTS
 from unet_denoiser.convert.layout import BlockStructure, Layout, Packing, Shapes
 from unet_denoiser.convert.state_dict import FormatVariant, to_foreign, to_internal
+from unet_denoiser.utils.files import read_json
+
+# layers that are replaced in a network, to give it other inputs or outputs: the axis of an option
+_SHAPE_OPTIONS = {
+    "input_conv.weight": (1, "in_channels"),
+    "output.2.weight": (0, "out_channels"),
+    "class_embedding.weight": (0, "num_classes"),
+    "vector_embedding.0.weight": (1, "vector_dim"),
+    "time_cond.weight": (1, "time_cond_dim"),
+}
+FOREIGN_OPTIONS = ("ema", "variant", "prefix", "qkv_order")  # of `ForeignCheckpoint.open`, beside the architecture's
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +34,7 @@ class ForeignCheckpoint:
     """A checkpoint of other code, read and recognised by `open`.
 
     layout: "compvis", "diffusers", "ddpm" or "edm", a key of `LAYOUTS`. tensors: the U-Net's, under the file's names.
-    kind: one of the kinds of files of the layout. diffusers_config: a folder's `config.json`; None for a file.
+    kind: one of the kinds of files of the layout. diffusers_config: its `config.json`, if there is one.
     """
 
     path: Path
@@ -39,24 +51,42 @@ class ForeignCheckpoint:
         *,
         ema: bool = False,
         variant: str | None = None,
+        prefix: str | None = None,
+        torch_dtype: Any = None,
         qkv_order: QKVOrder | None = None,
         **options: Any,
     ) -> Self:
         """Read a checkpoint, and recognise its layout and architecture.
 
         Args:
-            path: a diffusers folder, or a .safetensors, .ckpt, .pt, .pth or .bin file.
+            path: a diffusers folder, or a .safetensors, .ckpt, .pt, .pth or .bin file. The config.json beside a file
+                of a diffusers folder is read too.
             ema: take the averaged weights of a file that has both.
             variant: the weights to take of a folder that has several, for example "fp16".
+            prefix: the network to take of a file that has several, as the error names them.
+            torch_dtype: the dtype of the weights; by default the file's, or the widest if it has several.
             qkv_order: the order in which an ADM file packs query, key and value, if its network is not a known one.
-            options: fields of `UNetConfig` that names and shapes do not tell: `num_heads` or `head_dim`, `image_size`.
+            options: fields of `UNetConfig` that names and shapes do not tell: `num_heads` or `head_dim`, `image_size`;
+                for a diffusers file without config.json also those that the error names.
 
         Raises:
             FileNotFoundError, ValueError: a file that is missing, damaged, of another family, or not clear enough.
         """
-        path = Path(path)
-        tensors, diffusers_config = read_state(path, ema, variant)
+        known = [*(field.name for field in fields(UNetConfig)), *FOREIGN_OPTIONS, "torch_dtype", "subfolder"]
+        check_names("U-Net option", options, known)
+        path, diffusers_config = Path(path), None
+        config_path = find_config(path)
+        found = {} if config_path is None else read_json(config_path)
+        if config_path is not None and (path.is_dir() or "_class_name" in found):
+            diffusers_config = found
+        elif path.is_dir():
+            raise FileNotFoundError(f"{path} has no {CONFIG_NAME}")
+        if diffusers_config is not None and path.is_dir():  # another class is told by its name, before its tensors
+            from_diffusers(diffusers_config)
+        tensors = read_state(path, ema=ema, variant=variant, prefix=prefix, torch_dtype=torch_dtype)
         layout = architecture.detect_layout(tensors)
+        if layout != "diffusers":
+            diffusers_config = None
         structure = architecture.detect_structure(layout, tensors)
         inferred = architecture.infer_options(
             layout, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, structure
@@ -64,13 +94,22 @@ class ForeignCheckpoint:
         cosines_first, preset_name = LAYOUTS[layout].cosines_first, None
         if diffusers_config is not None:
             stated, cosines_first = from_diffusers(diffusers_config)
+            _check_widths(path, diffusers_config, inferred)
             inferred |= stated
         image_size = options.get("image_size", (diffusers_config or {}).get("sample_size"))
         options = _place_attention(image_size, structure) | options
         if "num_heads" in inferred:
             config = _use_head_dim(UNetConfig(**inferred | options))
         else:
-            config, preset_name = architecture.fill_from_preset(inferred, options)
+            untold = architecture.list_untold(layout, inferred)
+            config, preset_name = architecture.fill_from_preset(inferred, options, untold)
+            cosines_first = config.time_frequencies == "half" if untold else cosines_first
+            if untold and preset_name:
+                warnings.warn(
+                    f"{path}: no {CONFIG_NAME} is beside it; its shapes are those of {preset_name}, from which "
+                    f"the rest is taken: heads, {', '.join(untold)}",
+                    stacklevel=2,
+                )
         packing = _choose_packing(LAYOUTS[layout], tensors, config, qkv_order, preset_name)
         kind = FormatVariant(LAYOUTS[layout], structure, config.heads, packing, cosines_first)
         return cls(path, layout, config, tensors, kind, diffusers_config)
@@ -108,8 +147,14 @@ def export_state_dict(
         qkv_order: the order of packed attention (default: as in the published network, "legacy" for most).
 
     Raises:
-        ValueError: a parameter that the layout has no place for.
+        ValueError: a parameter that the layout has no place for, or that has another shape than `config` says.
     """
+    for name, (axis, option) in _SHAPE_OPTIONS.items():
+        if name in state and (found := state[name].shape[axis]) != (stated := getattr(config, option)):
+            raise ValueError(
+                f"{name} is {tuple(state[name].shape)}, and {option}={stated}; give the configuration of the network "
+                f"as it is: dataclasses.replace(model.config, {option}={found})"
+            )
     cosines_first = config.time_frequencies == "half"  # DDPM's spacing comes with DDPM's order in every layout
     packing = LAYOUTS[layout].packing or qkv_order or architecture.published_order(config)
     structure, linear = BlockStructure.from_config(config), has_linear_projections(config)
@@ -149,6 +194,26 @@ def _choose_packing(
     if is_open and has_heads and qkv_order is None and preset_name is None:
         raise ValueError("the file does not tell how it packs query, key and value; give qkv_order='legacy' or 'new'")
     return layout.packing or qkv_order or architecture.published_order(config)
+
+
+def _check_widths(path: Path, diffusers_config: Mapping[str, Any], inferred: Mapping[str, Any]) -> None:
+    """Raise ValueError if a diffusers configuration belongs to a network of other shapes, by the first field."""
+    widths = [round(mult * inferred["model_channels"]) for mult in inferred["channel_mult"]]
+    found = {
+        "in_channels": inferred["in_channels"],
+        "out_channels": inferred["out_channels"],
+        "block_out_channels": widths,
+        "layers_per_block": inferred["num_res_blocks"],
+        "cross_attention_dim": inferred["context_dim"],
+    }
+    for name, value in found.items():
+        stated = diffusers_config.get(name)
+        if isinstance(stated, tuple | list) and name == "block_out_channels":
+            stated = list(stated)
+        elif not isinstance(stated, int):
+            continue
+        if stated != value and value is not None:
+            raise ValueError(f"{path}: {CONFIG_NAME} has {name}={stated}, and the weights have {value}")
 
 
 def _use_head_dim(config: UNetConfig) -> UNetConfig:

@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from unet_denoiser.config.base import ForeignFormat, check_choice
+from unet_denoiser.config.unet import UNetConfig
 from unet_denoiser.convert.checkpoint import ForeignCheckpoint, export_checkpoint
+from unet_denoiser.convert.checkpoint_files import find_config, read_recorded_config
 from unet_denoiser.convert.lora import merge_lora
-from unet_denoiser.models.pretrained import WEIGHTS_NAME
+from unet_denoiser.models.pretrained import is_own
 from unet_denoiser.models.unet import UNet
 from unet_denoiser.models.verify import MAX_RELATIVE_ERROR, Comparison, compare
-from unet_denoiser.utils.files import write_atomically
+from unet_denoiser.utils.files import read_json, write_atomically
 
 NetworkFormat = Literal["unet-denoiser", ForeignFormat]
 
@@ -52,10 +54,10 @@ def convert_checkpoint(
         raise ValueError(f"lora_scale={lora_scale} needs lora, the file to merge")
     if target.exists():
         raise FileExistsError(f"{target} exists; give a new name")
-    is_own = (source / WEIGHTS_NAME).is_file()
-    if is_own and options:
-        raise ValueError(f"{source} is this library's own, which tells all; leave out {', '.join(options)}")
-    if is_own and verify:
+    own, untold = is_own(source, find_config(source)), options.keys() - {"torch_dtype"}
+    if own and untold:
+        raise ValueError(f"{source} is this library's own, which tells all; leave out {', '.join(sorted(untold))}")
+    if own and verify:
         raise ValueError(f"verify: {source} is this library's own; there is no other code to compare with")
     model, comparison = _load_verified(source, options) if verify else (UNet.from_pretrained(source, **options), None)
     merged_weights = None if lora is None else merge_lora(model, lora, lora_scale)
@@ -66,6 +68,15 @@ def convert_checkpoint(
     else:
         export_checkpoint(model.state_dict(), model.config, target, to, qkv_order=options.get("qkv_order"))
     return Conversion(sum(p.numel() for p in model.parameters()), comparison, merged_weights)
+
+
+def read_architecture(source: Path) -> UNetConfig:
+    """Read the architecture of a local directory or file that `UNet.from_pretrained` loads; errors as there."""
+    config_path = find_config(source)
+    if not is_own(source, config_path):
+        return ForeignCheckpoint.open(source).config
+    recorded = read_recorded_config(source) if source.is_file() else {}
+    return UNetConfig.from_dict(recorded or read_json(config_path or source))
 
 
 def _load_verified(source: Path, options: dict[str, Any]) -> tuple[UNet, Comparison]:

@@ -1,6 +1,7 @@
 """Saving and loading a network with its architecture: `config.json` beside `model.safetensors`."""
 
 import gc
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,10 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from unet_denoiser.config.base import check_names
+from unet_denoiser.convert.checkpoint_files import (
+    CONFIG_NAME,
+    OWN_CONFIG_KEY,
+    find_config,
+    find_shards,
+    read_own,
+    read_recorded_config,
+)
+from unet_denoiser.models.fetch import fetch
 from unet_denoiser.utils.files import read_json, write_json
-from unet_denoiser.utils.tensor_files import read_safetensors, write_safetensors
+from unet_denoiser.utils.tensor_files import write_safetensors
 
-CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 
 
@@ -58,7 +68,9 @@ class Pretrained:
             raise ValueError("model_card_kwargs is not supported: write a README.md into the directory instead")
         directory = Path(save_directory)
         config = config if isinstance(config, Mapping) else (config or self.config).to_dict()
-        write_pretrained(directory, config, self.state_dict())  # type: ignore[attr-defined]
+        state = {name.replace("_orig_mod.", ""): p for name, p in self.state_dict().items()}  # type: ignore[attr-defined]
+        self._check_shapes(config, state)
+        write_pretrained(directory, config, state)
         if not push_to_hub:
             return None
         from huggingface_hub import HfApi
@@ -84,10 +96,12 @@ class Pretrained:
         The weights are never held twice: the network is built without storage and takes the file's tensors as its own.
 
         Args:
-            pretrained_model_name_or_path: a directory that `save_pretrained` wrote, or "owner/name" on the hub.
+            pretrained_model_name_or_path: a directory that `save_pretrained` wrote, its model.safetensors, or
+                "owner/name" on the hub.
             force_download, token, cache_dir, local_files_only, revision: as for `huggingface_hub.hf_hub_download`.
-            model_kwargs: subfolder="unet" for the network of a pipeline; variant="fp16" to choose among diffusers'
-                weights; options of the architecture that change no weights, for example dropout=0.0.
+            model_kwargs: subfolder="unet" for the network of a pipeline; torch_dtype for the weights, by default the
+                file's; variant="fp16" to choose among diffusers' weights; options of the architecture that change no
+                weights, for example dropout=0.0.
 
         Raises:
             FileNotFoundError: no such directory, or no `config.json` in it.
@@ -96,18 +110,44 @@ class Pretrained:
         hub = {"force_download": force_download, "token": token, "cache_dir": cache_dir, "revision": revision}
         hub |= {"local_files_only": local_files_only, "subfolder": model_kwargs.pop("subfolder", None)}
         source = Path(pretrained_model_name_or_path)
-        config_path = None if source.is_file() else fetch(pretrained_model_name_or_path, CONFIG_NAME, hub)
+        if source.is_file():
+            config_path = find_config(source)
+        else:
+            config_path = fetch(pretrained_model_name_or_path, CONFIG_NAME, hub)
         with _pause_garbage_collection():
             return cls._load(pretrained_model_name_or_path, config_path, hub, model_kwargs).eval()  # type: ignore[attr-defined]
 
     @classmethod
     def _load(cls, source: str | Path, config_path: Path | None, hub: dict[str, Any], options: dict[str, Any]) -> Self:
-        """Load the network of a directory or repository; `config_path` is None for a single file."""
-        if config_path is None:
-            raise FileNotFoundError(f"{source} is a file; give the directory that save_pretrained wrote")
-        model = cls._build_on_meta(cls.config_class.from_dict(read_json(config_path) | options))
-        load_strictly(model, read_safetensors(fetch(source, WEIGHTS_NAME, hub)), Path(source) / WEIGHTS_NAME)
+        """Load the network of a directory, repository or file; a file has its architecture in itself or beside it."""
+        torch_dtype = options.pop("torch_dtype", None)
+        check_names("U-Net option", options, [*cls.config_class().to_dict(), "torch_dtype", "subfolder"])
+        path = Path(source)
+        files, place = ([path], path) if path.is_file() else (_fetch_weights(source, hub), path / WEIGHTS_NAME)
+        tensors, recorded = read_own(files, place, torch_dtype)
+        alone = config_path is None or (recorded and path.is_file())
+        stated = recorded if alone or config_path is None else read_json(config_path)
+        if not stated:
+            raise FileNotFoundError(f"{source} has no architecture; give the directory that save_pretrained wrote")
+        config = cls.config_class.from_dict(stated | options)
+        if recorded and recorded != stated:
+            _compare_configs(cls.config_class, config_path, stated, recorded)
+        model = cls._build_on_meta(config)
+        load_strictly(model, tensors, place)
         return model
+
+    @classmethod
+    def _check_shapes(cls, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+        """Raise ValueError unless a network of this configuration has tensors of these names and shapes."""
+        own = cls._build_on_meta(cls.config_class.from_dict(config)).state_dict()  # type: ignore[attr-defined]
+        for name in [*own, *(name for name in state if name not in own)]:
+            wanted, found = (tuple(s[name].shape) if name in s else "no such tensor" for s in (own, state))
+            if wanted != found:
+                raise ValueError(
+                    f"{name}: the network has {found}, and its config asks for {wanted}; nothing was saved. Where a "
+                    "layer was replaced, such as the first one for 8 channels, give "
+                    "config=dataclasses.replace(model.config, in_channels=8)"
+                )
 
     @classmethod
     def _build_on_meta(cls, config: Any) -> Self:
@@ -158,32 +198,56 @@ def load_strictly(model: Any, state: Mapping[str, Tensor], source: object) -> No
         setattr(modules[parent], leaf, nn.Parameter(tensor))
 
 
-def write_pretrained(directory: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Write an architecture and its weights; the weights last, so that a directory that has them is complete."""
-    write_json(directory / CONFIG_NAME, config)
-    write_safetensors(directory / WEIGHTS_NAME, {name: tensor.contiguous() for name, tensor in state.items()})
-
-
-def fetch(source: str | Path, name: str, hub: dict[str, Any]) -> Path:
-    """Return the local path of a file of a directory or hub repository; FileNotFoundError if it cannot be had."""
-    directory = Path(source, hub["subfolder"] or "")
-    neither = f"{source} is neither a directory nor a hub repository's name (owner/name)"
-    if directory.is_dir():
-        if not (directory / name).is_file():
-            raise FileNotFoundError(f"{directory} has no {name}; give a directory that save_pretrained wrote")
-        return directory / name
-    if directory.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
-        raise FileNotFoundError(neither)
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
+def _fetch_weights(source: str | Path, hub: dict[str, Any]) -> list[Path]:
+    """Return the files with the weights of a directory or repository of ours: one, or its shards."""
     try:
-        return Path(hf_hub_download(str(source), name, **hub))
-    except HFValidationError:
-        raise FileNotFoundError(neither) from None
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        place, reason = f"{source} is no directory here", str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"{place}, and {name} cannot be had from the hub: {reason}") from None
+        return [fetch(source, WEIGHTS_NAME, hub)]
+    except FileNotFoundError:
+        try:
+            index = fetch(source, f"{WEIGHTS_NAME}.index.json", hub)
+        except FileNotFoundError:
+            index = None
+        if index is None:
+            raise
+        return find_shards(index, lambda name: fetch(source, name, hub))
+
+
+def _compare_configs(kind: Any, path: Path | None, stated: dict[str, Any], recorded: dict[str, Any]) -> None:
+    """Raise ValueError if config.json is another architecture than that in the header of the weights beside it."""
+    given, saved = kind.from_dict(stated).to_dict(), kind.from_dict(recorded).to_dict()
+    for name in given:
+        if given[name] != saved[name]:
+            raise ValueError(
+                f"{path} has {name}={given[name]!r}, and the weights beside it were saved with {saved[name]!r}; "
+                f"give the {CONFIG_NAME} that belongs to them"
+            )
+
+
+def is_own(source: Path, config_path: Path | None) -> bool:
+    """Return True for a model of this library: a file with its architecture, or a config.json like `save_pretrained`'s.
+
+    `config_path` is the config.json of a directory or repository, or that beside a file.
+    """
+    if source.is_file() and read_recorded_config(source):
+        return True
+    config = {"_class_name": None} if config_path is None else read_json(config_path)
+    return "_class_name" not in config and ("model_channels" in config or not source.is_file())
+
+
+def write_pretrained(directory: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+    """Write an architecture and its weights; the weights last, so that a directory that has them is complete.
+
+    The weights' file has the architecture too: it can be loaded alone, and a wrong `config.json` is noticed.
+    """
+    path, tensors = directory / CONFIG_NAME, {name: tensor.contiguous() for name, tensor in state.items()}
+    old_config = read_json(path) if path.is_file() else None
+    write_json(path, config)
+    try:
+        write_safetensors(directory / WEIGHTS_NAME, tensors, {OWN_CONFIG_KEY: json.dumps(config)})
+    except BaseException:
+        if old_config is not None:
+            write_json(path, old_config)  # which belongs to the old weights
+        raise
 
 
 @contextmanager

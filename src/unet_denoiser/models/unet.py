@@ -12,9 +12,10 @@ from torch.utils.checkpoint import checkpoint
 from unet_denoiser.config.base import signature_of
 from unet_denoiser.config.presets import preset
 from unet_denoiser.config.unet import UNetConfig
-from unet_denoiser.convert.checkpoint import ForeignCheckpoint
+from unet_denoiser.convert.checkpoint import FOREIGN_OPTIONS, ForeignCheckpoint
 from unet_denoiser.convert.checkpoint_files import find_weights
 from unet_denoiser.models.conditions import Conditions
+from unet_denoiser.models.fetch import fetch
 from unet_denoiser.models.input_checks import check_inputs
 from unet_denoiser.models.layers.attention import ContextAttention, SelfAttention, SpatialTransformer
 from unet_denoiser.models.layers.common import full_precision, zero_init
@@ -24,8 +25,7 @@ from unet_denoiser.models.layers.embeddings import ClassEmbedding, TimeMLP, Vect
 from unet_denoiser.models.layers.norm import group_norm
 from unet_denoiser.models.layers.resampling import AveragePool, Downsample, NearestUpsample, TransposedUpsample
 from unet_denoiser.models.layers.resblock import Block, ResBlock
-from unet_denoiser.models.pretrained import Pretrained, fetch, load_strictly
-from unet_denoiser.utils.files import read_json
+from unet_denoiser.models.pretrained import Pretrained, is_own, load_strictly
 
 
 class UNet(Pretrained, nn.Module):
@@ -103,10 +103,12 @@ class UNet(Pretrained, nn.Module):
     @classmethod
     def _load(cls, source: str | Path, config_path: Path | None, hub: dict[str, Any], options: dict[str, Any]) -> Self:
         """Load our own format, or one that `ForeignCheckpoint` opens; `options` state what such a file leaves open."""
-        if config_path is not None and "_class_name" not in read_json(config_path):
-            return super()._load(source, config_path, hub, options)
         path = Path(source)
-        if config_path is not None:
+        if is_own(path, config_path):
+            if unused := [name for name in FOREIGN_OPTIONS if options.pop(name, None)]:
+                raise ValueError(f"{source} is this library's own, which tells all; leave out {', '.join(unused)}")
+            return super()._load(source, config_path, hub, options)
+        if not path.is_file():
             path = find_weights(lambda name: fetch(source, name, hub), options.get("variant"))[0].parent
         return cls.from_checkpoint(ForeignCheckpoint.open(path, **options))
 

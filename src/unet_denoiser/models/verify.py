@@ -95,6 +95,11 @@ def _build_diffusers(checkpoint: ForeignCheckpoint) -> nn.Module:
 
     if checkpoint.layout not in ("diffusers", "compvis"):
         raise ValueError(f"verify: no installed package runs files of the {checkpoint.layout} layout")
+    if checkpoint.layout == "diffusers" and checkpoint.diffusers_config is None:
+        raise ValueError(
+            f"verify: {checkpoint.path} has no config.json beside it, and what names and shapes do not tell cannot "
+            "be verified; give the folder"
+        )
     config, tensors = checkpoint.diffusers_config or to_diffusers(checkpoint.config), checkpoint.tensors
     peer = getattr(diffusers, config["_class_name"]).from_config(config)
     if checkpoint.layout == "compvis":

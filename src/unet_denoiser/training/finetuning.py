@@ -1,12 +1,14 @@
 """Training that starts from a checkpoint: its architecture, its process and the weights that fit."""
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from unet_denoiser.config.unet import UNetConfig
+from unet_denoiser.diffusion.process import Diffusion
 from unet_denoiser.models.unet import UNet
 
 
@@ -18,6 +20,25 @@ def with_image_size(config: UNetConfig, image_size: tuple[int, ...]) -> UNetConf
     moved = replace(config, image_size=size, attention_resolutions=attended)
     same = [moved.has_attention(level) == config.has_attention(level) for level in levels]
     return moved if all(same) else config
+
+
+def guess_process(config: UNetConfig, told: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """Return the process of a checkpoint without a schedule, as diffusers saves it, and words that say what it is.
+
+    Networks for four channels are taken to be Stable Diffusion's, others DDPM's. `told` is what the file itself tells.
+    """
+    is_latent = config.out_channels == 4
+    schedule: dict[str, Any] = {"prediction_type": "epsilon", "beta_schedule": "linear"}
+    if is_latent:
+        schedule |= {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+        schedule |= {"clip_sample_range": None}
+    process = Diffusion(**schedule | dict(told))
+    named = "the file tells" if told else "taken to predict"
+    words = f"{named} {process.prediction_type}, along the {schedule['beta_schedule']} schedule"
+    words += " with zero terminal SNR" if told.get("rescale_betas_zero_snr") else ""
+    if is_latent and config.context_dim == 1024 and not told:
+        words += " (Stable Diffusion 2 for 768 pixels predicts v: --process.prediction-type v_prediction)"
+    return process.to_dict(), words
 
 
 class LoadReport(NamedTuple):

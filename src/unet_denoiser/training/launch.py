@@ -12,13 +12,14 @@ from unet_denoiser.config.defaults import architecture_for, default_learning_rat
 from unet_denoiser.config.presets import preset
 from unet_denoiser.config.training import TRAINING_CHANGEABLE, TrainingConfig
 from unet_denoiser.config.unet import UNetConfig
+from unet_denoiser.convert.checkpoint_files import read_process
 from unet_denoiser.data.dataset import ImageDataset, StreamDataset
 from unet_denoiser.data.load import load_data, with_found_values
 from unet_denoiser.diffusion.process import Diffusion
 from unet_denoiser.models.pretrained import write_pretrained
 from unet_denoiser.models.unet import UNet
 from unet_denoiser.sampling.pipeline.pipeline import find_scheduler_config
-from unet_denoiser.training.finetuning import load_matching, with_image_size
+from unet_denoiser.training.finetuning import guess_process, load_matching, with_image_size
 from unet_denoiser.training.loop import check_new, load_trainer
 from unet_denoiser.training.run import Run
 from unet_denoiser.training.trainer import Trainer
@@ -113,11 +114,9 @@ def initialization(request: TrainRequest, training: TrainingConfig) -> Initializ
     run = Run.find(init)
     folder, messages = init if run is None else run.model_folder, []
     network, saved = UNet.from_pretrained(folder), find_scheduler_config(folder)
-    if saved is None:  # most published networks without a schedule beside them are DDPM's
-        saved = Diffusion(prediction_type="epsilon", beta_schedule="linear").to_dict()
-        messages.append(
-            f"{init}: no schedule beside it; taken to predict epsilon along the linear one unless --process.* says else"
-        )
+    if saved is None:
+        saved, told = guess_process(network.config, read_process(folder) if folder.is_file() else {})
+        messages.append(f"{init}: no schedule beside it; {told} unless --process.* says else")
     changes = dict(request.process)
     if "clip_sample_range" in changes:  # diffusers has two options for it
         changes["clip_sample"] = (clip := changes["clip_sample_range"]) is not None

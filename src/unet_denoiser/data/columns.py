@@ -177,10 +177,10 @@ def _to_numbers(name: str, values: Sequence[Any] | np.ndarray, where: str, name_
     try:
         with np.errstate(over="ignore"):
             array = np.asarray(values, np.float64).astype(np.float32)
+        if array.ndim == 1 and np.isfinite(array).all():
+            return array
     except (TypeError, ValueError):
-        array = np.zeros(())
-    if array.ndim == 1 and np.isfinite(array).all():
-        return array
+        pass  # the row is named below
     row = next((i for i, value in enumerate(values) if not _is_number(value)), 0)
     found = f"{name_row(row)} has {str(values[row])[:60]!r} in {name!r}"
     raise ValueError(f"vector_columns of {where} must hold a finite number in every row; {found}")

@@ -1,14 +1,19 @@
 """Decoding and conversion of image files, scaling, cropping and augmentation."""
 
+import io
+import struct
+import warnings
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from torch.testing import assert_close
 
 from support.data import write_image
 from unet_denoiser import load_data
 from unet_denoiser.data.dataset import StreamIndex
+from unet_denoiser.data.transforms import open_image
 
 
 def load_only_image(folder, **options):
@@ -117,3 +122,114 @@ def test_augmentation_depends_on_seed_and_position_alone(tmp_path):
     assert len(crops) > 20  # of 50
     assert {x for x, _ in crops} >= {0, 24} or len({x for x, _ in crops}) > 15
     assert {flip for _, flip in crops} == {False, True}
+
+
+# ---- colour profiles -------------------------------------------------------------------------------------------------
+
+
+def icc_profile(space, **tags):
+    """A profile of version 2: its curve and primaries, or a table to Lab, as tags."""
+    tags = {
+        "desc": b"desc\0\0\0\0\0\0\0\2x\0" + bytes(79),
+        "cprt": b"text\0\0\0\0none\0",
+        "wtpt": xyz(0.9642, 1, 0.8249),
+    } | tags
+    offset, table, body = 132 + 12 * len(tags), struct.pack(">I", len(tags)), b""
+    for name, tag in tags.items():
+        padded = tag + bytes(-len(tag) % 4)
+        table += name.encode() + struct.pack(">II", offset + len(body), len(padded))
+        body += padded
+    head = struct.pack(
+        ">I4sI4s4s4s", offset + len(body), b"test", 0x02400000, b"mntr", space, b"Lab " if "A2B0" in tags else b"XYZ "
+    )
+    head += struct.pack(">6H", 2024, 1, 1, 0, 0, 0) + b"acsp" + bytes(28) + xyz(0.9642, 1, 0.8249)[8:]
+    return head.ljust(128, b"\0") + table + body
+
+
+def xyz(*values):
+    return b"XYZ \0\0\0\0" + struct.pack(">iii", *[round(value * 65536) for value in values])
+
+
+def gamma(value):
+    return b"curv\0\0\0\0" + struct.pack(">IH", 1, round(value * 256))
+
+
+def wide_profile():
+    """Primaries of Display P3 with a gamma of 2.2."""
+    curves = dict.fromkeys(("rTRC", "gTRC", "bTRC"), gamma(2.2))
+    red, green, blue = xyz(0.51512, 0.2412, -0.00105), xyz(0.29198, 0.69225, 0.04189), xyz(0.1571, 0.06657, 0.78407)
+    return icc_profile(b"RGB ", rXYZ=red, gXYZ=green, bXYZ=blue, **curves)
+
+
+def managed(image, profile):
+    """Return the colours of an image as colour-managed software shows them."""
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+
+
+COLOURS = np.random.default_rng(0).integers(0, 255, (8, 8, 3), np.uint8)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+@pytest.mark.parametrize("suffix", ["png", "webp", "tif"])
+def test_colours_are_those_that_the_profile_means(tmp_path, mode, suffix):
+    image = Image.fromarray(COLOURS).quantize(16) if mode == "P" else Image.fromarray(COLOURS).convert(mode)
+    if mode == "RGBA":
+        image.putalpha(77)
+    if suffix == "webp" and mode == "P":
+        image = image.convert("RGB")
+    expected = np.array(managed(image.convert("RGB"), wide_profile()))
+    assert np.abs(expected.astype(int) - np.asarray(image.convert("RGB"))).max() > 20
+    options = {"lossless": True, "exact": True} if suffix == "webp" else {}
+    write_image(tmp_path / "d" / f"a.{suffix}", image, icc_profile=wide_profile(), **options)
+    pixels = load_only_image(tmp_path / "d", channels=4)
+    assert_close(pixels[:3], torch.from_numpy(expected).permute(2, 0, 1) / 127.5 - 1, atol=1e-5, rtol=0)
+    assert ((pixels[3].mean() + 1) * 127.5).round() == (77 if mode == "RGBA" else 255)
+
+
+def test_profiles_of_greys_and_exif_together(tmp_path):
+    """A grey image stays grey, of the values that its curve means, and is turned as well."""
+    exif = Image.Exif()
+    exif[274] = 3  # upside down
+    image = Image.fromarray(COLOURS[..., 0])
+    profile = icc_profile(b"GRAY", kTRC=gamma(1.0))
+    write_image(tmp_path / "d" / "a.png", image, icc_profile=profile, exif=exif)
+    data = load_data(tmp_path / "d")
+    expected = np.asarray(managed(image, profile))[::-1, ::-1, 0] / 127.5 - 1
+    assert data.channels == 1
+    assert_close(data[0]["image"][0], torch.from_numpy(expected.astype(np.float32)), atol=0.02, rtol=0)
+    assert (data[0]["image"][0] - torch.from_numpy(COLOURS[::-1, ::-1, 0] / 127.5 - 1)).abs().max() > 0.2
+
+
+def test_profiles_of_printing_inks(tmp_path):
+    """A table from the 16 corners of CMYK to a lightness, by which all inks are greyer than Pillow takes them to be."""
+    inks = np.stack(np.meshgrid(*[[0, 1]] * 4, indexing="ij"), -1).reshape(16, 4)
+    lightness = (255 - inks @ [50, 60, 40, 90]).astype(np.uint8)
+    corners = np.stack([lightness, *[np.full(16, 128, np.uint8)] * 2], -1)
+    ramp = bytes(range(256))
+    table = b"mft1\0\0\0\0\4\3\2\0" + struct.pack(">9i", *[65536 * v for v in (1, 0, 0, 0, 1, 0, 0, 0, 1)])
+    profile = icc_profile(b"CMYK", A2B0=table + 4 * ramp + corners.tobytes() + 3 * ramp)
+    image = Image.fromarray(COLOURS).convert("CMYK")
+    expected = np.array(managed(image, profile))
+    assert np.abs(expected.astype(int) - np.asarray(image.convert("RGB"))).max() > 20
+    write_image(tmp_path / "d" / "a.tif", image, icc_profile=profile)
+    assert_close(load_only_image(tmp_path / "d"), torch.from_numpy(expected).permute(2, 0, 1) / 127.5 - 1)
+
+
+@pytest.mark.parametrize("kind", ["sRGB", "broken", "other space", "16 bits"])
+def test_profiles_that_change_nothing(tmp_path, kind):
+    profiles = {"sRGB": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(), "broken": b"no profile"}
+    profile = profiles.get(kind, icc_profile(b"GRAY", kTRC=gamma(1.0)))
+    image = Image.fromarray(COLOURS[..., 0].astype(np.uint16) * 250 if kind == "16 bits" else COLOURS)
+    write_image(tmp_path / "d" / "a.png", image)
+    plain = load_only_image(tmp_path / "d")
+    write_image(tmp_path / "d" / "a.png", image, icc_profile=profile)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert torch.equal(load_only_image(tmp_path / "d"), plain)
+    assert ["an ICC profile of 10 bytes cannot be used" in str(w.message) for w in said] == [True] * (kind == "broken")
+
+
+def test_masks_have_no_colours(tmp_path):
+    path = write_image(tmp_path / "a.png", Image.fromarray(COLOURS), icc_profile=wide_profile())
+    assert np.array_equal(np.asarray(open_image(str(path), colours=False)), COLOURS)

@@ -12,10 +12,11 @@ import torch
 from unet_denoiser.config.data import DataConfig
 from unet_denoiser.data.columns import warn_empty_classes
 from unet_denoiser.data.dataset import DatasetWrapper, ImageDataset, StreamDataset
-from unet_denoiser.data.sources.arrays import DIGITS, load_digits_data, load_npy, load_npz
+from unet_denoiser.data.sources.arrays import DIGITS, ArrayDataset, load_digits_data, load_npy, load_npz
 from unet_denoiser.data.sources.folder_walk import list_images
 from unet_denoiser.data.sources.image_folder import ImageFolder
 from unet_denoiser.data.sources.parquet_files import list_tables
+from unet_denoiser.data.transforms import DECODING
 from unet_denoiser.data.wrappers.captions import CaptionedDataset
 from unet_denoiser.data.wrappers.concat import ConcatConditionDataset
 from unet_denoiser.data.wrappers.latents import LatentDataset
@@ -57,7 +58,8 @@ def load_data(config: DataConfig | str | Path, **options: Any) -> ImageDataset |
         measure = config.standardize_latents and config.latent_mean is None
         paths = [Path(path) for path in (config.source, config.concat or "") if path and Path(path).exists()]
         # of all that the images depend on: options and files of the source, and `concat` and its files
-        key = digest([repr(sorted(asdict(source).items())), str(config.concat), fingerprint(paths)])
+        parts = [repr(sorted(asdict(source).items())), str(config.concat), fingerprint(paths)]
+        key = digest([*parts, *([] if isinstance(data, ArrayDataset) else [DECODING])])
         data = LatentDataset(data, vae, key, flip=config.horizontal_flip, standardize=measure)
     return data if encoder is None else CaptionedDataset(data, encoder)
 

@@ -1,12 +1,14 @@
 """Image files to tensors: decode, convert to a number of channels, scale, crop, pad and flip."""
 
+import warnings
 from collections.abc import Sequence
+from functools import lru_cache
 from io import BytesIO
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image, ImageCms, ImageColor, ImageOps
 from torch import Tensor
 
 from unet_denoiser.config.data import DataConfig, ResizeMode
@@ -15,6 +17,7 @@ from unet_denoiser.utils.images import MODES
 
 Source = str | bytes  # a path, or a file's content
 GREY_MODES = {"1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I;16N", "I"}
+DECODING = "icc"  # in the keys of what is kept on disk of decoded images; another word whenever pixels change
 SUFFIXES = frozenset(
     f".{name}"
     for name in (
@@ -39,8 +42,15 @@ class UnreadableItemError(ValueError):
         return type(self), (self.name, self.reason)
 
 
-def open_image(source: Source, name: str = "") -> Image.Image:
-    """Decode an image and rotate it as its EXIF data say; UnreadableItemError if that fails or its range is unknown."""
+def open_image(source: Source, name: str = "", *, colours: bool = True) -> Image.Image:
+    """Decode an image, rotate it as its EXIF data say, and convert the colours of its ICC profile to sRGB.
+
+    Args:
+        colours: convert them (default), or leave them as the file has them, as for a mask.
+
+    Raises:
+        UnreadableItemError: it cannot be decoded, or its range is unknown.
+    """
     name = name or str(source)
     try:
         with Image.open(source if isinstance(source, str) else BytesIO(source)) as image:
@@ -48,6 +58,7 @@ def open_image(source: Source, name: str = "") -> Image.Image:
                 raise Image.DecompressionBombError
             image.load()
             upright = ImageOps.exif_transpose(image)
+            upright = _to_srgb(upright) if colours else upright
     except Image.UnidentifiedImageError:
         raise UnreadableItemError(name, "cannot be read as an image: no image format that is known") from None
     except Image.DecompressionBombError:
@@ -61,6 +72,45 @@ def open_image(source: Source, name: str = "") -> Image.Image:
         reason = f"has pixels of mode {upright.mode}, of unknown range; put such images into an .npy"
         raise UnreadableItemError(name, reason)
     return upright
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    """Convert an image of 8 bits by its ICC profile; as it is if it has none, or one that cannot be read."""
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode.startswith("I") or image.mode in ("1", "F"):
+        return image
+    grey = image.mode in GREY_MODES
+    transform = _load_profile(bytes(profile), "L" if grey else "CMYK" if image.mode == "CMYK" else "RGB")
+    if transform is None:
+        return image
+    transparent = _has_alpha(image)
+    colours = image.convert("L" if grey else "CMYK" if image.mode == "CMYK" else "RGB")
+    converted = transform.apply(colours)
+    converted = converted.convert("L") if grey else converted
+    if transparent:
+        converted.putalpha(image.convert("RGBA").getchannel("A"))
+    converted.info = {}  # no transparent colour, since alpha has it
+    return converted
+
+
+@lru_cache(32)
+def _load_profile(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """Return the transform of an ICC profile to sRGB; None if it is sRGB already, or cannot be used on the mode."""
+    try:
+        found = ImageCms.ImageCmsProfile(BytesIO(profile))
+        if found.profile.xcolor_space.strip() != {"L": "GRAY"}.get(mode, mode):
+            return None
+        transform = ImageCms.buildTransform(found, ImageCms.createProfile("sRGB"), mode, "RGB")
+        probe = Image.frombytes(mode, (64, 64), np.random.default_rng(0).bytes(64 * 64 * len(mode)))
+        changed = np.asarray(transform.apply(probe), np.int16)
+    except (ImageCms.PyCMSError, OSError, ValueError, ImportError) as error:
+        # once for each profile, and not again in every worker process
+        if torch.utils.data.get_worker_info() is None:
+            unusable = f"an ICC profile of {len(profile)} bytes cannot be used: {error}"
+            warnings.warn(f"{unusable}; images with it are read as sRGB", stacklevel=2)
+        return None
+    same = mode != "CMYK" and np.abs(changed - np.asarray(probe.convert("RGB"), np.int16)).max() <= 1
+    return None if same else transform
 
 
 def read_pixels(source: Source, name: str, channels: int, size: Sequence[int], config: DataConfig) -> Tensor:
@@ -89,12 +139,16 @@ def to_pixels(
 
 
 def _to_mode(image: Image.Image, mode: str, background: str) -> Image.Image:
-    transparent = "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info
+    transparent = _has_alpha(image)
     if transparent:
         image = image.convert("RGBA")
     if transparent and mode != "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
     return image.convert(mode)
+
+
+def _has_alpha(image: Image.Image) -> bool:
+    return "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info
 
 
 def compute_scaled_size(old_size: Sequence[int], size: Sequence[int], mode: ResizeMode) -> tuple[int, ...]:

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unet_denoiser.data.dataset import ImageDataset
+from unet_denoiser.data.sources.encoded_images import EncodedImages
+from unet_denoiser.data.transforms import DECODING
 from unet_denoiser.evaluation.images import image_batches
 from unet_denoiser.models.text_encoder import use_transformers
 from unet_denoiser.utils.cache import MappedArray, compute_once, digest, fingerprint
@@ -140,7 +142,7 @@ def _cache_key(data: ImageDataset, indices: np.ndarray, extractor: Extractor) ->
     path = Path(config.source)
     if not path.exists() and not config.source.startswith(("digits", "hf:")):
         return None
-    options = repr(sorted(asdict(config).items()))
+    options = repr(sorted(asdict(config).items())) + (DECODING if isinstance(data, EncodedImages) else "")
     files = fingerprint([path]) if path.exists() else ""
     return digest([options, files, str(len(data)), indices.astype(np.int64).tobytes(), extractor.key])
 

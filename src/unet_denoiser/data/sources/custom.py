@@ -110,8 +110,8 @@ def _adapt_hub(data: Any) -> ImageDataset | StreamDataset:
             warn_empty_classes(table.labels, table.class_names or [], table.config.source)
         return table
     if isinstance(data, datasets.IterableDataset):
-        table = resolve_features(data)
-        return CustomStream(data) if table is None else HubStream(table)
+        stream = resolve_features(data)
+        return CustomStream(data) if stream is None else HubStream(stream)
     splits = f"; it has {', '.join(data)}" if isinstance(data, dict) else ""
     raise TypeError(f"data is a {type(data).__name__}; give one split of it, for example data['train']{splits}")
 

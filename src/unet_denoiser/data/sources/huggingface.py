@@ -67,7 +67,7 @@ class HubDataset(EncodedImages):
     """
 
     def __init__(self, table: datasets.Dataset, config: DataConfig | None = None, **options: Any) -> None:
-        config = replace(config or DataConfig(UNNAMED_SOURCE), **options)
+        config = source = replace(config or DataConfig(UNNAMED_SOURCE), **options)
         check_config(config)
         if table.format["type"] == "custom":
             raise TypeError("the data set has a transform; give it to Trainer, which takes the items that it makes")
@@ -78,7 +78,7 @@ class HubDataset(EncodedImages):
         images = table.select_columns([columns.image])
         # the fingerprint of `datasets` changes with the content, so rows need no stamps
         name = f"{config.source} {columns.image} {table._fingerprint}"
-        headers = verify_images(name, stamps, lambda row: _read_cell(images[int(row[4:])][columns.image], config, row))
+        headers = verify_images(name, stamps, lambda row: _read_cell(images[int(row[4:])][columns.image], source, row))
         for column in filter(None, (columns.label, columns.caption)):
             for i in (i for i, value in enumerate(table[column]) if is_absent(value)):
                 headers[f"row {i}"] = headers[f"row {i}"]._replace(problem=f"has no {column!r}")
@@ -187,9 +187,10 @@ def load_hub(config: DataConfig) -> HubDataset | HubStream:
             check_files(files)
             table = load("parquet", data_files=files, split=split, streaming=config.streaming)
     except Exception as error:  # the hub, pyarrow and datasets raise exceptions of many types
-        while error.__cause__ is not None:  # the last one only says that an error occurred
-            error = error.__cause__
-        lines = str(error).strip().splitlines() or [type(error).__name__]
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # the last one only says that an error occurred
+            cause = cause.__cause__
+        lines = str(cause).strip().splitlines() or [type(cause).__name__]
         raise ValueError(f"{config.source} cannot be loaded as a dataset: {lines[0]}") from None
     return HubStream(table, config) if config.streaming else HubDataset(table, config)
 

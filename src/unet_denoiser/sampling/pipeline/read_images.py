@@ -45,7 +45,7 @@ def read_mask(data: DataConfig, mask: str | Path, size: Sequence[int]) -> Tensor
     ValueError if the file is no image, or nothing in it is white.
     """
     size = tuple(size)
-    drawn = to_float(to_pixels(open_image(str(mask)), 1, size, data.resize_mode, "black"))
+    drawn = to_float(to_pixels(open_image(str(mask), colours=False), 1, size, data.resize_mode, "black"))
     white = augment(drawn, size, data, background=-torch.ones(1))[None] > 0
     if not white.any():
         raise ValueError(f"mask={mask} has nothing white, so there is nothing to paint")

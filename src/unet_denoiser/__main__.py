@@ -2,9 +2,12 @@
 
 import sys
 
+from unet_denoiser.utils.terminal import prepare_streams
+
 
 def main() -> None:
     """Run the command; exit with code 130 if it is interrupted while it is imported."""
+    prepare_streams()
     try:
         from unet_denoiser.cli import main as run
     except KeyboardInterrupt:

@@ -8,6 +8,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from unet_denoiser.config.base import ForeignFormat, QKVOrder, check_choice
+from unet_denoiser.config.paths import local_path
 from unet_denoiser.config.unet import UNetConfig
 from unet_denoiser.convert import architecture
 from unet_denoiser.convert.checkpoint_files import read_state, save_state
@@ -54,7 +55,7 @@ class ForeignCheckpoint:
         Raises:
             FileNotFoundError, ValueError: a file that is missing, damaged, of another family, or not clear enough.
         """
-        path = Path(path)
+        path = local_path(path)
         tensors, diffusers_config = read_state(path, ema, variant)
         layout = architecture.detect_layout(tensors)
         structure = architecture.detect_structure(layout, tensors)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from unet_denoiser.config.paths import local_path
 from unet_denoiser.utils.files import read_json, write_json
 from unet_denoiser.utils.tensor_files import read_safetensors, write_safetensors
 
@@ -56,7 +57,7 @@ class Pretrained:
         """
         if model_card_kwargs is not None:
             raise ValueError("model_card_kwargs is not supported: write a README.md into the directory instead")
-        directory = Path(save_directory)
+        directory = local_path(save_directory)
         config = config if isinstance(config, Mapping) else (config or self.config).to_dict()
         write_pretrained(directory, config, self.state_dict())  # type: ignore[attr-defined]
         if not push_to_hub:
@@ -95,10 +96,10 @@ class Pretrained:
         """
         hub = {"force_download": force_download, "token": token, "cache_dir": cache_dir, "revision": revision}
         hub |= {"local_files_only": local_files_only, "subfolder": model_kwargs.pop("subfolder", None)}
-        source = Path(pretrained_model_name_or_path)
-        config_path = None if source.is_file() else fetch(pretrained_model_name_or_path, CONFIG_NAME, hub)
+        source = local_path(pretrained_model_name_or_path)
+        config_path = None if source.is_file() else fetch(source, CONFIG_NAME, hub)
         with _pause_garbage_collection():
-            return cls._load(pretrained_model_name_or_path, config_path, hub, model_kwargs).eval()  # type: ignore[attr-defined]
+            return cls._load(source, config_path, hub, model_kwargs).eval()  # type: ignore[attr-defined]
 
     @classmethod
     def _load(cls, source: str | Path, config_path: Path | None, hub: dict[str, Any], options: dict[str, Any]) -> Self:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from unet_denoiser.config.data import DataConfig
+from unet_denoiser.config.paths import local_path
 from unet_denoiser.data.columns import CAPTION_COLUMNS, encode_labels, encode_vectors, pick_column
 from unet_denoiser.data.dataset import refuse_options
 from unet_denoiser.data.sources.encoded_images import EncodedImages, check_config, split_usable
@@ -39,7 +40,7 @@ class ImageFolder(EncodedImages):
         config = replace(config or DataConfig(str(folder)), **options)
         check_config(config)
         refuse_options(config, ("split", "image_column", "streaming"), "a folder of images")
-        self.folder = Path(folder)
+        self.folder = local_path(folder)
         files = list_images(self.folder)
         rows = read_metadata(self.folder)
         if rows is not None:

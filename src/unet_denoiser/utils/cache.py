@@ -82,7 +82,7 @@ def digest(parts: Iterable[str | bytes]) -> str:
     """Hash the parts, in order, to 32 hexadecimal digits."""
     sha = hashlib.sha256()
     for part in parts:
-        data = part.encode() if isinstance(part, str) else part
+        data = part.encode(errors="surrogateescape") if isinstance(part, str) else part
         # with the length, ("ab", "c") and ("a", "bc") differ
         sha.update(len(data).to_bytes(8, "little") + data)
     return sha.hexdigest()[:32]

@@ -39,7 +39,7 @@ def verify_images(name: str, stamps: dict[str, list[int]], open_source: Callable
         name: of the dataset; it names the file in the cache.
         stamps: by each image's key, the size and modification time that it is decoded again for.
     """
-    path = cache_directory() / "scans" / f"{sha256(name.encode()).hexdigest()[:24]}.json"
+    path = cache_directory() / "scans" / f"{sha256(name.encode(errors='surrogateescape')).hexdigest()[:24]}.json"
     with _lock(path):
         cached: dict[str, Any] = {}
         with suppress(OSError, ValueError):

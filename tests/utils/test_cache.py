@@ -1,7 +1,9 @@
 """The cache directory, which every cache of the package shares."""
 
+import errno
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +11,8 @@ from PIL import Image
 
 from unet_denoiser import load_data
 from unet_denoiser.data.sources import verification
-from unet_denoiser.utils.cache import cache_directory, compute_once
+from unet_denoiser.utils import cache
+from unet_denoiser.utils.cache import cache_directory, compute_once, provide_caches
 
 
 @pytest.fixture
@@ -46,6 +49,52 @@ def test_the_default_directory(home, monkeypatch):
     assert cache_directory() == home / ".cache" / "unet-denoiser"
     monkeypatch.setenv("XDG_CACHE_HOME", "~/y")
     assert cache_directory() == home / "y" / "unet-denoiser"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # the standard says to ignore those
+    assert cache_directory() == home / ".cache" / "unet-denoiser"
+
+
+@pytest.mark.parametrize("place", ["a file", "a dead link", "no home"])
+def test_without_a_place_the_cache_is_temporary_and_that_is_said_once(home, monkeypatch, place):
+    given = home / place
+    monkeypatch.setenv("UNET_DENOISER_CACHE", str(given))
+    if place == "no home":
+        monkeypatch.delenv("UNET_DENOISER_CACHE")
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setenv("HOME", "")
+        cache._find_problem.cache_clear()
+        cache._usable.cache_clear()
+    elif place == "a file":
+        given.touch()
+    else:
+        given.symlink_to(home / "gone")
+    images = write_images(home.parent / "images", ["a.png"])
+    with pytest.warns(UserWarning, match="so the cache is a temporary directory") as warned:
+        folders = [load_data(images) and compute_once("features", key, Path.exists) for key in "ab"]
+    assert all(folder.is_dir() for folder in folders)
+    assert len(warned) == 1
+
+
+def test_a_disk_that_fills_up(home):
+    calls = []
+
+    def compute(folder):
+        calls.append(folder)
+        if len(calls) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        (folder / "file").touch()
+
+    with pytest.warns(UserWarning, match="the disk is full"):
+        folder = compute_once("features", "full", compute)
+    assert (folder / "file").is_file()
+    assert not list((home / "x" / "features").glob("full*[!k]"))
+
+
+def test_other_libraries_keep_their_files_in_ours(home, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "file"))
+    monkeypatch.setenv("MPLCONFIGDIR", "")
+    (home / "file").touch()
+    provide_caches()
+    assert os.environ["XDG_CACHE_HOME"] == str(home / "x")
 
 
 def test_a_scan_of_an_earlier_version_is_found(home, monkeypatch):

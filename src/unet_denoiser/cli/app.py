@@ -1,17 +1,19 @@
 """The command `unet-denoiser` and its sub-commands."""
 
 import os
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 
 from unet_denoiser.cli.convert import convert
 from unet_denoiser.cli.doctor import doctor
-from unet_denoiser.cli.errors import one_line_warning
+from unet_denoiser.cli.errors import one_line_errors, one_line_warning
 from unet_denoiser.cli.evaluate import evaluate
 from unet_denoiser.cli.info import info
 from unet_denoiser.cli.options import parse_command
 from unet_denoiser.cli.sample import sample
 from unet_denoiser.cli.train import train
+from unet_denoiser.utils.cache import provide_caches
 
 COMMANDS: dict[str, Callable[..., None]] = {
     command.__name__: command for command in (train, sample, evaluate, doctor, info, convert)
@@ -27,6 +29,10 @@ def main(args: Sequence[str] | None = None) -> None:
     before, warnings.formatwarning = warnings.formatwarning, one_line_warning
     description = "Train a diffusion model on your images, sample from it, look at networks and convert them."
     try:
-        parse_command(COMMANDS, description, args)()
+        with one_line_errors():
+            run = parse_command(COMMANDS, description, args)
+            provide_caches()
+            run()
+            sys.stdout.flush()  # a full disk is found here, and not when Python has no way left to say so
     finally:
         warnings.formatwarning = before

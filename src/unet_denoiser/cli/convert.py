@@ -8,6 +8,7 @@ import tyro
 from unet_denoiser.cli.errors import one_line_errors
 from unet_denoiser.cli.options import OptionalName, OptionalNumber, OptionalOrder, OptionalPath
 from unet_denoiser.config.base import CheckpointFormat
+from unet_denoiser.utils.terminal import printable
 
 
 def convert(
@@ -56,7 +57,7 @@ def convert(
         if to == "pipeline":
             others = {"verify": verify, "lora": lora is not None, "lora_scale": lora_scale != 1}
             _write_pipeline(source, target, [*options, *(name for name, is_given in others.items() if is_given)])
-            print(target)
+            print(printable(target))
             return
         from unet_denoiser.models.conversion import convert_checkpoint
         from unet_denoiser.training.run import Run
@@ -69,7 +70,7 @@ def convert(
             done += f"; {peer} gives the same output, to {error:.1e} of its largest value"
         if result.merged_weights is not None:
             done += f"; {result.merged_weights} weights changed by {lora}"
-        print(done)
+        print(printable(done))
 
 
 def _write_pipeline(run: Path, target: Path, unused: list[str]) -> None:

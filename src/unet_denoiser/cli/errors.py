@@ -6,17 +6,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from unet_denoiser.utils.terminal import command, printable
+
 
 @contextmanager
 def one_line_errors(
-    kinds: tuple[type[Exception], ...] = (ValueError, TypeError, OSError, ImportError),
+    kinds: tuple[type[Exception], ...] = (ValueError, TypeError, OSError, ImportError, Warning),
 ) -> Iterator[None]:
     """Print errors that the user can fix as one line and exit with code 2; let others pass."""
     try:
         yield
     except kinds as error:
         _exit(f"error: {error}", 2)
+    except MemoryError as error:
+        _exit(f"error: out of memory: {error}", 2)
     except RuntimeError as error:
+        if "shared memory" in str(error) or "</torch_" in str(error):  # torch's files in it
+            advice = "docker's --shm-size 2g, for one, gives more; --num-workers 0 needs none"
+            _exit(f"error: the shared memory (/dev/shm) is too small for the data's workers; {advice}", 2)
         if "memory" not in str(error) or "alloc" not in str(error):
             raise
         advice = "a smaller batch_size, image_size or network, or gradient_accumulation_steps in training needs less"
@@ -36,16 +43,20 @@ def one_line_training_errors(path: Path) -> Iterator[None]:
         try:
             yield
         except TrainingInterrupted as stop:
-            _exit(f"{path}: {stop}; to go on: unet-denoiser train --resume {path}", 128 + stop.number)
+            _exit(f"{path}: {stop}; to go on: {command('train', '--resume', path)}", 128 + stop.number)
         except NonFiniteError as error:
             _exit(f"error: {error}; {path} has the last good checkpoint", 1)
 
 
 def one_line_warning(message: Warning | str, *where: Any, **more: Any) -> str:
     """Format a warning as `warnings.formatwarning` does, in one line and without the place in our code."""
-    return f"unet-denoiser: warning: {' '.join(str(message).split())}\n"
+    return f"unet-denoiser: warning: {_one_line(message)}\n"
 
 
 def _exit(message: str, code: int) -> NoReturn:
-    print(f"unet-denoiser: {' '.join(message.split())}", file=sys.stderr)
+    print(f"unet-denoiser: {_one_line(message)}", file=sys.stderr)
     raise SystemExit(code) from None
+
+
+def _one_line(message: object) -> str:
+    return printable(" ".join(str(message).split()))

@@ -9,6 +9,7 @@ from unet_denoiser.cli.errors import one_line_errors
 from unet_denoiser.cli.options import OptionalName, OptionalNumber, OptionalPath, SamplingOptions
 from unet_denoiser.config.base import DeviceName
 from unet_denoiser.config.sampling import SamplingConfig
+from unet_denoiser.utils.terminal import printable
 
 
 def evaluate(
@@ -103,7 +104,7 @@ def evaluate(
             about=about,
         )
     print(report.text())
-    print(folder / "report.json")
+    print(printable(folder / "report.json"))
 
 
 def _default_folder(run: Path | None, samples: Path | None) -> Path:

@@ -1,7 +1,6 @@
 """The command that shows a network."""
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -10,6 +9,7 @@ from unet_denoiser.cli.errors import one_line_errors
 from unet_denoiser.cli.options import MemoryOptions, OptionalPath, show
 from unet_denoiser.config.base import DeviceName
 from unet_denoiser.config.memory import MemoryConfig
+from unet_denoiser.config.paths import local_path
 from unet_denoiser.config.unet import UNetConfig
 
 
@@ -59,8 +59,8 @@ def _find_network(name: str) -> tuple[UNetConfig, Any]:
         return preset(name), None
     if (run := Run.find(name)) is not None:
         return run.model, run
-    if Path(name).is_file() or any((Path(name) / file).is_file() for file in ("config.json", "model_index.json")):
-        return read_architecture(Path(name)), None
+    if (path := local_path(name)).is_file() or any((path / f).is_file() for f in ("config.json", "model_index.json")):
+        return read_architecture(path), None
     raise ValueError(f"{name!r} is neither a run, a model's directory or file nor a preset: {', '.join(PRESETS)}")
 
 

@@ -13,6 +13,7 @@ from unet_denoiser.cli.errors import one_line_errors
 from unet_denoiser.config.base import DeviceName
 from unet_denoiser.config.editing import EditingConfig
 from unet_denoiser.config.sampling import SamplingConfig
+from unet_denoiser.utils.terminal import printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -187,13 +188,13 @@ def _write_picture(
     if not state.is_main_process:
         return
     path = save(images)
-    print(path)
+    print(printable(path))
     if output.separate:
-        print(_write_separate(pipeline, request, images, path.with_name(f"{path.stem}-separate")))
+        print(printable(_write_separate(pipeline, request, images, path.with_name(f"{path.stem}-separate"))))
     if output.strip:
-        print(recorder.save_strip(path.with_name(f"{path.stem}-strip.png")))
+        print(printable(recorder.save_strip(path.with_name(f"{path.stem}-strip.png"))))
     if output.gif:
-        print(recorder.save_gif(path.with_suffix(".gif")))
+        print(printable(recorder.save_gif(path.with_suffix(".gif"))))
 
 
 def _write_separate(pipeline: Pipeline, request: GenerationRequest, images: Tensor, folder: Path) -> Path:
@@ -231,4 +232,4 @@ def _write_shards(pipeline: Pipeline, request: GenerationRequest, output: _Outpu
         raise KeyboardInterrupt(text) from None
     state.wait_for_everyone()
     if state.is_main_process:
-        print(f"{folder}: {shards.count:,} samples in {len(shards.parts())} files")
+        print(f"{printable(folder)}: {shards.count:,} samples in {len(shards.parts())} files")

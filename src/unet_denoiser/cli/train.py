@@ -7,6 +7,7 @@ import tyro
 
 from unet_denoiser.cli import options
 from unet_denoiser.cli.errors import one_line_errors, one_line_training_errors
+from unet_denoiser.utils.terminal import command, printable
 
 
 def train(
@@ -49,7 +50,7 @@ def train(
         run, trainer, messages = resume_run(resume, request) if resume else start_run(request)
         is_main = trainer.accelerator.is_main_process
         for message in messages if is_main else ():
-            print(message)
+            print(printable(message))
     with one_line_training_errors(run.path), _progress(run, trainer) as bar:
         for step in train_run(run, trainer):
             skipped = f", {trainer.skipped_steps} steps skipped" if trainer.skipped_steps else ""
@@ -58,7 +59,7 @@ def train(
             bar.update(run.training.batch_size)
     trainer.accelerator.end_training()
     if is_main:
-        print(f"{run.path}: trained; to sample: unet-denoiser sample {run.path}")
+        print(f"{printable(run.path)}: trained; to sample: {command('sample', run.path)}")
 
 
 def _progress(run: Any, trainer: Any) -> Any:

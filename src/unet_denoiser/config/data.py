@@ -1,10 +1,12 @@
 """The options of the dataset."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple, Self
 
 from unet_denoiser.config.base import check_choice, check_minimum
+from unet_denoiser.config.paths import expand_home
 
 ResizeMode = Literal["center_crop", "random_crop", "pad", "stretch"]
 OnBad = Literal["raise", "skip"]
@@ -91,6 +93,9 @@ class DataConfig:
     concat: str | None = None
 
     def __post_init__(self) -> None:
+        for name in ("source", "text_encoder", "vae", "concat"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, expand_home(os.fspath(value)))
         check_choice("resize_mode", self.resize_mode, ResizeMode)
         check_choice("on_bad", self.on_bad, OnBad)
         if not self.source:

@@ -9,6 +9,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from unet_denoiser.config.base import ForeignFormat, QKVOrder, check_choice, check_names
+from unet_denoiser.config.paths import local_path
 from unet_denoiser.config.unet import UNetConfig
 from unet_denoiser.convert import architecture
 from unet_denoiser.convert.checkpoint_files import CONFIG_NAME, find_config, read_state, save_state
@@ -74,7 +75,7 @@ class ForeignCheckpoint:
         """
         known = [*(field.name for field in fields(UNetConfig)), *FOREIGN_OPTIONS, "torch_dtype", "subfolder"]
         check_names("U-Net option", options, known)
-        path, diffusers_config = Path(path), None
+        path, diffusers_config = local_path(path), None
         config_path = find_config(path)
         found = {} if config_path is None else read_json(config_path)
         if config_path is not None and (path.is_dir() or "_class_name" in found):

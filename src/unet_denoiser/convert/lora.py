@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from unet_denoiser.config.paths import local_path
 from unet_denoiser.config.unet import UNetConfig
 from unet_denoiser.convert.key_maps import LAYOUTS
 from unet_denoiser.convert.layout import BlockStructure
@@ -130,7 +131,7 @@ def _map_modules(model: nn.Module, config: UNetConfig) -> dict[str, str]:
 def _read_lora(source: str | Path | Mapping[str, Tensor]) -> _LoraFile:
     file, config = "the LoRA", {}
     if not isinstance(source, Mapping):
-        file, path = str(source), Path(source)
+        file, path = str(source), local_path(source)
         if not path.is_file():
             raise FileNotFoundError(f"{path} is no file; give a LoRA's .safetensors")
         source, config = read_safetensors(path), _read_lora_config(path)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from unet_denoiser.config.base import PredictionType, VarianceType, signature_of
 from unet_denoiser.config.diffusion import DiffusionConfig
+from unet_denoiser.config.paths import local_path
 from unet_denoiser.config.unet import UNetConfig
 from unet_denoiser.diffusion.predictions import PREDICTIONS
 from unet_denoiser.diffusion.vlb import VariationalBound
@@ -169,12 +170,12 @@ class Diffusion:
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write `scheduler_config.json` atomically."""
-        write_json(Path(save_directory) / SCHEDULER_NAME, self.to_dict())
+        write_json(local_path(save_directory) / SCHEDULER_NAME, self.to_dict())
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Self:
         """Read `scheduler_config.json`; FileNotFoundError or ValueError if it is missing or unreadable."""
-        return cls.from_dict(read_json(Path(directory) / SCHEDULER_NAME))
+        return cls.from_dict(read_json(local_path(directory) / SCHEDULER_NAME))
 
 
 def _scheduler_defaults(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unet_denoiser.config.paths import local_path
 from unet_denoiser.data.dataset import ImageDataset
 from unet_denoiser.data.sources.arrays import ArrayDataset
 from unet_denoiser.data.sources.custom import as_dataset
@@ -74,6 +75,7 @@ def evaluate(
         ImportError, OSError: an extractor that is not available.
     """
     check_count(len(samples), allow_few)
+    folder = None if folder is None else local_path(folder)
     data, extractor = _as_image_dataset(data, "data"), load_extractor(extractor, device)
     unseen = None if held_out is None else _as_image_dataset(held_out, "held_out")
     if isinstance(samples, Tensor | np.ndarray) or hasattr(samples, "__getitem__"):
@@ -100,8 +102,8 @@ def evaluate(
         accuracy=_measure_accuracy(train, reference, made, labels),
     )
     if folder is not None:
-        report.pictures.append(memorization.save_pairs(made.images, data, nearest, Path(folder) / "neighbours.png"))
-        report.write(Path(folder))
+        report.pictures.append(memorization.save_pairs(made.images, data, nearest, folder / "neighbours.png"))
+        report.write(folder)
     return report
 
 

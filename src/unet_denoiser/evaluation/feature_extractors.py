@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unet_denoiser.config.paths import expand_home, local_path
 from unet_denoiser.data.dataset import ImageDataset
 from unet_denoiser.data.sources.encoded_images import EncodedImages
 from unet_denoiser.data.transforms import DECODING
@@ -107,9 +108,9 @@ def load_extractor(
     if name == "efficientnet-lite0":
         return _load_efficientnet(device)
     if name.startswith("transformers:"):
-        return _load_transformers(name.removeprefix("transformers:"), device)
-    if Path(name).is_file():
-        return _load_torchscript(Path(name), device)
+        return _load_transformers(expand_home(name.removeprefix("transformers:")), device)
+    if (path := local_path(name)).is_file():
+        return _load_torchscript(path, device)
     known = "auto, inception, efficientnet-lite0, pixels, transformers:NAME"
     raise ValueError(f"extractor={name!r} is neither one of {known} nor an existing TorchScript file")
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 from unet_denoiser.evaluation.measures import Measures
+from unet_denoiser.utils.terminal import command
 
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
@@ -116,7 +117,7 @@ def _check_length(m: Measures) -> Iterator[Finding]:
     if t.step is not None and t.step < t.steps:
         text = f"training is at step {t.step} of {t.steps}"
         text += f" ({t.epochs:.1f} times through the data)" if t.epochs else ""
-        yield Finding("note", "not finished", text, f"go on with: unet-denoiser train --resume {m.run}")
+        yield Finding("note", "not finished", text, f"go on with: {command('train', '--resume', m.run)}")
     if t.epochs and t.epochs > 200 and t.images < 500:
         text = f"only {t.images} images, each seen {t.epochs:.0f} times: enough to learn them by heart"
         advice = "more images, horizontal flips, dropout, a smaller network or fewer steps"

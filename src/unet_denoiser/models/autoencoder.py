@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unet_denoiser.config.paths import expand_home
 from unet_denoiser.models.pretrained import describe_load_errors
 from unet_denoiser.utils.cache import digest, fingerprint
 
@@ -31,8 +32,9 @@ class Autoencoder:
     def __init__(self, name_or_path: str | Path, device: str | torch.device = "cpu") -> None:
         import diffusers
 
-        self.name, place = str(name_or_path), Path(name_or_path)
-        if self.name.startswith(("/", ".", "~")) and not place.is_dir():
+        self.name = expand_home(str(name_or_path))
+        place = Path(self.name)
+        if self.name.startswith(("/", ".")) and not place.is_dir():
             raise FileNotFoundError(f"vae={self.name} is no folder; give one, or a hub name")
         options = {"subfolder": "vae"} if (place / "vae" / "config.json").is_file() else {}
         with describe_load_errors(f"vae={self.name}", f"a folder or hub name of an {' or '.join(KINDS)}"):

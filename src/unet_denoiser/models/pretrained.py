@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from unet_denoiser.config.base import check_names
+from unet_denoiser.config.paths import local_path
 from unet_denoiser.convert.checkpoint_files import (
     CONFIG_NAME,
     OWN_CONFIG_KEY,
@@ -66,7 +67,7 @@ class Pretrained:
         """
         if model_card_kwargs is not None:
             raise ValueError("model_card_kwargs is not supported: write a README.md into the directory instead")
-        directory = Path(save_directory)
+        directory = local_path(save_directory)
         config = config if isinstance(config, Mapping) else (config or self.config).to_dict()
         state = {name.replace("_orig_mod.", ""): p for name, p in self.state_dict().items()}  # type: ignore[attr-defined]
         self._check_shapes(config, state)
@@ -109,13 +110,10 @@ class Pretrained:
         """
         hub = {"force_download": force_download, "token": token, "cache_dir": cache_dir, "revision": revision}
         hub |= {"local_files_only": local_files_only, "subfolder": model_kwargs.pop("subfolder", None)}
-        source = Path(pretrained_model_name_or_path)
-        if source.is_file():
-            config_path = find_config(source)
-        else:
-            config_path = fetch(pretrained_model_name_or_path, CONFIG_NAME, hub)
+        source = local_path(pretrained_model_name_or_path)
+        config_path = find_config(source) if source.is_file() else fetch(source, CONFIG_NAME, hub)
         with _pause_garbage_collection():
-            return cls._load(pretrained_model_name_or_path, config_path, hub, model_kwargs).eval()  # type: ignore[attr-defined]
+            return cls._load(source, config_path, hub, model_kwargs).eval()  # type: ignore[attr-defined]
 
     @classmethod
     def _load(cls, source: str | Path, config_path: Path | None, hub: dict[str, Any], options: dict[str, Any]) -> Self:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unet_denoiser.config.paths import expand_home
 from unet_denoiser.models.pretrained import describe_load_errors
 from unet_denoiser.utils.cache import digest, fingerprint
 
@@ -27,8 +28,8 @@ class TextEncoder:
     """
 
     def __init__(self, name_or_path: str | Path, max_length: int | None = None) -> None:
-        self.name = str(name_or_path)
-        if self.name.startswith(("/", ".", "~")) and not Path(self.name).is_dir():
+        self.name = expand_home(str(name_or_path))
+        if self.name.startswith(("/", ".")) and not Path(self.name).is_dir():
             raise FileNotFoundError(f"text_encoder={self.name} is no folder; give one, or a hub name")
         with use_transformers(f"text_encoder={self.name}", "text encoder") as transformers:
             config = transformers.AutoConfig.from_pretrained(self.name)

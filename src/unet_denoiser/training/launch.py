@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from unet_denoiser.config.base import per_axis
 from unet_denoiser.config.data import DATA_CHANGEABLE, DataConfig
 from unet_denoiser.config.defaults import architecture_for, default_learning_rate
+from unet_denoiser.config.paths import expand_home, local_path
 from unet_denoiser.config.presets import preset
 from unet_denoiser.config.training import TRAINING_CHANGEABLE, TrainingConfig
 from unet_denoiser.config.unet import UNetConfig
@@ -24,6 +25,7 @@ from unet_denoiser.training.loop import check_new, load_trainer
 from unet_denoiser.training.run import Run
 from unet_denoiser.training.trainer import Trainer
 from unet_denoiser.utils.device import resolve_device
+from unet_denoiser.utils.files import check_writable
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,10 @@ def start_run(request: TrainRequest) -> tuple[Run, Trainer, list[str]]:
     """Return a new run, its trainer, and messages for the user; ValueError or OSError if an option cannot work."""
     training = TrainingConfig(**request.training)
     source, folder = _absolute_source(request.source or "")
-    name = Path(source.replace(":", "/"))
-    out = request.out or Path("runs") / (name.name if name.is_dir() else name.stem)
+    out = request.out or Path("runs") / _default_name(source, folder)
     check_new(out)
-    _check_outside(out, [folder, Path(request.data.get("concat") or "")])
+    check_writable(out)
+    _check_outside(out, [folder, Path(expand_home(request.data.get("concat") or ""))])
     initial = initialization(request, training)
     data_config, data = _load_data(request, source, initial.config)
     config = _choose_architecture(request, initial, data, on_cpu=resolve_device(training.device) == "cpu")
@@ -128,8 +130,16 @@ def _absolute_source(source: str) -> tuple[str, Path]:
     """Return a source that is valid from any directory, and its path; an empty path if it is no local one."""
     if not source or source == "digits" or source.startswith("hf:"):
         return source, Path()
-    path = Path(source).absolute()
+    path = local_path(source).absolute()
     return str(path), path
+
+
+def _default_name(source: str, path: Path) -> str:
+    """Return the name of a run on this source: that of the folder, of the file without its suffix, or of hf:NAME."""
+    if not path.name:  # no local one, or "/"
+        return Path(source.removeprefix("hf:").replace(":", "/")).name or "data"
+    path = path.resolve() if path.name == ".." else path
+    return (path.name if path.is_dir() else path.stem) or "data"
 
 
 def _check_outside(out: Path, folders: list[Path]) -> None:

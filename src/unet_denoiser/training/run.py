@@ -19,6 +19,7 @@ from typing import Any, Self
 import torch
 
 from unet_denoiser.config.data import DataConfig
+from unet_denoiser.config.paths import local_path
 from unet_denoiser.config.training import TrainingConfig
 from unet_denoiser.config.unet import UNetConfig
 from unet_denoiser.convert.checkpoint import export_checkpoint
@@ -47,13 +48,13 @@ class Run:
     @classmethod
     def find(cls, path: str | Path) -> Self | None:
         """Load the run in a directory; None if it holds something else, such as a saved model, or does not exist."""
-        file = Path(path) / "config.json"
+        file = local_path(path) / "config.json"
         return cls.load(path) if file.is_file() and "training" in read_json(file) else None
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read a run directory; FileNotFoundError or ValueError if it holds no run."""
-        path = Path(path)
+        path = local_path(path)
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"{path} holds no run: it has no config.json; give a directory that train wrote")
         config = read_json(path / "config.json")

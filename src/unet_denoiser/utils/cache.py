@@ -3,21 +3,79 @@
 Deleting it costs time only.
 """
 
+from __future__ import annotations
+
+import atexit
+import errno
 import hashlib
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterable
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
+from tempfile import TemporaryFile, mkdtemp
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def cache_directory() -> Path:
-    """Return $UNET_DENOISER_CACHE, else unet-denoiser in $XDG_CACHE_HOME or ~/.cache; "~" is the home directory."""
+    """Return $UNET_DENOISER_CACHE, else unet-denoiser in $XDG_CACHE_HOME or ~/.cache; "~" is the home directory.
+
+    Where nothing can be written there, or no home directory is known, it is a temporary directory of this process, with
+    one warning.
+    """
     if given := os.environ.get("UNET_DENOISER_CACHE"):
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "unet-denoiser"
+        return _usable(os.path.expanduser(given))
+    shared = _shared_directory()
+    return _usable(shared and os.path.join(shared, "unet-denoiser"))
+
+
+def provide_caches() -> None:
+    """Let other libraries keep their files in our cache where the home directory cannot hold them."""
+    if _find_problem(_shared_directory()):
+        os.environ["XDG_CACHE_HOME"] = os.environ["MPLCONFIGDIR"] = str(cache_directory())
+
+
+def _shared_directory() -> str:
+    """Return the directory that libraries keep caches in, $XDG_CACHE_HOME or ~/.cache; "" without a home directory."""
+    shared = os.path.expanduser(os.environ.get("XDG_CACHE_HOME", ""))
+    if not os.path.isabs(shared):  # the standard says to ignore those
+        shared = os.path.expanduser("~/.cache") if os.environ.get("HOME", "~") else ""
+    return shared if os.path.isabs(shared) else ""
+
+
+@cache
+def _usable(directory: str) -> Path:
+    """Return the directory if files can be made in it, else, with a warning, a temporary one."""
+    if not (problem := _find_problem(directory)):
+        return Path(directory)
+    advice = "UNET_DENOISER_CACHE can name a lasting one"
+    warnings.warn(f"{problem}; so the cache is a temporary directory ({advice})", stacklevel=3)
+    return _temporary_directory()
+
+
+@cache
+def _find_problem(directory: str) -> str:
+    """Return why no file can be made in a directory, or ""."""
+    if not directory:
+        return "no home directory is known"
+    try:
+        os.makedirs(directory, exist_ok=True)
+        with TemporaryFile(dir=directory) as file:
+            file.write(b"-")  # a full disk takes names, and no bytes
+    except OSError as error:
+        return f"nothing can be written to {directory}: {error.strerror}"
+    return ""
+
+
+@cache
+def _temporary_directory() -> Path:
+    directory = Path(mkdtemp(prefix="unet-denoiser-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return directory
 
 
 def digest(parts: Iterable[str | bytes]) -> str:
@@ -49,13 +107,24 @@ def compute_once(kind: str, key: str, compute: Callable[[Path], object]) -> Path
         key: hash of all that the contents depend on, from `digest`.
         compute: called with an empty directory to fill.
     """
+    directory = cache_directory() / kind / key
+    try:
+        return _compute_locked(directory, compute)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or directory.is_relative_to(_temporary_directory()):
+            raise
+        place = _temporary_directory()
+        warnings.warn(f"{directory.parent}: the disk is full; {kind} go to {place}, and are not kept", stacklevel=2)
+        return _compute_locked(place / kind / key, compute)
+
+
+def _compute_locked(directory: Path, compute: Callable[[Path], object]) -> Path:
     from filelock import FileLock
 
-    directory = cache_directory() / kind / key
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(directory.with_name(f"{key}.lock")):
+    with FileLock(directory.with_name(f"{directory.name}.lock")):
         if not directory.is_dir():
-            unfinished = directory.with_name(f"{key}.unfinished")
+            unfinished = directory.with_name(f"{directory.name}.unfinished")
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir()
             try:
@@ -78,6 +147,8 @@ class MappedArray:
     @cached_property
     def array(self) -> np.ndarray:
         """Return the array, read-only."""
+        import numpy as np
+
         return np.load(self.path, mmap_mode="r", allow_pickle=False)
 
     def __getstate__(self) -> dict[str, object]:

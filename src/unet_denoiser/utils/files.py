@@ -13,7 +13,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file; ValueError naming the file if it holds anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}, not an object")
@@ -21,18 +21,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = 2, ensure_ascii: bool = False) -> None:
-    """Write a JSON value, whole or not at all, and make its folder if it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a JSON value, whole or not at all; bytes of a name that are no UTF-8 become JSON's escapes."""
     text = json.dumps(value, indent=indent, ensure_ascii=ensure_ascii) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a temporary file or folder, then rename it to `path`: readers see the old or the new, whole.
 
-    A folder replaces another folder only if that is empty. The contents are synced to the disk before the rename, so
-    that a power failure does not leave an empty file.
+    The folder around it is made if it is missing. A folder replaces another folder only if that is empty. The contents
+    are synced to the disk before the rename, so that a power failure does not leave an empty file.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
@@ -50,7 +50,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 def check_writable(folder: Path) -> None:
     """Raise OSError naming the folder, or its first existing parent, if no file can be made in it."""
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
     try:
         TemporaryFile(dir=existing).close()
     except OSError as error:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from unet_denoiser.config.paths import local_path
 from unet_denoiser.utils.files import write_atomically
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's mode by number of channels
@@ -23,8 +24,7 @@ def to_uint8(x: Tensor, data_range: tuple[float, float] | None = None) -> Tensor
 
 def save_image(x: Tensor, path: str | Path) -> Path:
     """Save uint8 (C, H, W) with 1, 3 or 4 channels as PNG, and any other (C, *spatial) as .npy; return the path."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = local_path(path)
     array = x.cpu().numpy()
     if x.ndim != 3 or x.shape[0] not in MODES or x.dtype != torch.uint8:
         path = path.with_suffix(".npy")
@@ -68,10 +68,9 @@ def save_gif(frames: Sequence[Tensor], path: str | Path, seconds: float = 3.0) -
 
     ValueError for no frames, or frames of another type or number of channels.
     """
-    path = Path(path)
+    path = local_path(path)
     if not frames or frames[0].ndim != 3 or frames[0].shape[0] not in MODES or frames[0].dtype != torch.uint8:
         raise ValueError(f"{path}: a GIF shows uint8 images of 1, 3 or 4 channels")
-    path.parent.mkdir(parents=True, exist_ok=True)
     first, *others = map(_to_pil, frames)
     milliseconds = max(20, round(1000 * seconds / len(frames)))  # viewers slow down faster GIFs
     durations = [milliseconds] * len(others) + [1000]

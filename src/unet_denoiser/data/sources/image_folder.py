@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from unet_denoiser.config.data import DataConfig
+from unet_denoiser.config.paths import local_path
 from unet_denoiser.data.columns import (
     CAPTION_COLUMNS,
     LABEL_COLUMNS,
@@ -57,7 +58,7 @@ class ImageFolder(EncodedImages):
         config = replace(config or DataConfig(str(folder)), **options)
         check_config(config)
         refuse_options(config, ("split", "image_column", "streaming"), "a folder of images")
-        self.folder = Path(folder)
+        self.folder = local_path(folder)
         walk.check_encoding(str(self.folder.absolute()), "the folder")
         contents = walk.walk_folder(self.folder)
         for name in contents.sub_folders:

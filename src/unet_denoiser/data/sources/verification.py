@@ -47,7 +47,7 @@ def verify_images(name: str, stamps: dict[str, list[int]], open_source: Callable
     """
     # another Pillow may read less; a shorter stamp, of an earlier version, is enough if it agrees
     full = {key: [*stamp, PIL.__version__] for key, stamp in stamps.items()}
-    path = cache_directory() / "scans" / f"{sha256(name.encode()).hexdigest()[:24]}.json"
+    path = cache_directory() / "scans" / f"{sha256(name.encode(errors='surrogateescape')).hexdigest()[:24]}.json"
     with _lock(path):
         cached: dict[str, Any] = {}
         with suppress(OSError, ValueError):

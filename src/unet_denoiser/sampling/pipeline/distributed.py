@@ -17,6 +17,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from unet_denoiser.config.base import DeviceName
+from unet_denoiser.config.paths import local_path
 from unet_denoiser.sampling.pipeline.generation import GenerationRequest, generate
 from unet_denoiser.sampling.pipeline.npz_shards import Shards, digest_weights
 from unet_denoiser.sampling.pipeline.pipeline import Pipeline
@@ -84,7 +85,7 @@ def _settings(pipeline: Pipeline, request: GenerationRequest) -> dict[str, Any]:
         "negative": (request.negative_class, request.negative_caption),
         "guide": None if request.guide is None else digest_weights(request.guide),
         "image_size": request.image_size,
-        "pictures": digest(Path(file).read_bytes() for file in files),
+        "pictures": digest(local_path(file).read_bytes() for file in files),
         "weights": digest_weights(pipeline.model),
         "process": pipeline.process.to_dict(),
     }

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from unet_denoiser.config.data import DataConfig
+from unet_denoiser.config.paths import local_path
 from unet_denoiser.data.load import load_autoencoder, load_text_encoder
 from unet_denoiser.diffusion.process import SCHEDULER_NAME, Diffusion
 from unet_denoiser.models.conditions import Conditions
@@ -55,7 +56,7 @@ class Pipeline:
         Classes are named by their numbers, unless the folder has a class_names.json. FileNotFoundError or ValueError
         if the folder has no readable network or no schedule.
         """
-        folder = Path(folder)
+        folder = local_path(folder)
         model, schedule = UNet.from_pretrained(folder), find_scheduler_config(folder)
         if schedule is None:
             advice = f"write one with Diffusion(...).save_pretrained({str(folder)!r})"

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from unet_denoiser.config.data import DataConfig
+from unet_denoiser.config.paths import local_path
 from unet_denoiser.data.transforms import augment, make_fill, open_image, to_float, to_pixels
 from unet_denoiser.data.wrappers.concat import enlarge
 
@@ -16,7 +17,7 @@ def read_image(data: DataConfig, channels: int, image: str | Path, size: Sequenc
 
     A `size` of None keeps that of the file. ValueError if the file is no image.
     """
-    opened = open_image(str(image))
+    opened = open_image(str(local_path(image)))
     if size is None:
         return to_float(to_pixels(opened, channels, (opened.height, opened.width), "stretch", data.background))[None]
     pixels = to_pixels(opened, channels, tuple(size), data.resize_mode, data.background)
@@ -45,7 +46,7 @@ def read_mask(data: DataConfig, mask: str | Path, size: Sequence[int]) -> Tensor
     ValueError if the file is no image, or nothing in it is white.
     """
     size = tuple(size)
-    drawn = to_float(to_pixels(open_image(str(mask), colours=False), 1, size, data.resize_mode, "black"))
+    drawn = to_float(to_pixels(open_image(str(local_path(mask)), colours=False), 1, size, data.resize_mode, "black"))
     white = augment(drawn, size, data, background=-torch.ones(1))[None] > 0
     if not white.any():
         raise ValueError(f"mask={mask} has nothing white, so there is nothing to paint")

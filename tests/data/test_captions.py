@@ -2,12 +2,14 @@
 
 import json
 import pickle
+import warnings
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
-from support.data import CAPTIONS, MINILM, TINY, failure
+from support.data import CAPTIONS, MINILM, TINY, failure, write_captions
 from unet_denoiser import Diffusion, Run, Trainer, TrainingConfig, UNet, load_data, sample
 from unet_denoiser.cli.app import main
 from unet_denoiser.models.text_encoder import TextEncoder
@@ -86,3 +88,23 @@ def test_refuses_data_without_captions(image_folder, tmp_path, capsys):
     main(["train", str(image_folder), "--out", str(tmp_path / "r"), *TINY])
     line = failure(["sample", tmp_path / "r", "--caption", "x"], capsys)
     assert "was trained without captions" in line
+
+
+def test_captions_that_are_cut_are_counted(captioned_folder, tmp_path, capsys):
+    """When they are encoded, when they come from the cache, and when they are sampled from."""
+    long = "red drake on a blue wall in the sun"
+    write_captions(captioned_folder, [long, *CAPTIONS[1:]])
+    options = {"text_encoder": MINILM, "caption_length": 5}
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="1 of 6 captions are longer than the 5 tokens"):
+            load_data(str(captioned_folder), **options)
+    run = tmp_path / "run"
+    command = ["train", captioned_folder, "--out", run, "--text-encoder", MINILM, "--caption-length", 5, *TINY]
+    main([str(part) for part in command])
+    with pytest.warns(UserWarning, match="1 of 2 captions are longer than the 5 tokens"):
+        Run.load(run).load_pipeline().encode_captions([long, "red", "red"])
+    with pytest.raises(ValueError, match=r"caption_length=1000: .* takes at most 512 tokens"):
+        TextEncoder(MINILM, 1000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_data(str(captioned_folder), text_encoder=MINILM)

@@ -1,5 +1,6 @@
 """A frozen text encoder of transformers: captions to the tokens that cross-attention attends to."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,8 +23,11 @@ class TextEncoder:
         name_or_path: a folder or hub name that transformers loads: a text model of CLIP, T5's encoder, BERT, ...
         max_length: tokens to which longer captions are cut (default: the tokenizer's limit).
 
+    Attributes:
+        num_cut: captions encoded so far that were longer.
+
     Raises:
-        FileNotFoundError, ValueError: an encoder that cannot be loaded.
+        FileNotFoundError, ValueError: an encoder that cannot be loaded, or takes fewer tokens than `max_length`.
         ImportError: transformers is not installed.
     """
 
@@ -37,7 +41,12 @@ class TextEncoder:
         text = getattr(config, "text_config", None) or config
         self.context_dim: int = text.hidden_size if hasattr(text, "hidden_size") else text.d_model
         stated = self.tokenizer.model_max_length
-        self.max_length = max_length or (stated if stated <= 10**6 else MAX_TOKENS)
+        positions = getattr(text, "max_position_embeddings", None) or 0
+        limit = stated if stated <= 10**6 else MAX_TOKENS
+        if max_length is not None and 0 < positions < max_length:
+            raise ValueError(f"caption_length={max_length}: {self.name} takes at most {positions} tokens")
+        self.max_length = max_length or (min(limit, positions) if positions > 0 else limit)
+        self.num_cut = 0
         place = Path(self.name)
         version = fingerprint([place]) if place.exists() else f"{self.name} {getattr(config, '_commit_hash', None)}"
         self.key = digest([version, str(self.max_length)])
@@ -58,6 +67,7 @@ class TextEncoder:
         """
         if self._model is None:
             self._model = self._load()
+        self.num_cut += sum(len(ids) > self.max_length for ids in self.tokenizer(list(captions))["input_ids"])
         options = {"padding": True, "truncation": True, "max_length": self.max_length, "return_tensors": "pt"}
         inputs = self.tokenizer(list(captions), **options)
         ids, masks = inputs["input_ids"], inputs["attention_mask"]
@@ -66,6 +76,12 @@ class TextEncoder:
         if not hidden.isfinite().all():
             raise ValueError(f"text_encoder={self.name}: its values do not fit float16")
         return [tokens[mask].clone() for tokens, mask in zip(hidden, masks.bool(), strict=True)]
+
+    def warn_cut(self, num_cut: int, count: int) -> None:
+        """Warn if captions, of `count` in all, are longer than the encoder takes."""
+        if num_cut:
+            found = f"{num_cut:,} of {count:,} captions are longer than the {self.max_length} tokens that"
+            warnings.warn(f"{found} text_encoder={self.name} takes; what follows is cut off", stacklevel=3)
 
     def _load(self) -> Any:
         with use_transformers(f"text_encoder={self.name}", "text encoder") as transformers:

@@ -211,7 +211,7 @@ def find_columns(table: Any, config: DataConfig) -> tuple[Columns, Any]:
     label = pick_column(names, "label_column", config.label_column, [*LABEL_COLUMNS, *classes], where)
     caption = pick_column(names, "caption_column", config.caption_column, CAPTION_COLUMNS, where)
     for option, taken, alike in (("image_column", image, images), ("label_column", label, classes)):
-        if getattr(config, option) is None and len(alike) > 1:
+        if getattr(config, option) is None and len(alike) > 1 and taken not in LABEL_COLUMNS:
             found = f"{where} has the columns {', '.join(alike)}, of which {taken} is used"
             warnings.warn(f"{found}; {option} chooses another", stacklevel=4)
     warn_unused(features, label, caption, where)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unet_denoiser.data.dataset import DatasetWrapper, ImageDataset
 from unet_denoiser.utils.cache import MappedArray, compute_once, digest
-from unet_denoiser.utils.files import write_json
+from unet_denoiser.utils.files import read_json, write_json
 
 if TYPE_CHECKING:
     from unet_denoiser.models.text_encoder import TextEncoder
@@ -56,6 +56,7 @@ class TokenStore:
         key = digest([encoder.key, *unique])
         folder = compute_once("text", key, lambda folder: _write_tokens(encoder, unique, folder))
         self.tokens, self.starts = MappedArray(folder / "tokens.npy"), MappedArray(folder / "starts.npy")
+        encoder.warn_cut(read_json(folder / "about.json").get("cut", 0), len(unique))
         self.length = int(np.diff(self.starts.array).max())
 
     def __getitem__(self, caption: str) -> tuple[Tensor, Tensor]:
@@ -90,6 +91,6 @@ def _write_tokens(encoder: TextEncoder, captions: list[str], folder: Path) -> No
         position += lengths[i]
     target.flush()
     np.save(folder / "starts.npy", starts)
-    write_json(folder / "about.json", {"encoder": encoder.name, "captions": len(captions)})
+    write_json(folder / "about.json", {"encoder": encoder.name, "captions": len(captions), "cut": encoder.num_cut})
     del source  # Windows deletes no mapped file
     unsorted.unlink()

@@ -88,7 +88,9 @@ class Pipeline:
         from unet_denoiser.models.text_encoder import pad_tokens
 
         if new := [caption for caption in dict.fromkeys(captions) if caption not in self._tokens]:
-            self._tokens.update(zip(new, load_text_encoder(self.data).tokens(new), strict=True))
+            encoder = load_text_encoder(self.data)
+            self._tokens.update(zip(new, encoder.tokens(new), strict=True))
+            encoder.warn_cut(encoder.num_cut, len(new))
         context, mask = pad_tokens([self._tokens[caption] for caption in captions])
         return Conditions(context=context, context_mask=mask)
 

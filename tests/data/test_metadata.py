@@ -88,6 +88,7 @@ def test_the_name_metadata_csv_may_be_in_upper_case(folder):
             "file_name,label\r\na.png,caf\xe9\r\n".encode("latin-1"),
             r"line 2 of .*metadata.csv is not UTF-8 .byte 0xe9",
         ),
+        (b"\xef\xbb\xbffile_name,label\na.png,caf\xe9\r", "line 2 of .*metadata.csv is not UTF-8 .byte 0xe9"),
         ("file_name\tlabel\n".encode("utf-16"), "metadata.csv is UTF-16; save it as UTF-8"),
         ("file_name,label\na.png,cat\nb.png,\n", "no 'label' in 1 of 2 rows; the first is line 3 of .*metadata.csv"),
         ("file_name,label\na.png,cat\nb.png\n", "no 'label' in 1 of 2 rows; the first is line 3 of .*metadata.csv"),
@@ -229,6 +230,14 @@ def test_rows_of_one_image_must_agree(folder, first, second, message):
         return
     with pytest.raises(ValueError, match=rf"a\.png has two values of 'label': {message}"):
         load_data(folder)
+
+
+def test_a_message_names_the_file_that_has_the_value(folder):
+    write_jsonl(write_csv(folder, "file_name,age\na.png,1\nb.png,2\n"), {"size": 1}, {"size": "x"})
+    with pytest.raises(ValueError, match=r"line 2 of .*metadata.jsonl has 'x' in 'size'"):
+        load_data(folder, vector_columns=("age", "size"))
+    write_jsonl(folder, {"size": 1}, {"size": 5})
+    assert load_data(folder, vector_columns=("size", "age")).vectors.tolist() == [[1, 1], [5, 2]]
 
 
 def test_two_files_complete_each_other(folder):

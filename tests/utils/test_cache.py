@@ -12,7 +12,7 @@ from PIL import Image
 from unet_denoiser import load_data
 from unet_denoiser.data.sources import verification
 from unet_denoiser.utils import cache
-from unet_denoiser.utils.cache import cache_directory, compute_once, provide_caches
+from unet_denoiser.utils.cache import cache_directory, compute_once, fingerprint, provide_caches
 
 
 @pytest.fixture
@@ -130,3 +130,15 @@ def test_a_file_name_that_is_not_utf_8_is_remembered(home, monkeypatch):
     load_data(images)
     monkeypatch.setattr(verification, "open_image", lambda *args: pytest.fail("scanned again"))
     assert len(load_data(images)) == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows lets few users make links")
+def test_fingerprints_see_changes_behind_links(tmp_path):
+    real = write_images(tmp_path / "real", ["a.png"])
+    (real / "back").symlink_to(".")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "link").symlink_to(real)
+    before = fingerprint([tmp_path / "d"])
+    assert fingerprint([tmp_path / "d"]) == before
+    (real / "a.png").write_bytes(b"changed")
+    assert fingerprint([tmp_path / "d"]) != before

@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache, cached_property
 from pathlib import Path
 from tempfile import TemporaryFile, mkdtemp
@@ -89,12 +89,23 @@ def digest(parts: Iterable[str | bytes]) -> str:
 
 
 def fingerprint(paths: Iterable[str | Path]) -> str:
-    """Hash the paths, sizes and modification times of files, and of all files in folders."""
+    """Hash the paths, sizes and modification times of files, and of all files in folders; links are followed."""
     parts = []
     for path in map(Path, paths):
-        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        files = sorted(_list_files(path)) if path.is_dir() else [path]
         parts += [f"{file.absolute()} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
     return digest(parts)
+
+
+def _list_files(folder: Path) -> Iterator[Path]:
+    """Yield all files below a folder; each real folder once, since links may lead back."""
+    seen = set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        if (place := os.path.realpath(root)) in seen:
+            folders.clear()  # in place: os.walk descends into these
+            continue
+        seen.add(place)
+        yield from (path for name in files if (path := Path(root, name)).is_file())
 
 
 def compute_once(kind: str, key: str, compute: Callable[[Path], object]) -> Path:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from unet_denoiser.config.data import DataConfig
@@ -130,9 +131,8 @@ def read_columns(metadata: Metadata, files: Sequence[str], config: DataConfig) -
         cells, origins["caption"] = metadata.read_column(caption, files), metadata.describe(caption)
         captions = [read_caption(cell.value, where, cell.place) for cell in cells]
     if numbers:
-        columns, origins["vector"] = [metadata.read_column(n, files) for n in numbers], metadata.describe(*numbers)
-        values = {n: [cell.value for cell in cells] for n, cells in zip(numbers, columns, strict=True)}
-        vectors = encode_vectors(values, where, lambda i: columns[0][i].place)
+        origins["vector"] = metadata.describe(*numbers)
+        vectors = torch.cat([_encode_column(name, metadata.read_column(name, files), where) for name in numbers], 1)
     return Columns(labels, captions, vectors, origins)
 
 
@@ -142,6 +142,11 @@ def encode_cells(cells: Sequence[Cell], config: DataConfig, where: str) -> tuple
     if all(isinstance(value, str) for value in values):
         values = parse_texts(values, config.class_names)
     return encode_labels(values, config.class_names, where, lambda i: cells[i].place)
+
+
+def _encode_column(name: str, cells: Sequence[Cell], where: str) -> Tensor:
+    """Return a column of numbers as (N, 1)."""
+    return encode_vectors({name: [cell.value for cell in cells]}, where, lambda i: cells[i].place)
 
 
 def find_folder_classes(folder: Path, files: Sequence[str], has_metadata: bool) -> list[str] | None:

@@ -139,11 +139,12 @@ def read_rows(path: Path) -> list[Row]:
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise ValueError(f"{path} is UTF-16; save it as UTF-8 (in Excel as 'CSV UTF-8')")
     try:
-        text = data.decode("utf-8-sig")
+        # without the mark at its start, which "utf-8-sig" does not count in an error's position
+        text = data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as error:
         line = len(re.findall(rb"\r\n|\r|\n", error.object[: error.start])) + 1
         raise ValueError(
-            f"line {line} of {path} is not UTF-8 (byte {data[error.start]:#x}); save it as UTF-8"
+            f"line {line} of {path} is not UTF-8 (byte {error.object[error.start]:#x}); save it as UTF-8"
         ) from None
     rows = list((_read_csv if path.suffix.lower() == ".csv" else _read_jsonl)(text, path))
     if not rows:

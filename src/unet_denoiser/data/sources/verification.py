@@ -112,6 +112,7 @@ def _find_problem(path: str) -> str | None:
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):  # before it is opened, since a pipe would block
         return "is a folder or a device, not a file"
+    Path(path).open("rb").close()  # raises what a decoder would hide in a message of its own
     return None if status.st_size else "is empty"
 
 

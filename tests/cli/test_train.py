@@ -154,6 +154,7 @@ def test_channels_follow_learned_variance_and_self_conditioning(tmp_path, capsys
         ("train digits --seed 99999999999999999999999", "must fit 63 bits"),
         ("train digits --out ''", "--out: an empty path names no file"),
         ("train digits --out .", "names no new directory"),
+        ("train digits --out x --num-workers 99999999999999999999", "num_workers=99999999999999999999 must be at most"),
         ("train digits --model.num-heads 7", "num_heads=7"),
         ("train digits --model.norm-groups 0", "norm_groups=0 must be at least 1"),
         ("train digits --model.context-dim 8", "context_dim=8, but the data have no context"),

@@ -11,7 +11,7 @@ from unet_denoiser.utils.terminal import command, printable
 
 @contextmanager
 def one_line_errors(
-    kinds: tuple[type[Exception], ...] = (ValueError, TypeError, OSError, ImportError, Warning),
+    kinds: tuple[type[Exception], ...] = (ValueError, TypeError, OSError, ImportError, OverflowError, Warning),
 ) -> Iterator[None]:
     """Print errors that the user can fix as one line and exit with code 2; let others pass."""
     try:

@@ -78,6 +78,8 @@ class TrainingConfig:
     track: base.TrackerName | None = None
 
     def __post_init__(self) -> None:
+        if self.num_workers is not None and self.num_workers > 1024:
+            raise ValueError(f"num_workers={self.num_workers} must be at most 1024: each is a process")
         base.check_choice("device", self.device, base.DeviceName)
         base.check_choice("loss_weighting", self.loss_weighting, base.LossWeightingName)
         base.check_choice("mixed_precision", self.mixed_precision, base.MixedPrecision)

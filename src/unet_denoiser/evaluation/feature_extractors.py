@@ -213,7 +213,7 @@ def _load_torchscript(path: Path, device: str | torch.device) -> Extractor:
 
 def _load_transformers(name: str, device: str | torch.device) -> Extractor:
     with use_transformers(f"extractor=transformers:{name}", "image encoder") as transformers:
-        network: Any = transformers.AutoModel.from_pretrained(name, dtype=torch.float32)
+        network: Any = transformers.AutoModel.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
         processor, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name)
     network = getattr(network, "vision_model", network).eval().to(device)  # of CLIP, the images' half
     size = network.config.image_size

@@ -36,8 +36,8 @@ class TextEncoder:
         if self.name.startswith(("/", ".")) and not Path(self.name).is_dir():
             raise FileNotFoundError(f"text_encoder={self.name} is no folder; give one, or a hub name")
         with use_transformers(f"text_encoder={self.name}", "text encoder") as transformers:
-            config = transformers.AutoConfig.from_pretrained(self.name)
-            self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(self.name)
+            config = transformers.AutoConfig.from_pretrained(self.name, trust_remote_code=False)
+            self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(self.name, trust_remote_code=False)
         text = getattr(config, "text_config", None) or config
         self.context_dim: int = text.hidden_size if hasattr(text, "hidden_size") else text.d_model
         stated = self.tokenizer.model_max_length
@@ -87,7 +87,7 @@ class TextEncoder:
         with use_transformers(f"text_encoder={self.name}", "text encoder") as transformers:
             known = type(self._config) in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING
             auto = transformers.AutoModelForTextEncoding if known else transformers.AutoModel
-            model = auto.from_pretrained(self.name, dtype=torch.float32)
+            model = auto.from_pretrained(self.name, dtype=torch.float32, trust_remote_code=False)
         if getattr(model.config, "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
             model = model.get_encoder()
         model = getattr(model, "text_model", model)  # CLIP's model of both text and images

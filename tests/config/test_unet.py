@@ -83,6 +83,8 @@ REFUSED = [
     ({"dropout": float("nan")}, ValueError, ["dropout=nan", "[0, 1)", "0.1"]),
     ({"dropout": True}, ValueError, ["dropout=True", "[0, 1)", "0.1"]),
     ({"time_frequencies": "full"}, ValueError, ["time_frequencies='full'", "'endpoint', 'half'"]),
+    ({"conventions": ("other",)}, ValueError, ["conventions=('other',)", "sines_first, cosines_first"]),
+    ({"conventions": "projection"}, TypeError, ["conventions='projection'", "tuple"]),
 ]
 
 
@@ -121,6 +123,7 @@ def test_every_default_is_the_documented_one():
         "norm_eps": 1e-5,
         "dropout": 0.1,
         "time_frequencies": "endpoint",
+        "conventions": (),
     }
     assert dict(list(dataclasses.asdict(config).items())[8:]) == expected
     with pytest.raises(TypeError):

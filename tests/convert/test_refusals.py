@@ -114,7 +114,7 @@ def test_a_file_of_something_else_is_refused_by_name(tmp_path):
         ({"norm_num_groups": None}, "norm_num_groups=None"),
         (
             {"_class_name": "UNet2DConditionModel", "only_cross_attention": [False, True]},
-            r"mid_block_only_cross_attention=False beside only_cross_attention=\[False, True\]",
+            r"only_cross_attention=\[False, True\] has no counterpart here: it is true for the last level",
         ),
     ],
 )

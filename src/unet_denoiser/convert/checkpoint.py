@@ -11,7 +11,7 @@ from unet_denoiser.config.base import ForeignFormat, QKVOrder, check_choice
 from unet_denoiser.config.unet import UNetConfig
 from unet_denoiser.convert import architecture
 from unet_denoiser.convert.checkpoint_files import read_state, save_state
-from unet_denoiser.convert.diffusers_config import from_diffusers, has_linear_projections, to_diffusers
+from unet_denoiser.convert.diffusers_config import check_weights, from_diffusers, has_linear_projections, to_diffusers
 from unet_denoiser.convert.key_maps import LAYOUTS
 from unet_denoiser.convert.layout import BlockStructure, Layout, Packing, Shapes
 from unet_denoiser.convert.state_dict import FormatVariant, to_foreign, to_internal
@@ -58,19 +58,25 @@ class ForeignCheckpoint:
         tensors, diffusers_config = read_state(path, ema, variant)
         layout = architecture.detect_layout(tensors)
         structure = architecture.detect_structure(layout, tensors)
-        inferred = architecture.infer_options(
-            layout, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, structure
-        )
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        inferred = architecture.infer_options(layout, shapes, structure)
         cosines_first, preset_name = LAYOUTS[layout].cosines_first, None
         if diffusers_config is not None:
             stated, cosines_first = from_diffusers(diffusers_config)
+            check_weights(diffusers_config, inferred, structure)
             inferred |= stated
         image_size = options.get("image_size", (diffusers_config or {}).get("sample_size"))
         options = _place_attention(image_size, structure) | options
         if "num_heads" in inferred:
             config = _use_head_dim(UNetConfig(**inferred | options))
         else:
-            config, preset_name = architecture.fill_from_preset(inferred, options)
+            try:
+                config, preset_name = architecture.fill_from_preset(inferred, options)
+            except ValueError:  # before asking for heads, say that they would not help
+                architecture.check_complete(layout, shapes, structure, inferred)
+                raise
+        if layout == "diffusers":
+            config = architecture.note_conventions(config, structure, cosines_first)
         packing = _choose_packing(LAYOUTS[layout], tensors, config, qkv_order, preset_name)
         kind = FormatVariant(LAYOUTS[layout], structure, config.heads, packing, cosines_first)
         return cls(path, layout, config, tensors, kind, diffusers_config)
@@ -110,7 +116,8 @@ def export_state_dict(
     Raises:
         ValueError: a parameter that the layout has no place for.
     """
-    cosines_first = config.time_frequencies == "half"  # DDPM's spacing comes with DDPM's order in every layout
+    # DDPM's spacing comes with DDPM's order in the other layouts
+    cosines_first = config.cosines_first if layout == "diffusers" else config.time_frequencies == "half"
     packing = LAYOUTS[layout].packing or qkv_order or architecture.published_order(config)
     structure, linear = BlockStructure.from_config(config), has_linear_projections(config)
     return to_foreign(state, FormatVariant(LAYOUTS[layout], structure, config.heads, packing, cosines_first, linear))

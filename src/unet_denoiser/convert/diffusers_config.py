@@ -1,90 +1,208 @@
 """`config.json` of diffusers' UNet2DModel and UNet2DConditionModel, to and from `UNetConfig`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from unet_denoiser.config.unet import UNetConfig
+from unet_denoiser.convert.layout import BlockStructure
 
+_PLAIN, _CONDITIONAL = "UNet2DModel", "UNet2DConditionModel"
 # the values that our network has a counterpart for; most fields switch on something that it lacks
 _VALID_VALUES: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("center_input_sample", "class_embeddings_concat", "dual_cross_attention"), (None, False)),
-    **dict.fromkeys(("time_embedding_dim", "time_embedding_act_fn", "timestep_post_act", "class_embed_type"), (None,)),
+    **dict.fromkeys(("time_embedding_act_fn", "timestep_post_act", "num_attention_heads"), (None,)),
     **dict.fromkeys(("encoder_hid_dim", "encoder_hid_dim_type", "cross_attention_norm"), (None,)),
-    **dict.fromkeys(("mid_block_scale_factor", "resnet_out_scale_factor"), (None, 1, 1.0)),
-    **dict.fromkeys(("conv_in_kernel", "conv_out_kernel"), (None, 3)),
-    "act_fn": (None, "silu", "swish"),
-    "time_embedding_type": (None, "positional"),
-    "addition_embed_type": (None, "text_time"),
+    **dict.fromkeys(("mid_block_scale_factor", "resnet_out_scale_factor"), (1, 1.0)),
+    **dict.fromkeys(("conv_in_kernel", "conv_out_kernel"), (3,)),
+    **dict.fromkeys(("downsample_type", "upsample_type"), (None, "conv", "resnet")),
+    "act_fn": ("silu", "swish"),
+    "time_embedding_type": ("positional",),
     "attention_type": (None, "default"),
     "resnet_skip_time_act": (None, False),
+    "resnet_time_scale_shift": ("default", "scale_shift"),
     "reverse_transformer_layers_per_block": (None,),
-    "mid_block_type": ("UNetMidBlock2D", "UNetMidBlock2DCrossAttn"),
-    "add_attention": (None, True),
+    "add_attention": (True,),
     "freq_shift": (0, 1),
     "downsample_padding": (0, 1),
 }
-_DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "CrossAttnDownBlock2D", "ResnetDownsampleBlock2D")
-_PLAIN_BLOCKS = ("DownBlock2D", "UpBlock2D")
+# and those that depend on the class
+_VALID_OF_CLASS: dict[str, dict[str, tuple[Any, ...]]] = {
+    _PLAIN: {"mid_block_type": ("UNetMidBlock2D", "UNetMidBlock2DCrossAttn"), "class_embed_type": (None,)},
+    _CONDITIONAL: {
+        "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+        "class_embed_type": (None, "projection"),
+        "addition_embed_type": (None, "text_time"),
+    },
+}
+_ATTENDED_DOWN = {_PLAIN: "AttnDownBlock2D", _CONDITIONAL: "CrossAttnDownBlock2D"}
+_ATTENDED, _NOT_ATTENDED = "attention", "no attention"
+_DOWN_BLOCKS, _PLAIN_BLOCKS = ("DownBlock2D", "ResnetDownsampleBlock2D"), ("DownBlock2D", "UpBlock2D")
 
 
 def from_diffusers(config: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     """Return the options that a diffusers configuration tells beyond names and shapes, and True for cosines first.
 
-    Raise ValueError for a field that our network has no counterpart for, by name.
+    Raise ValueError for a class, or a field, that our network has no counterpart for, by name.
     """
-    conditional = config.get("_class_name") == "UNet2DConditionModel"
-    _check_fields(config)
+    name = config.get("_class_name", _PLAIN)
+    if name not in _VALID_OF_CLASS:
+        raise ValueError(f"_class_name={name!r} is not {_PLAIN} or {_CONDITIONAL}")
+    _check_fields(config, name)
     options: dict[str, Any] = {
         "time_frequencies": "endpoint" if config.get("freq_shift", 0) else "half",
         "norm_eps": config.get("norm_eps", 1e-5),
         "norm_groups": config.get("norm_num_groups", 32),
         "dropout": config.get("dropout", 0.0),
-        **_read_heads(config, conditional),
+        **_read_heads(config, name),
+        **_read_blocks(config, name),
     }
-    if conditional and (only := _read_only_cross_attention(config)):
-        options["only_cross_attention"] = only
-    if config.get("downsample_type", "conv") == "conv" and config.get("downsample_padding", 1) == 0:
-        options["downsample"] = "conv_asymmetric"
     return options, bool(config.get("flip_sin_to_cos", True))
 
 
-def _check_fields(config: Mapping[str, Any]) -> None:
-    name = config.get("_class_name", "UNet2DModel")
-    if name not in ("UNet2DModel", "UNet2DConditionModel"):
-        raise ValueError(f"_class_name={name!r} is not UNet2DModel or UNet2DConditionModel")
-    defaults = {"mid_block_type": "UNetMidBlock2D", "freq_shift": 0, "downsample_padding": 1}
-    for field, valid in _VALID_VALUES.items():
-        if config.get(field, defaults.get(field)) not in valid:
-            raise ValueError(f"{field}={config[field]!r} has no counterpart here; valid: {', '.join(map(repr, valid))}")
-    blocks = config.get("down_block_types", ())
-    for block in blocks if isinstance(blocks, list | tuple) else [blocks]:
-        if block not in _DOWN_BLOCKS:
-            raise ValueError(f"down_block_types has {block!r}, without counterpart; valid: {', '.join(_DOWN_BLOCKS)}")
+def _check_fields(config: Mapping[str, Any], name: str) -> None:
+    valid_values = _VALID_VALUES | _VALID_OF_CLASS[name]
+    if config.get("addition_embed_type") is not None:
+        valid_values |= {"addition_time_embed_dim": (256,), "class_embed_type": (None,)}
+    widths = config.get("block_out_channels")
+    if isinstance(widths, list | tuple) and widths and isinstance(widths[0], int):
+        valid_values |= {"time_embedding_dim": (None, 4 * widths[0])}
+    for field in valid_values.keys() & config.keys():
+        value, valid = config[field], valid_values[field]
+        if not any(type(value) is type(one) and value == one for one in valid):
+            raise ValueError(f"{field}={value!r} has no counterpart here; valid: {', '.join(map(repr, valid))}")
+    for field in ("layers_per_block", "cross_attention_dim"):
+        value = config.get(field)
+        if isinstance(value, list | tuple) and any(one != value[0] for one in value):
+            raise ValueError(f"{field}={value} has no counterpart here; give one number for all levels")
     groups, others = config.get("norm_num_groups", 32), config.get("attn_norm_num_groups")
-    if groups is None or others not in (None, groups):
+    if type(groups) is not int or groups < 1 or others not in (None, groups):
         raise ValueError(f"norm_num_groups={groups} with attn_norm_num_groups={others}: they must be equal numbers")
-
-
-def _read_only_cross_attention(config: Mapping[str, Any]) -> Any:
-    """Return `only_cross_attention`, which shapes do not tell if the context is as wide as a level."""
-    only, middle = config.get("only_cross_attention", False), config.get("mid_block_only_cross_attention")
-    levels = list(only) if isinstance(only, list | tuple) else [bool(only)]
-    middle = (only if isinstance(only, bool) else False) if middle is None else middle
-    if levels[-1] != middle:
+    if name == _PLAIN and others is None and config.get("resnet_time_scale_shift") == "scale_shift":
         raise ValueError(
-            f"mid_block_only_cross_attention={middle} beside only_cross_attention={only} has no counterpart here: the "
-            "bottleneck is as the last level"
+            "attn_norm_num_groups=None with resnet_time_scale_shift='scale_shift' leaves the bottleneck's attention "
+            f"without a norm, which has no counterpart here; valid: {groups}"
         )
-    return tuple(levels) if len(levels) > 1 and any(levels) else levels[0]
 
 
-def _read_heads(config: Mapping[str, Any], conditional: bool) -> dict[str, Any]:
+def _read_blocks(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return how the levels downsample and upsample, and where the transformers have no self-attention."""
+    options: dict[str, Any] = {}
+    attended = _ATTENDED_DOWN[name]
+    down = _list_blocks(config, "down_block_types", (*_DOWN_BLOCKS, attended))
+    up = _list_blocks(config, "up_block_types", tuple(map(_mirror, (*_DOWN_BLOCKS, attended))))
+    if down and up and [attended == block for block in down] != [_mirror(attended) == block for block in reversed(up)]:
+        raise ValueError(f"up_block_types={up} must have attention at the levels where down_block_types={down} have it")
+    for option, blocks, kind in (("downsample", down[:-1], "downsample_type"), ("upsample", up[:-1], "upsample_type")):
+        is_resnet = name == _PLAIN and config.get(kind) == "resnet"
+        resblocks = {block.startswith("Resnet") or (block.startswith("Attn") and is_resnet) for block in blocks}
+        if len(resblocks) > 1:
+            raise ValueError(
+                f"{option[:-6]}_block_types={blocks} with {kind}={config.get(kind)!r} {option} in two ways, "
+                "which has no counterpart here; all levels must be alike"
+            )
+        if True in resblocks:
+            options[option] = "resblock"
+    if options.get("downsample") is None and config.get("downsample_padding", 1) == 0:
+        options["downsample"] = "conv_asymmetric"
+    if name == _CONDITIONAL and (only := _read_only_cross_attention(config, down)):
+        options["only_cross_attention"] = only
+    return options
+
+
+def _mirror(block: str) -> str:
+    return block.replace("Downsample", "Upsample").replace("Down", "Up")
+
+
+def _list_blocks(config: Mapping[str, Any], field: str, valid: tuple[str, ...]) -> list[str]:
+    """Return the types of blocks by their current names."""
+    blocks, names = config.get(field, ()), []
+    for block in blocks if isinstance(blocks, list | tuple) else [blocks]:
+        names.append(block.removeprefix("UNetRes") if isinstance(block, str) else block)
+        if names[-1] not in valid:
+            raise ValueError(f"{field} has {block!r}, without counterpart; valid: {', '.join(valid)}")
+    return names
+
+
+def _read_only_cross_attention(config: Mapping[str, Any], down: list[str]) -> tuple[bool, ...]:
+    """Return `only_cross_attention`, which shapes do not tell if the context is as wide as a level; () for nowhere.
+
+    The bottleneck, which is as the last level, has self-attention in all networks of this class.
+    """
+    only = config.get("only_cross_attention", False)
+    levels = list(only) if isinstance(only, list | tuple) else [only] * max(1, len(down))
+    if not all(isinstance(level, bool) for level in levels) or (down and len(levels) != len(down)):
+        raise ValueError(f"only_cross_attention={only!r} must be true or false, or one of them for each level")
+    if levels and levels[-1] and (not down or down[-1].startswith("CrossAttn")):
+        raise ValueError(
+            f"only_cross_attention={only} has no counterpart here: it is true for the last level, but not for the "
+            "bottleneck, which is as the last level"
+        )
+    return (*levels[:-1], False) if any(levels[:-1]) else ()
+
+
+def _read_heads(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Return the heads: attention_head_dim is their number in UNet2DConditionModel, their width in UNet2DModel."""
     value = config.get("attention_head_dim", 8)
-    if conditional:
-        value = config.get("num_attention_heads") or value
+    entries = value if name == _CONDITIONAL and isinstance(value, list | tuple) else [value]
+    if not all(type(entry) is int and entry > 0 for entry in entries) and (name, value) != (_PLAIN, None):
+        raise ValueError(f"attention_head_dim={value!r} has no counterpart here; give a number of at least 1")
+    if name == _CONDITIONAL:
         return {"num_heads": tuple(value) if isinstance(value, list | tuple) else value, "head_dim": None}
     return {"num_heads": 1, "head_dim": None} if value is None else {"num_heads": None, "head_dim": value}
+
+
+def check_weights(config: Mapping[str, Any], options: Mapping[str, Any], structure: BlockStructure) -> None:
+    """Raise ValueError, by the field, if a diffusers configuration is not that of its weights.
+
+    `options` and `structure` are what the names and shapes of the weights tell.
+    """
+    attended = structure.attended
+    widths = [round(mult * options["model_channels"]) for mult in options["channel_mult"]]
+    everywhere, used = [True] * len(widths), [*attended[:-1], True]  # the bottleneck has attention as the last level
+    seen: dict[str, tuple[Any, list[bool]]] = {
+        "block_out_channels": (widths, everywhere),
+        "down_block_types": ([_ATTENDED if has else _NOT_ATTENDED for has in attended], everywhere),
+        "in_channels": (options["in_channels"], everywhere),
+        "out_channels": (options["out_channels"], everywhere),
+        "layers_per_block": (options["num_res_blocks"], everywhere),
+        "time_cond_proj_dim": (options.get("time_cond_dim"), everywhere),
+        "resnet_time_scale_shift": ("default" if options["modulation"] == "add" else "scale_shift", everywhere),
+    }
+    if config.get("class_embed_type") is None:
+        seen["num_class_embeds"] = (options.get("num_classes"), everywhere)
+    seen["class_embed_type"] = ("projection" if structure.projection else None, everywhere)
+    if (vector_dim := options.get("vector_dim")) is not None:
+        seen["projection_class_embeddings_input_dim"] = (vector_dim, everywhere)
+    seen["addition_embed_type"] = ("text_time" if vector_dim and not structure.projection else None, everywhere)
+    if options.get("attention") == "transformer":
+        seen["cross_attention_dim"] = (options["context_dim"], used)
+        seen["transformer_layers_per_block"] = (options["transformer_depth"], used)
+    for field in seen.keys() & config.keys():
+        value, (found, where) = config[field], seen[field]
+        stated = (
+            [_ATTENDED if "Attn" in str(block) else _NOT_ATTENDED for block in value] if "types" in field else value
+        )
+        if not _agree(stated, found, where):
+            raise ValueError(f"{field}={value!r} in config.json, but the weights have {found}")
+    groups, head_dim = config.get("norm_num_groups", 32), config.get("attention_head_dim", 8)
+    if any(width % groups for width in widths):
+        raise ValueError(f"norm_num_groups={groups} does not divide block_out_channels={widths}")
+    heads = _per_level(head_dim, len(widths))
+    if len(heads) != len(widths) or any(
+        w % (h or w) for w, h, is_used in zip(widths, heads, used, strict=True) if is_used
+    ):
+        raise ValueError(f"attention_head_dim={head_dim} does not divide block_out_channels={widths}")
+
+
+def _per_level(value: Any, levels: int) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value] * levels
+
+
+def _agree(stated: Any, found: Any, levels: Sequence[bool]) -> bool:
+    """Return True if two values, or one for each level, are the same at these levels."""
+    first, second = _per_level(stated, len(levels)), _per_level(found, len(levels))
+    pairs = zip(first, second, levels, strict=True) if len(first) == len(second) == len(levels) else [(0, 1, True)]
+    return all(type(one) is type(other) and one == other for one, other, is_used in pairs if is_used)
 
 
 def has_linear_projections(c: UNetConfig) -> bool:
@@ -109,7 +227,7 @@ def to_diffusers(c: UNetConfig) -> dict[str, Any]:
         "norm_eps": c.norm_eps,
         "dropout": c.dropout,
         "freq_shift": 1 if c.time_frequencies == "endpoint" else 0,
-        "flip_sin_to_cos": c.time_frequencies == "half",
+        "flip_sin_to_cos": c.cosines_first,
         "resnet_time_scale_shift": "scale_shift" if c.modulation == "scale_shift" else "default",
         "downsample_padding": 0 if c.downsample == "conv_asymmetric" else 1,
         "num_class_embeds": c.num_classes,
@@ -119,20 +237,22 @@ def to_diffusers(c: UNetConfig) -> dict[str, Any]:
 
 
 def _check_options(c: UNetConfig, conditional: bool) -> None:
+    several, resblock = len(c.widths) > 1, not conditional and c.downsample == "resblock"
+    upsample, downsample = ("resblock", ("resblock",)) if resblock else ("nearest", ("conv", "conv_asymmetric"))
     refused = {
         "dims": c.dims != 2,
         "learned_null": c.learned_null and bool(c.num_classes or c.vector_dim or c.context_dim),
         "context_dim": c.context_dim is None if conditional else c.context_dim is not None,
-        "upsample": c.upsample == "conv_transpose" and len(c.widths) > 1,
-        "downsample": c.downsample == "avgpool" or (c.downsample == "resblock") != (c.upsample == "resblock"),
+        "downsample": several and c.downsample not in downsample,
+        "upsample": several and c.upsample != upsample,
         "stem_channels": c.stem_width != c.widths[0] or c.model_channels != c.widths[0],
-        "vector_dim": c.vector_dim is not None,
+        # class_labels carry either classes or the vector
+        "vector_dim": c.vector_dim is not None and (not conditional or bool(c.num_classes and c.is_vector_projected)),
         "time_cond_dim": c.time_cond_dim is not None and not conditional,
         "norm_groups": any(width % c.norm_groups for width in c.widths),
+        # their bottleneck always has self-attention
+        "only_cross_attention": c.cross_only(len(c.widths) - 1),
     }
-    if conditional:
-        refused["vector_dim"] = c.vector_dim is not None and c.vector_dim < 1536
-        refused["downsample"] = c.downsample not in ("conv", "conv_asymmetric")
     for field, is_refused in refused.items():
         if is_refused:
             raise ValueError(f"{field}={getattr(c, field)!r} has no counterpart in diffusers' networks")
@@ -165,13 +285,14 @@ def _build_conditional(c: UNetConfig, attended: list[bool]) -> dict[str, Any]:
         "down_block_types": [f"CrossAttn{down}" if has else down for has in attended],
         "up_block_types": [f"CrossAttn{up}" if has else up for has in reversed(attended)],
         "cross_attention_dim": c.context_dim,
-        "attention_head_dim": [c.heads(level) for level in levels],
+        "attention_head_dim": [max(1, c.heads(level)) for level in levels],
         "transformer_layers_per_block": [max(1, c.depth(level)) for level in levels],
         "use_linear_projection": has_linear_projections(c),
         "only_cross_attention": only if any(only) else False,
         "time_cond_proj_dim": c.time_cond_dim,
     }
     if c.vector_dim is not None:
-        config |= {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
         config["projection_class_embeddings_input_dim"] = c.vector_dim
+        sizes = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
+        config |= {"class_embed_type": "projection"} if c.is_vector_projected else sizes
     return config

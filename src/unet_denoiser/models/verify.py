@@ -54,7 +54,9 @@ def _draw_conditions(config: UNetConfig, generator: torch.Generator) -> dict[str
         conditions["encoder_hidden_states"] = torch.randn(1, 77, config.context_dim, generator=generator)
     if config.time_cond_dim:
         conditions["timestep_cond"] = torch.randn(1, config.time_cond_dim, generator=generator)
-    if config.vector_dim:  # pooled text, and the sizes as 256 sines and cosines each
+    if config.vector_dim and config.is_vector_projected:
+        conditions["class_labels"] = torch.randn(1, config.vector_dim, generator=generator)
+    elif config.vector_dim:  # pooled text, and the sizes as 256 sines and cosines each
         sizes = torch.tensor([[1024.0, 768, 0, 0, 1024, 1024]])[:, : (config.vector_dim - 1280) // 256]
         text = torch.randn(1, config.vector_dim - 256 * sizes.shape[1], generator=generator)
         conditions["added_cond_kwargs"] = {"text_embeds": text, "time_ids": sizes}

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unet_denoiser.convert.key_maps import OLD_ATTENTION
 from unet_denoiser.utils.files import read_json, write_json
 from unet_denoiser.utils.tensor_files import read_safetensors, write_safetensors
 
 _DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
-_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _LDM_PREFIX = "model.diffusion_model."
 
 
@@ -121,4 +121,4 @@ def _rename_old_attention(name: str) -> str:
     """Replace the names that diffusers' attention had at first, as diffusers does on loading."""
     stem, _, end = name.rpartition(".")
     parent, _, leaf = stem.rpartition(".")
-    return f"{parent}.{_OLD_ATTENTION[leaf]}.{end}" if leaf in _OLD_ATTENTION and ".attentions." in name else name
+    return f"{parent}.{OLD_ATTENTION[leaf]}.{end}" if leaf in OLD_ATTENTION and ".attentions." in name else name

@@ -44,6 +44,7 @@ _ATTENTION = {
     "attn.to_v": (None, "to_v", "v", None),
     "attn.to_out": ("proj_out", "to_out.0", "proj_out", "proj"),
 }
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of diffusers, at first
 
 
 def _rename(leaf: str, table: Mapping[str, tuple[str | None, ...]], layout: int) -> str:

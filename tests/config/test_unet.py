@@ -249,3 +249,10 @@ def test_warns_of_one_channel_per_norm_group():
             model_channels=16, channel_mult=(1, 1), num_heads=1, modulation="scale_shift", attention_resolutions=()
         )
         UNetConfig()
+
+
+@pytest.mark.parametrize("widths", [(88, 120), (56, 232), (352, 480), (49, 147, 343), (3, 7)])
+def test_widths_of_any_ratio_are_exact(widths):
+    mults = tuple(width / widths[0] for width in widths)
+    options = {"num_heads": 1, "attention_resolutions": (), "modulation": "scale_shift"}
+    assert UNetConfig(model_channels=widths[0], channel_mult=mults, **options).widths == widths

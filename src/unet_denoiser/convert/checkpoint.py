@@ -11,7 +11,8 @@ from unet_denoiser.config.base import ForeignFormat, QKVOrder, check_choice
 from unet_denoiser.config.unet import UNetConfig
 from unet_denoiser.convert import architecture
 from unet_denoiser.convert.checkpoint_files import read_state, save_state
-from unet_denoiser.convert.diffusers_config import check_weights, from_diffusers, has_linear_projections, to_diffusers
+from unet_denoiser.convert.diffusers_config import from_diffusers, has_linear_projections, to_diffusers
+from unet_denoiser.convert.diffusers_weights import check_weights
 from unet_denoiser.convert.key_maps import LAYOUTS
 from unet_denoiser.convert.layout import BlockStructure, Layout, Packing, Shapes
 from unet_denoiser.convert.state_dict import FormatVariant, to_foreign, to_internal

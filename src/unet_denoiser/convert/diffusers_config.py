@@ -1,14 +1,14 @@
 """`config.json` of diffusers' UNet2DModel and UNet2DConditionModel, to and from `UNetConfig`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from unet_denoiser.config.unet import UNetConfig
-from unet_denoiser.convert.layout import BlockStructure
 
 _PLAIN, _CONDITIONAL = "UNet2DModel", "UNet2DConditionModel"
 # the values that our network has a counterpart for; most fields switch on something that it lacks
 _VALID_VALUES: dict[str, tuple[Any, ...]] = {
+    "time_embedding_type": ("positional",),
     **dict.fromkeys(("center_input_sample", "class_embeddings_concat", "dual_cross_attention"), (None, False)),
     **dict.fromkeys(("time_embedding_act_fn", "timestep_post_act", "num_attention_heads"), (None,)),
     **dict.fromkeys(("encoder_hid_dim", "encoder_hid_dim_type", "cross_attention_norm"), (None,)),
@@ -16,7 +16,6 @@ _VALID_VALUES: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("conv_in_kernel", "conv_out_kernel"), (3,)),
     **dict.fromkeys(("downsample_type", "upsample_type"), (None, "conv", "resnet")),
     "act_fn": ("silu", "swish"),
-    "time_embedding_type": ("positional",),
     "attention_type": (None, "default"),
     "resnet_skip_time_act": (None, False),
     "resnet_time_scale_shift": ("default", "scale_shift"),
@@ -35,8 +34,7 @@ _VALID_OF_CLASS: dict[str, dict[str, tuple[Any, ...]]] = {
     },
 }
 _ATTENDED_DOWN = {_PLAIN: "AttnDownBlock2D", _CONDITIONAL: "CrossAttnDownBlock2D"}
-_ATTENDED, _NOT_ATTENDED = "attention", "no attention"
-_DOWN_BLOCKS, _PLAIN_BLOCKS = ("DownBlock2D", "ResnetDownsampleBlock2D"), ("DownBlock2D", "UpBlock2D")
+_DOWN_BLOCKS = ("DownBlock2D", "ResnetDownsampleBlock2D")
 
 
 def from_diffusers(config: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
@@ -66,14 +64,11 @@ def _check_fields(config: Mapping[str, Any], name: str) -> None:
     widths = config.get("block_out_channels")
     if isinstance(widths, list | tuple) and widths and isinstance(widths[0], int):
         valid_values |= {"time_embedding_dim": (None, 4 * widths[0])}
-    for field in valid_values.keys() & config.keys():
-        value, valid = config[field], valid_values[field]
+    for field, valid in valid_values.items():
+        value = config.get(field, valid[0])
         if not any(type(value) is type(one) and value == one for one in valid):
             raise ValueError(f"{field}={value!r} has no counterpart here; valid: {', '.join(map(repr, valid))}")
-    for field in ("layers_per_block", "cross_attention_dim"):
-        value = config.get(field)
-        if isinstance(value, list | tuple) and any(one != value[0] for one in value):
-            raise ValueError(f"{field}={value} has no counterpart here; give one number for all levels")
+    _check_numbers(config, name)
     groups, others = config.get("norm_num_groups", 32), config.get("attn_norm_num_groups")
     if type(groups) is not int or groups < 1 or others not in (None, groups):
         raise ValueError(f"norm_num_groups={groups} with attn_norm_num_groups={others}: they must be equal numbers")
@@ -84,24 +79,41 @@ def _check_fields(config: Mapping[str, Any], name: str) -> None:
         )
 
 
+def _check_numbers(config: Mapping[str, Any], name: str) -> None:
+    equal, optional = ("layers_per_block",), ("num_class_embeds",)
+    fields = ("in_channels", "out_channels")
+    if name == _CONDITIONAL:
+        equal, optional = (*equal, "cross_attention_dim"), (*optional, "time_cond_proj_dim")
+        fields = (*fields, "transformer_layers_per_block")
+    for field in (*fields, *equal, *optional):
+        value = config.get(field, 1)
+        entries = list(value) if isinstance(value, list | tuple) else [value]
+        if any(type(one) is not int or one < 1 for one in entries) and not (value is None and field in optional):
+            raise ValueError(f"{field}={value!r} has no counterpart here; give a number of at least 1")
+        if field in equal and any(one != entries[0] for one in entries):
+            raise ValueError(f"{field}={value} has no counterpart here; give one number for all levels")
+
+
 def _read_blocks(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Return how the levels downsample and upsample, and where the transformers have no self-attention."""
     options: dict[str, Any] = {}
     attended = _ATTENDED_DOWN[name]
     down = _list_blocks(config, "down_block_types", (*_DOWN_BLOCKS, attended))
     up = _list_blocks(config, "up_block_types", tuple(map(_mirror, (*_DOWN_BLOCKS, attended))))
-    if down and up and [attended == block for block in down] != [_mirror(attended) == block for block in reversed(up)]:
+    mirrored = [_mirror(block) == _mirror(attended) for block in reversed(down)]
+    if {"down_block_types", "up_block_types"} <= config.keys() and mirrored != [b == _mirror(attended) for b in up]:
         raise ValueError(f"up_block_types={up} must have attention at the levels where down_block_types={down} have it")
-    for option, blocks, kind in (("downsample", down[:-1], "downsample_type"), ("upsample", up[:-1], "upsample_type")):
-        is_resnet = name == _PLAIN and config.get(kind) == "resnet"
+    for half, blocks in (("down", down[:-1]), ("up", up[:-1])):
+        kind = config.get(f"{half}sample_type")
+        is_resnet = name == _PLAIN and kind == "resnet"
         resblocks = {block.startswith("Resnet") or (block.startswith("Attn") and is_resnet) for block in blocks}
         if len(resblocks) > 1:
             raise ValueError(
-                f"{option[:-6]}_block_types={blocks} with {kind}={config.get(kind)!r} {option} in two ways, "
-                "which has no counterpart here; all levels must be alike"
+                f"{half}_block_types={blocks} with {half}sample_type={kind!r} resample in two ways, which has no "
+                "counterpart here; all levels must be alike"
             )
         if True in resblocks:
-            options[option] = "resblock"
+            options[f"{half}sample"] = "resblock"
     if options.get("downsample") is None and config.get("downsample_padding", 1) == 0:
         options["downsample"] = "conv_asymmetric"
     if name == _CONDITIONAL and (only := _read_only_cross_attention(config, down)):
@@ -151,60 +163,6 @@ def _read_heads(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {"num_heads": 1, "head_dim": None} if value is None else {"num_heads": None, "head_dim": value}
 
 
-def check_weights(config: Mapping[str, Any], options: Mapping[str, Any], structure: BlockStructure) -> None:
-    """Raise ValueError, by the field, if a diffusers configuration is not that of its weights.
-
-    `options` and `structure` are what the names and shapes of the weights tell.
-    """
-    attended = structure.attended
-    widths = [round(mult * options["model_channels"]) for mult in options["channel_mult"]]
-    everywhere, used = [True] * len(widths), [*attended[:-1], True]  # the bottleneck has attention as the last level
-    seen: dict[str, tuple[Any, list[bool]]] = {
-        "block_out_channels": (widths, everywhere),
-        "down_block_types": ([_ATTENDED if has else _NOT_ATTENDED for has in attended], everywhere),
-        "in_channels": (options["in_channels"], everywhere),
-        "out_channels": (options["out_channels"], everywhere),
-        "layers_per_block": (options["num_res_blocks"], everywhere),
-        "time_cond_proj_dim": (options.get("time_cond_dim"), everywhere),
-        "resnet_time_scale_shift": ("default" if options["modulation"] == "add" else "scale_shift", everywhere),
-    }
-    if config.get("class_embed_type") is None:
-        seen["num_class_embeds"] = (options.get("num_classes"), everywhere)
-    seen["class_embed_type"] = ("projection" if structure.projection else None, everywhere)
-    if (vector_dim := options.get("vector_dim")) is not None:
-        seen["projection_class_embeddings_input_dim"] = (vector_dim, everywhere)
-    seen["addition_embed_type"] = ("text_time" if vector_dim and not structure.projection else None, everywhere)
-    if options.get("attention") == "transformer":
-        seen["cross_attention_dim"] = (options["context_dim"], used)
-        seen["transformer_layers_per_block"] = (options["transformer_depth"], used)
-    for field in seen.keys() & config.keys():
-        value, (found, where) = config[field], seen[field]
-        stated = (
-            [_ATTENDED if "Attn" in str(block) else _NOT_ATTENDED for block in value] if "types" in field else value
-        )
-        if not _agree(stated, found, where):
-            raise ValueError(f"{field}={value!r} in config.json, but the weights have {found}")
-    groups, head_dim = config.get("norm_num_groups", 32), config.get("attention_head_dim", 8)
-    if any(width % groups for width in widths):
-        raise ValueError(f"norm_num_groups={groups} does not divide block_out_channels={widths}")
-    heads = _per_level(head_dim, len(widths))
-    if len(heads) != len(widths) or any(
-        w % (h or w) for w, h, is_used in zip(widths, heads, used, strict=True) if is_used
-    ):
-        raise ValueError(f"attention_head_dim={head_dim} does not divide block_out_channels={widths}")
-
-
-def _per_level(value: Any, levels: int) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else [value] * levels
-
-
-def _agree(stated: Any, found: Any, levels: Sequence[bool]) -> bool:
-    """Return True if two values, or one for each level, are the same at these levels."""
-    first, second = _per_level(stated, len(levels)), _per_level(found, len(levels))
-    pairs = zip(first, second, levels, strict=True) if len(first) == len(second) == len(levels) else [(0, 1, True)]
-    return all(type(one) is type(other) and one == other for one, other, is_used in pairs if is_used)
-
-
 def has_linear_projections(c: UNetConfig) -> bool:
     """Return True if a published network like this has linear layers, not 1x1 convolutions, around its transformers.
 
@@ -237,14 +195,13 @@ def to_diffusers(c: UNetConfig) -> dict[str, Any]:
 
 
 def _check_options(c: UNetConfig, conditional: bool) -> None:
-    several, resblock = len(c.widths) > 1, not conditional and c.downsample == "resblock"
-    upsample, downsample = ("resblock", ("resblock",)) if resblock else ("nearest", ("conv", "conv_asymmetric"))
+    several, resblock = len(c.widths) > 1, () if conditional else ("resblock",)
     refused = {
         "dims": c.dims != 2,
         "learned_null": c.learned_null and bool(c.num_classes or c.vector_dim or c.context_dim),
         "context_dim": c.context_dim is None if conditional else c.context_dim is not None,
-        "downsample": several and c.downsample not in downsample,
-        "upsample": several and c.upsample != upsample,
+        "downsample": several and c.downsample not in ("conv", "conv_asymmetric", *resblock),
+        "upsample": several and c.upsample not in ("nearest", *resblock),
         "stem_channels": c.stem_width != c.widths[0] or c.model_channels != c.widths[0],
         # class_labels carry either classes or the vector
         "vector_dim": c.vector_dim is not None and (not conditional or bool(c.num_classes and c.is_vector_projected)),
@@ -264,21 +221,21 @@ def _build_unconditional(c: UNetConfig, attended: list[bool]) -> dict[str, Any]:
     one_head = all(c.heads(level) == 1 for level in levels)
     if len(head_dims) > 1 and not one_head:
         raise ValueError(f"num_heads={c.num_heads} gives heads of {sorted(head_dims)} channels; UNet2DModel: one width")
-    kind = "resnet" if c.downsample == "resblock" else "conv"
-    down, up = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if kind == "resnet" else _PLAIN_BLOCKS
+    down = "ResnetDownsampleBlock2D" if c.downsample == "resblock" else "DownBlock2D"
+    up = "ResnetUpsampleBlock2D" if c.upsample == "resblock" else "UpBlock2D"
     return {
         "_class_name": "UNet2DModel",
         "down_block_types": ["AttnDownBlock2D" if has else down for has in attended],
         "up_block_types": ["AttnUpBlock2D" if has else up for has in reversed(attended)],
-        "downsample_type": kind,
-        "upsample_type": kind,
+        "downsample_type": "resnet" if c.downsample == "resblock" else "conv",
+        "upsample_type": "resnet" if c.upsample == "resblock" else "conv",
         "attention_head_dim": None if one_head else head_dims.pop(),
         "attn_norm_num_groups": c.norm_groups,
     }
 
 
 def _build_conditional(c: UNetConfig, attended: list[bool]) -> dict[str, Any]:
-    levels, (down, up) = range(len(c.widths)), _PLAIN_BLOCKS
+    levels, down, up = range(len(c.widths)), "DownBlock2D", "UpBlock2D"
     only = [c.cross_only(level) for level in levels]
     config: dict[str, Any] = {
         "_class_name": "UNet2DConditionModel",

@@ -102,5 +102,7 @@ def _build_diffusers(checkpoint: ForeignCheckpoint) -> nn.Module:
     if checkpoint.layout == "compvis":
         prefixed = {f"model.diffusion_model.{name}": tensor for name, tensor in tensors.items()}
         tensors = convert_ldm_unet_checkpoint(prefixed, {"class_embed_type": None} | dict(peer.config))
+        if checkpoint.config.time_cond_dim:  # the converter leaves it out
+            tensors["time_embedding.cond_proj.weight"] = checkpoint.tensors["time_embed.cond_proj.weight"]
     peer.load_state_dict(tensors)
     return peer.eval()

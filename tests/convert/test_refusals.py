@@ -179,7 +179,7 @@ DISTILLED = {
     "mid_block.": "this network lacks bottleneck block 0",
     "mid_block.attentions": "this network lacks the attention of the bottleneck",
     "up_blocks.1.attentions.0": "this network lacks the attention of decoder block 2",
-    "up_blocks.0.attentions.1.transformer_blocks.1": "decoder block 1 .* has 1 transformer blocks, and others of its level 2",
+    "up_blocks.0.attentions.1.transformer_blocks.1": "decoder block 1 .* has 1 transformer blocks",
     "mid_block.attentions.0.transformer_blocks.1": "has 2 transformer blocks, and others of its level 1",
 }
 

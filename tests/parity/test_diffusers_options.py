@@ -61,7 +61,8 @@ COMPANIONS = {
     "projection": {"projection_class_embeddings_input_dim": 10},
     "text_time": {"projection_class_embeddings_input_dim": 6 * 256 + 20, "addition_time_embed_dim": 256},
 }
-FIELDS = [(kind, field) for kind in BASES for field in inspect.signature(getattr(diffusers, kind).__init__).parameters]
+NAMED = [(kind, field) for kind in BASES for field in inspect.signature(getattr(diffusers, kind)).parameters]
+FIELDS = [(kind, field) for kind, field in NAMED if field != "self"]
 
 
 def draw_inputs(model):

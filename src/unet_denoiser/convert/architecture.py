@@ -6,13 +6,12 @@ from typing import Any, NamedTuple
 
 from unet_denoiser.config.base import QKVOrder
 from unet_denoiser.config.presets import PRESETS, preset
-from unet_denoiser.config.unet import UNetConfig
+from unet_denoiser.config.unet import Convention, UNetConfig
 from unet_denoiser.convert.key_maps import LAYOUTS
 from unet_denoiser.convert.layout import BlockStructure, Layout, Shapes, describe_layer
 
 # options that names and shapes do not tell, or that change no parameter
 _UNSEEN_OPTIONS = ("num_heads", "head_dim", "dropout", "image_size", "attention_resolutions", "norm_groups")
-_UNSEEN_OPTIONS += ("conventions",)
 # conditions beside the context: the parameter and the axis that tell their width
 _CONDITION_SHAPES = {
     "num_classes": ("class_embedding.weight", 0),
@@ -212,7 +211,7 @@ def published_order(config: UNetConfig) -> QKVOrder:
 
 def note_conventions(config: UNetConfig, structure: BlockStructure, cosines_first: bool) -> UNetConfig:
     """Keep what a checkpoint has in another way than others of this architecture, though no output depends on it."""
-    notes = []
+    notes: list[Convention] = []
     if config.cosines_first != cosines_first:
         notes.append("cosines_first" if cosines_first else "sines_first")
     if config.vector_dim is not None and config.is_vector_projected != structure.projection:
@@ -236,7 +235,7 @@ def describe(config: UNetConfig) -> str:
 def _get_visible(config: UNetConfig) -> dict[str, Any]:
     """Return the part of a configuration that names and shapes tell."""
     levels = range(len(config.widths))
-    visible = {name: value for name, value in config.to_dict().items() if name not in _UNSEEN_OPTIONS}
+    visible = {name: value for name, value in config.to_dict().items() if name not in (*_UNSEEN_OPTIONS, "conventions")}
     depths = [config.depth(level) for level in levels if config.has_attention(level)]
     visible["transformer_depth"] = [*depths, config.depth(len(config.widths) - 1)]
     visible["only_cross_attention"] = [config.cross_only(level) for level in levels if config.has_attention(level)]

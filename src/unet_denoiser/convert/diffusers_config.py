@@ -80,11 +80,11 @@ def _check_fields(config: Mapping[str, Any], name: str) -> None:
 
 
 def _check_numbers(config: Mapping[str, Any], name: str) -> None:
-    equal, optional = ("layers_per_block",), ("num_class_embeds",)
-    fields = ("in_channels", "out_channels")
+    fields, equal, optional = ["in_channels", "out_channels"], ["layers_per_block"], ["num_class_embeds"]
     if name == _CONDITIONAL:
-        equal, optional = (*equal, "cross_attention_dim"), (*optional, "time_cond_proj_dim")
-        fields = (*fields, "transformer_layers_per_block")
+        fields.append("transformer_layers_per_block")
+        equal.append("cross_attention_dim")
+        optional.append("time_cond_proj_dim")
     for field in (*fields, *equal, *optional):
         value = config.get(field, 1)
         entries = list(value) if isinstance(value, list | tuple) else [value]

@@ -106,7 +106,7 @@ def read_lora(source: str | Path | Mapping[str, Tensor]) -> LoraFile:
         part = "alpha" if matrix is None else "down" if matrix[2] in ("A", "down") else "up"
         if getattr(layer, part) is not None:
             raise ValueError(f"{file} has {name}, and {DUPLICATE}")
-        layers[module.replace(".", "_")] = layer._replace(**{part: (name, tensor)})
+        layers[module.replace(".", "_")] = layer._replace(**{part: (name, tensor)})  # type: ignore[arg-type]
     is_alpha_unknown = not config and any(name.startswith(_PEFT_PREFIX) for name in own)
     return LoraFile(file, layers, config, [name for name in source if name not in own], is_alpha_unknown)
 

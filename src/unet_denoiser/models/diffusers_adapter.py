@@ -60,7 +60,7 @@ class DiffusersUNet(nn.Module):
             if value is not None and len(value):
                 raise ValueError(f"{name} has no counterpart in this network")
         mask, vector = encoder_attention_mask, self._vector(**added_cond_kwargs) if added_cond_kwargs else None
-        if self.config.class_embed_type == "projection":
+        if self.config.get("class_embed_type") == "projection":
             class_labels, vector = None, class_labels
         out = self.model(
             sample,
@@ -85,7 +85,7 @@ class DiffusersUNet(nn.Module):
     @property
     def add_embedding(self) -> Any:
         """Return what the SDXL pipelines read to check the vector's width."""
-        embedding = None if self.config.class_embed_type == "projection" else self.model.vector_embedding
+        embedding = None if self.config.get("class_embed_type") == "projection" else self.model.vector_embedding
         return None if embedding is None else SimpleNamespace(linear_1=embedding.get_submodule("0"))
 
     @property

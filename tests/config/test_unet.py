@@ -83,6 +83,8 @@ REFUSED = [
     ({"dropout": float("nan")}, ValueError, ["dropout=nan", "[0, 1)", "0.1"]),
     ({"dropout": True}, ValueError, ["dropout=True", "[0, 1)", "0.1"]),
     ({"time_frequencies": "full"}, ValueError, ["time_frequencies='full'", "'endpoint', 'half'"]),
+    ({"conventions": ("other",)}, ValueError, ["conventions=('other',)", "sines_first, cosines_first"]),
+    ({"conventions": "projection"}, TypeError, ["conventions='projection'", "tuple"]),
 ]
 
 
@@ -121,6 +123,7 @@ def test_every_default_is_the_documented_one():
         "norm_eps": 1e-5,
         "dropout": 0.1,
         "time_frequencies": "endpoint",
+        "conventions": (),
     }
     assert dict(list(dataclasses.asdict(config).items())[8:]) == expected
     with pytest.raises(TypeError):
@@ -246,3 +249,10 @@ def test_warns_of_one_channel_per_norm_group():
             model_channels=16, channel_mult=(1, 1), num_heads=1, modulation="scale_shift", attention_resolutions=()
         )
         UNetConfig()
+
+
+@pytest.mark.parametrize("widths", [(88, 120), (56, 232), (352, 480), (49, 147, 343), (3, 7)])
+def test_widths_of_any_ratio_are_exact(widths):
+    mults = tuple(width / widths[0] for width in widths)
+    options = {"num_heads": 1, "attention_resolutions": (), "modulation": "scale_shift"}
+    assert UNetConfig(model_channels=widths[0], channel_mult=mults, **options).widths == widths

@@ -105,10 +105,13 @@ def test_a_network_is_described_by_the_nearest_published_one(options, descriptio
 
 
 def test_only_cross_attention_is_read_from_the_diffusers_config():
-    """With a context as wide as a level, shapes do not tell."""
+    """With a context as wide as a level, shapes do not tell; the bottleneck has self-attention in any case."""
     config = {"_class_name": "UNet2DConditionModel", "only_cross_attention": [True, False], "cross_attention_dim": 32}
+    down, up = ["CrossAttnDownBlock2D", "DownBlock2D"], ["UpBlock2D", "CrossAttnUpBlock2D"]
     assert from_diffusers(config)[0]["only_cross_attention"] == (True, False)
-    assert from_diffusers(config | {"only_cross_attention": True})[0]["only_cross_attention"] is True
+    config |= {"down_block_types": down, "up_block_types": up}
+    for only in (True, [True, True]):  # the last level has no attention
+        assert from_diffusers(config | {"only_cross_attention": only})[0]["only_cross_attention"] == (True, False)
     assert "only_cross_attention" not in from_diffusers(config | {"only_cross_attention": False})[0]
 
 

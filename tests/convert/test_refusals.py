@@ -3,7 +3,9 @@
 import json
 import os
 import pickle
+import re
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -14,6 +16,8 @@ from support.networks import randomise
 from unet_denoiser import UNet, UNetConfig, preset
 from unet_denoiser.convert.checkpoint import ForeignCheckpoint, export_checkpoint, export_state_dict
 from unet_denoiser.convert.diffusers_config import from_diffusers, to_diffusers
+from unet_denoiser.convert.key_maps import LAYOUTS
+from unet_denoiser.convert.layout import BlockStructure
 
 
 @pytest.fixture
@@ -112,15 +116,86 @@ def test_a_file_of_something_else_is_refused_by_name(tmp_path):
         ({"_class_name": "UNet2DConditionModel", "mid_block_type": None}, "mid_block_type=None"),
         ({"attn_norm_num_groups": 16, "norm_num_groups": 4}, "norm_num_groups=4 with attn_norm_num_groups=16"),
         ({"norm_num_groups": None}, "norm_num_groups=None"),
+        ({"resnet_time_scale_shift": "scale_shift"}, "attn_norm_num_groups=None with resnet_time_scale_shift"),
+        (
+            {"_class_name": "UNet2DConditionModel", "mid_block_type": "UNetMidBlock2D"},
+            "mid_block_type='UNetMidBlock2D'",
+        ),
+        ({"attention_head_dim": 0}, "attention_head_dim=0"),
+        ({"addition_embed_type": "text_time", "addition_time_embed_dim": 128}, "addition_time_embed_dim=128"),
         (
             {"_class_name": "UNet2DConditionModel", "only_cross_attention": [False, True]},
-            r"mid_block_only_cross_attention=False beside only_cross_attention=\[False, True\]",
+            r"only_cross_attention=\[False, True\] has no counterpart here: it is true for the last level",
         ),
     ],
 )
 def test_a_diffusers_config_without_a_counterpart_is_refused(config, message):
     with pytest.raises(ValueError, match=message):
         from_diffusers(config)
+
+
+TRANSFORMER = {"attention": "transformer", "context_dim": 6}
+CLASSES = [*dir(diffusers), "FlaxUNet2DConditionModel", "WuerstchenPrior", "CLIPTextModel"]
+CLASSES = [n for n in CLASSES if re.search("Model|UNet|Adapter|Autoencoder|VAE|Prior", n)]
+
+
+@pytest.mark.parametrize("name", [n for n in CLASSES if n not in ("UNet2DModel", "UNet2DConditionModel")])
+def test_every_other_class_is_refused_by_its_name(name):
+    with pytest.raises(ValueError, match=f"_class_name='{name}' is not UNet2DModel or UNet2DConditionModel"):
+        from_diffusers({"_class_name": name, "act_fn": "gelu", "down_block_types": ["Other"]})
+
+
+WEIGHTS_OF = {
+    "in_channels": 8,
+    "out_channels": 7,
+    "block_out_channels": [8, 32],
+    "layers_per_block": 3,
+    "num_class_embeds": 5,
+    "resnet_time_scale_shift": "scale_shift",
+    "down_block_types": ["DownBlock2D", "DownBlock2D"],
+}
+
+
+@pytest.mark.parametrize("field", WEIGHTS_OF)
+def test_a_diffusers_config_of_other_weights_is_refused_by_its_field(field, model, tmp_path):
+    export_checkpoint(model.state_dict(), model.config, tmp_path / "d", "diffusers")
+    config = json.loads((tmp_path / "d" / "config.json").read_text())
+    edited = config | {field: WEIGHTS_OF[field]}
+    if field == "down_block_types":
+        edited["up_block_types"] = ["UpBlock2D", "UpBlock2D"]
+    (tmp_path / "d" / "config.json").write_text(json.dumps(edited))
+    with pytest.raises(ValueError, match=f"{field}=.* in config.json, but the weights have"):
+        UNet.from_pretrained(tmp_path / "d")
+
+
+def test_a_configuration_of_another_library_is_named():
+    for options in ({"_class_name": "ControlNetModel"}, {"architectures": ["CLIPTextModel"], "hidden_size": 3}):
+        name = options.get("_class_name") or "CLIPTextModel"
+        with pytest.raises(ValueError, match=f"this is the configuration of .*{name}.*, not of this library's U-Net"):
+            UNetConfig.from_dict(options)
+
+
+DISTILLED = {
+    "mid_block.": "this network lacks bottleneck block 0",
+    "mid_block.attentions": "this network lacks the attention of the bottleneck",
+    "up_blocks.1.attentions.0": "this network lacks the attention of decoder block 2",
+    "up_blocks.0.attentions.1.transformer_blocks.1": "decoder block 1 .* has 1 transformer blocks",
+    "mid_block.attentions.0.transformer_blocks.1": "has 2 transformer blocks, and others of its level 1",
+}
+
+
+@pytest.mark.parametrize("missing", DISTILLED)
+@pytest.mark.parametrize("layout", ["diffusers", "compvis"])
+def test_a_file_of_a_distilled_network_is_refused_before_heads_are_asked_for(layout, missing, tmp_path):
+    """SSD-1B, Vega, KOALA, small Stable Diffusion and SDXS, each by what it leaves out."""
+    options = {"attention": "transformer", "context_dim": 6, "transformer_depth": 2, "attention_resolutions": (8, 4)}
+    config = UNetConfig(**FAMILY | options)
+    structure = BlockStructure.from_config(config)
+    whole = randomise(UNet.from_config(config)).state_dict()
+    kept = {n: t for n, t in whole.items() if not LAYOUTS["diffusers"].key_map(n, structure).name.startswith(missing)}
+    torch.save(export_state_dict(kept, config, layout), tmp_path / "m.pt")
+    with pytest.raises(ValueError, match=DISTILLED[missing]):
+        UNet.from_pretrained(tmp_path / "m.pt")
 
 
 @pytest.mark.parametrize(
@@ -133,6 +208,12 @@ def test_a_diffusers_config_without_a_counterpart_is_refused(config, message):
         ({"num_classes": 3, "learned_null": True}, "learned_null=True"),
         ({"num_heads": 2, "attention_resolutions": (8, 4)}, "num_heads=2 gives heads of"),
         ({"stem_channels": 4}, "stem_channels=4"),
+        (TRANSFORMER | {"upsample": "resblock"}, "upsample='resblock'"),
+        (TRANSFORMER | {"upsample": "resblock", "downsample": "resblock"}, "downsample='resblock'"),
+        (TRANSFORMER | {"only_cross_attention": True}, "only_cross_attention=True"),
+        (TRANSFORMER | {"only_cross_attention": (False, True)}, r"only_cross_attention=\(False, True\)"),
+        (TRANSFORMER | {"vector_dim": 4, "num_classes": 3}, "vector_dim=4"),
+        ({"vector_dim": 2000}, "vector_dim=2000"),
     ],
 )
 def test_a_network_without_a_diffusers_counterpart_is_refused(options, message):

@@ -13,7 +13,10 @@ from support.checkpoints import CONDITIONAL, DIFFUSERS, assert_equal_gradients, 
 from support.networks import randomise, relative_error
 from unet_denoiser import UNet, preset
 from unet_denoiser.convert.architecture import detect_layout, detect_structure, fill_from_preset, infer_options
-from unet_denoiser.convert.checkpoint import export_checkpoint, export_state_dict
+from unet_denoiser.convert.checkpoint import ForeignCheckpoint, export_checkpoint, export_state_dict
+from unet_denoiser.models.verify import compare
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def call(peer, x, config):
@@ -25,7 +28,9 @@ def call(peer, x, config):
         ours["context"] = theirs["encoder_hidden_states"] = torch.randn(len(x), 5, config.context_dim)
     if config.time_cond_dim:
         ours["time_cond"] = theirs["timestep_cond"] = torch.randn(len(x), config.time_cond_dim)
-    if config.vector_dim:
+    if config.vector_dim and config.is_vector_projected:
+        ours["vector"] = theirs["class_labels"] = torch.randn(len(x), config.vector_dim)
+    elif config.vector_dim:
         text, ids = torch.randn(len(x), 1280), torch.randint(0, 999, (len(x), config.vector_dim // 256 - 5)).float()
         theirs["added_cond_kwargs"] = {"text_embeds": text, "time_ids": ids}
         ours["vector"] = torch.cat([text, peer.add_time_proj(ids.flatten()).reshape(len(x), -1)], dim=1)
@@ -78,7 +83,7 @@ def test_a_folder_of_shards_variants_or_pickles_is_loaded(how, file, tmp_path):
         UNet.from_pretrained(tmp_path, ema=True)
 
 
-@pytest.mark.parametrize("name", ["ldm-cin256", "sd-1", "sd-2", "x4", "sdxl", "sdxl-refiner"])
+@pytest.mark.parametrize("name", ["ldm-cin256", "sd-1", "sd-2", "sd-2-unclip", "lotus", "x4", "sdxl", "sdxl-refiner"])
 def test_an_ldm_file_is_what_diffusers_converter_reads(name, tmp_path):
     """Our names in the LDM layout are what diffusers' own converter reads, and a single file comes back to us."""
     kind, options = DIFFUSERS[name]
@@ -98,6 +103,20 @@ def test_an_ldm_file_is_what_diffusers_converter_reads(name, tmp_path):
         assert_same_tensors(again.state_dict(), model.state_dict())
         with torch.no_grad():
             assert relative_error(again(x, t, **conditions), model(x, t, **conditions)) < 2e-6
+
+
+def test_a_latent_consistency_model_goes_through_the_ldm_layout(tmp_path):
+    """ComfyUI's name for the projection of the guidance scale, which diffusers' converter does not know."""
+    kind, options = DIFFUSERS["lcm"]
+    randomise(kind(**options)).save_pretrained(tmp_path / "theirs")
+    model = UNet.from_pretrained(tmp_path / "theirs")
+    export_checkpoint(model.state_dict(), model.config, tmp_path / "m.safetensors", "ldm")
+    file, folder = load_file(tmp_path / "m.safetensors"), load_file(tmp_path / "theirs" / WEIGHTS)
+    found = file["model.diffusion_model.time_embed.cond_proj.weight"]
+    assert torch.equal(found, folder["time_embedding.cond_proj.weight"])
+    again = UNet.from_pretrained(tmp_path / "m.safetensors", num_heads=8, norm_groups=4)
+    assert_same_tensors(again.state_dict(), model.state_dict())
+    assert compare(ForeignCheckpoint.open(tmp_path / "m.safetensors", num_heads=8, norm_groups=4), again).error < 1e-5
 
 
 PUBLISHED = {
@@ -138,7 +157,10 @@ def test_presets_have_the_published_names_and_shapes(name):
     assert len(export_state_dict(ours, preset(name), "compvis")) == count
 
 
-@pytest.mark.parametrize("name", ["adm-64-cond", "ddpm-cifar10", "sd-1.5", "sdxl-base", "ldm-churches", "adm-512-cond"])
+RECOGNISED = ["adm-64-cond", "ddpm-cifar10", "sd-1.5", "sd-x4-upscaler", "sdxl-base", "ldm-churches", "adm-512-cond"]
+
+
+@pytest.mark.parametrize("name", RECOGNISED)
 def test_a_published_network_is_recognised_without_options(name, tmp_path):
     """Names and shapes of a published file are enough: heads and order come from the preset it equals."""
     layout = "ddpm" if name.startswith("ddpm") else "compvis"

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from support.networks import randomise, relative_error, small
 from unet_denoiser import UNet
-from unet_denoiser.convert.checkpoint import export_state_dict
+from unet_denoiser.convert.checkpoint import export_checkpoint, export_state_dict
 from unet_denoiser.convert.lora import merge_lora
 
 SD1 = {
@@ -91,7 +91,8 @@ def test_a_merged_lora_equals_diffusers_own_merge(options, naming, alpha, tmp_pa
     state, alphas = StableDiffusionXLLoraLoaderMixin.lora_state_dict(dict(tensors), unet_config=peer.config)
     peer.load_lora_adapter(state, network_alphas=alphas, prefix="unet")
     peer.fuse_lora()
-    count = merge_lora(ours, {**tensors, "text_encoder.x": torch.zeros(1)})
+    with pytest.warns(UserWarning, match=r"1 tensors of text encoders .* \(text_encoder.x, ...\) are left alone"):
+        count = merge_lora(ours, {**tensors, "text_encoder.x": torch.zeros(1)})
     assert count == sum("lora_A" in name or "lora_down" in name for name in tensors)
     out, expected = outputs(peer, ours)
     assert relative_error(out, expected) < 2e-6
@@ -125,7 +126,7 @@ def test_an_update_that_fits_no_weight_is_refused(ours):
         merge_lora(ours, {f"{key}.to_q.lora_A.weight": a})
     with pytest.raises(ValueError, match=r"is \(2, 31\).*must be \(rank, 32\)"):
         merge_lora(ours, {f"{key}.to_q.lora_A.weight": a[:, 1:], f"{key}.to_q.lora_B.weight": b})
-    with pytest.raises(ValueError, match=r"hada_w1, which is not understood"):
+    with pytest.raises(ValueError, match=r"is a LoHa \(lora_unet_x.hada_w1\); only LoRA and LoCon can be merged"):
         merge_lora(ours, {"lora_unet_x.hada_w1": a})
 
 
@@ -310,3 +311,86 @@ def test_a_file_that_is_no_lora_is_refused(ours, tmp_path):
     for scale in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match=f"scale={scale} must be a finite number"):
             merge_lora(ours, twice, scale)
+
+
+def train_with_peft(peer, folder, **options):
+    """Save an adapter of random updates, as peft does; the network with it."""
+    wrapped = peft.get_peft_model(peer, peft.LoraConfig(r=4, target_modules=["to_q"], **options))
+    wrapped.save_pretrained(folder / "init")
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    wrapped.save_pretrained(folder)
+    return wrapped
+
+
+@pytest.mark.parametrize("kind", ["pissa", "pissa_niter_4", "olora"])
+def test_an_adapter_that_changed_the_base_is_refused_until_peft_converts_it(kind, tmp_path):
+    peer, ours = pair(SD1, tmp_path)
+    wrapped = train_with_peft(peer, tmp_path, init_lora_weights=kind)
+    before = {name: p.clone() for name, p in ours.state_dict().items()}
+    with pytest.raises(ValueError, match=rf"init_lora_weights='{kind}' changed .*path_initial_model_for_weight_conv"):
+        merge_lora(ours, tmp_path / "adapter_model.safetensors")
+    assert all(torch.equal(p, before[name]) for name, p in ours.state_dict().items())
+    wrapped.save_pretrained(tmp_path / "lora", path_initial_model_for_weight_conversion=str(tmp_path / "init"))
+    merge_lora(ours, tmp_path / "lora" / "adapter_model.safetensors")
+    assert relative_error(*outputs(wrapped, ours)) < 1e-5
+
+
+HARMLESS = [
+    {"init_lora_weights": "gaussian"},
+    {"init_lora_weights": "orthogonal"},
+    {"rank_pattern": {"attn1.to_q": 2}, "alpha_pattern": {"attn1.to_q": 6}, "use_rslora": True},
+    {"layers_to_transform": [0], "layers_pattern": "transformer_blocks", "lora_dropout": 0.5},
+]
+
+
+@pytest.mark.parametrize("options", HARMLESS, ids=str)
+def test_an_adapter_whose_options_change_no_base_weight_is_merged(options, tmp_path):
+    peer, ours = pair(SD1, tmp_path)
+    wrapped = train_with_peft(peer, tmp_path, **options).eval()
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "renamed.safetensors")
+    merge_lora(ours, tmp_path / "renamed.safetensors")
+    assert relative_error(*outputs(wrapped, ours)) < 2e-6
+
+
+ODD = [{"flip_sin_to_cos": False}, {"freq_shift": 1}, {"flip_sin_to_cos": False, "freq_shift": 1}]
+LCM = {"time_cond_proj_dim": 12}
+
+
+@pytest.mark.parametrize(
+    "naming", ["unet.{}.lora_{}.weight", "lora_unet_{_}.lora_{}.weight", "base_model.model.{}.lora_{}.weight"]
+)
+@pytest.mark.parametrize("options", ODD, ids=str)
+def test_a_lora_of_the_time_embedding_has_the_order_of_its_checkpoint(options, naming, tmp_path):
+    """Also after the network was saved in our own format, and written back."""
+    peer, _ = pair(SD1 | LCM | options, tmp_path)
+    UNet.from_pretrained(tmp_path / "unet").save_pretrained(tmp_path / "own")
+    ours = UNet.from_pretrained(tmp_path / "own")
+    lora = {}
+    for layer in ("time_embedding.linear_1", "time_embedding.cond_proj"):
+        weight = peer.get_submodule(layer).weight
+        down, up = torch.randn(2, weight.shape[1]) / 8, torch.randn(len(weight), 2)
+        weight.data += up @ down
+        for half, tensor in (("A", down), ("B", up)):
+            lora[naming.replace("{_}", layer.replace(".", "_")).format(*[layer] * ("{_}" not in naming), half)] = tensor
+    if "_}" in naming:
+        lora = {name.replace("lora_A", "lora_down").replace("lora_B", "lora_up"): t for name, t in lora.items()}
+    assert merge_lora(ours, lora) == 2
+    x, t, context, cond = torch.randn(2, 4, 10, 10), torch.tensor([3, 700]), torch.randn(2, 5, 24), torch.randn(2, 12)
+    with torch.no_grad():
+        expected = peer(x, t, context, timestep_cond=cond).sample
+        assert relative_error(ours(x, t, context, time_cond=cond), expected) < 2e-6
+        export_checkpoint(ours.state_dict(), ours.config, tmp_path / "back", "diffusers")
+        back = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "back")
+        assert torch.equal(back(x, t, context, timestep_cond=cond).sample, expected)
+    assert back.config.flip_sin_to_cos == options.get("flip_sin_to_cos", True)
+
+
+def test_a_lora_of_our_own_names_has_our_order():
+    model = small(attention="transformer", context_dim=6, time_frequencies="half")
+    before = model.time_mlp[1].weight.clone()
+    down, up = torch.randn(2, 8), torch.randn(32, 2)
+    merge_lora(model, {"time_mlp.1.lora_A.weight": down, "time_mlp.1.lora_B.weight": up})
+    assert_close(model.time_mlp[1].weight, before + up @ down)

@@ -38,6 +38,8 @@ PLAIN = {
     "ddpm": blocks("A-", attention="Attn") | DDPM | {"layers_per_block": 2},
     "ldm-vq4": blocks("AA", attention="Attn") | {"attention_head_dim": 32},
     "ldm-super-resolution": THREE | blocks("--A", attention="Attn") | {"attention_head_dim": 32, "in_channels": 6},
+    "ratio": blocks("A-", attention="Attn") | {"block_out_channels": (88, 120), "attention_head_dim": 8},
+    "resnet-up": blocks("A-", attention="Attn") | {"attention_head_dim": 32, "upsample_type": "resnet"},
     "adm": blocks("A-", "ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D", "Attn") | ADM,
 }
 TEXT = {"sample_size": 8, "cross_attention_dim": 24}
@@ -53,7 +55,12 @@ CONDITIONAL = {
     "sd-1-inpainting": SD1 | {"in_channels": 9},
     "instruct-pix2pix": SD1 | {"in_channels": 8},
     "lcm": SD1 | THREE | blocks("AA-") | {"time_cond_proj_dim": 12},
+    "sines-first": SD1 | {"flip_sin_to_cos": False},
+    "cosines-endpoint": SD1 | {"freq_shift": 1},
     "sd-2": SD2,
+    "sd-2-unclip": SD2 | {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 2048},
+    "lotus": SD2 | {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 4, "in_channels": 8},
+    "wide-projection": SD2 | {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 1700},
     "sd-2-inpainting": SD2 | {"in_channels": 9},
     "sd-2-depth": SD2 | {"in_channels": 5},
     "x4": SD2

@@ -138,7 +138,7 @@ else:
     DataOptions = Annotated[make_options(DataConfig, without=("source",)), tyro.conf.OmitArgPrefixes]
     TrainingOptions = Annotated[make_options(TrainingConfig), tyro.conf.OmitArgPrefixes]
     ProcessOptions = make_options(DiffusionConfig)
-    ModelOptions = make_options(UNetConfig)
+    ModelOptions = make_options(UNetConfig, without=("conventions",))
     MemoryOptions = Annotated[make_options(MemoryConfig), tyro.conf.OmitArgPrefixes]
     SamplingOptions = Annotated[make_options(SamplingConfig), tyro.conf.OmitArgPrefixes]
     EditingOptions = Annotated[make_options(EditingConfig), tyro.conf.OmitArgPrefixes]

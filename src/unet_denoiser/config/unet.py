@@ -11,6 +11,8 @@ from unet_denoiser.config.base import halve, per_axis
 # each condition that can be dropped, and the option that builds a network for it
 CONDITIONS = {"class_labels": "num_classes", "vector": "vector_dim", "context": "context_dim"}
 
+Convention = Literal["sines_first", "cosines_first", "projection", "text_time"]
+
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -50,6 +52,9 @@ class UNetConfig:
         norm_eps: epsilon of each GroupNorm.
         dropout: dropout probability inside the residual blocks, in [0, 1).
         time_frequencies: spacing of the sinusoids: "endpoint" (the last is 1/10000; DDPM) or "half" (ADM, SD).
+        conventions: how the checkpoint that the weights come from differs from others. No output depends on it; LoRAs
+            and exports do. "sines_first" or "cosines_first": the order of its sinusoids, if not the one that goes with
+            `time_frequencies`. "projection" or "text_time": diffusers' kind of vector, if its width does not tell.
 
     Raises:
         ValueError, TypeError: an option that cannot work, with its name, its value and a valid one.
@@ -82,6 +87,7 @@ class UNetConfig:
     norm_eps: float = 1e-5
     dropout: float = 0.1
     time_frequencies: Literal["endpoint", "half"] = "endpoint"
+    conventions: tuple[Convention, ...] = ()
 
     def __post_init__(self) -> None:
         for field in fields(self):  # JSON has lists
@@ -112,7 +118,7 @@ class UNetConfig:
     @property
     def widths(self) -> tuple[int, ...]:
         """Return the channels of each resolution level."""
-        return tuple(int(mult * self.model_channels) for mult in self.channel_mult)
+        return tuple(round(mult * self.model_channels) for mult in self.channel_mult)
 
     @property
     def resolutions(self) -> tuple[int, ...]:
@@ -143,6 +149,19 @@ class UNetConfig:
         return bool(_at(self.only_cross_attention, level))
 
     @property
+    def cosines_first(self) -> bool:
+        """Return True if the sinusoids of the checkpoint that the weights come from are cosines, then sines."""
+        usual = self.time_frequencies == "half"
+        return "cosines_first" in self.conventions or (usual and "sines_first" not in self.conventions)
+
+    @property
+    def is_vector_projected(self) -> bool:
+        """Return True if the vector is diffusers' class_embed_type "projection", False for SDXL's "text_time"."""
+        # SDXL's has 1536 numbers for the sizes, and more for the text; unCLIP's has 1536 or 2048
+        usual = self.vector_dim is not None and (self.vector_dim <= 1536 or self.vector_dim == 2048)
+        return "projection" in self.conventions or (usual and "text_time" not in self.conventions)
+
+    @property
     def skip_levels(self) -> tuple[tuple[int, int], ...]:
         """Return (resolution level, channels) of each skip connection, in the order in which the encoder makes them."""
         skips, last = [(0, self.stem_width)], len(self.widths) - 1
@@ -160,6 +179,8 @@ class UNetConfig:
         if not isinstance(options, Mapping):
             raise TypeError(f"the U-Net's options are {options!r}; they must be an object of names and values")
         known = {field.name for field in fields(cls)}
+        if other := options.get("_class_name") or options.get("architectures"):
+            raise ValueError(f"this is the configuration of {other}, not of this library's U-Net")
         if unknown := sorted(set(options) - known):
             raise ValueError(f"unknown U-Net option {unknown[0]!r}; the options are {', '.join(sorted(known))}")
         return cls(**options)
@@ -183,16 +204,19 @@ class UNetConfig:
             raise ValueError(f"dropout={self.dropout!r} must be a probability in [0, 1), for example 0.1")
         if not _is_number(self.norm_eps) or not 0 < self.norm_eps < 1:
             raise ValueError(f"norm_eps={self.norm_eps!r} must be a small positive number, for example 1e-5")
-        for name in ("attention_resolutions", "channel_mult"):
+        for name in ("attention_resolutions", "channel_mult", "conventions"):
             if not isinstance(getattr(self, name), tuple):
                 raise TypeError(f"{name}={getattr(self, name)!r} must be a tuple or list, for example (1, 2)")
         for resolution in self.attention_resolutions:
             _check_int("attention_resolutions", resolution, 1)
+        if not all(convention in get_args(Convention) for convention in self.conventions):
+            raise ValueError(f"conventions={self.conventions}: each must be one of {', '.join(get_args(Convention))}")
         if not self.channel_mult:
             raise ValueError("channel_mult=() needs one entry per level, for example (1, 2, 4, 8)")
         for mult in self.channel_mult:
             width = mult * self.model_channels if _is_number(mult) else 0
-            if not 1 <= width < math.inf or width != int(width):
+            # the rounded ratio of two widths, such as 120 / 88, does not give them back exactly
+            if not 1 <= round(width, 6) < math.inf or not math.isclose(width, round(width), rel_tol=1e-9):
                 raise ValueError(
                     f"channel_mult={self.channel_mult} gives a level {mult!r} x model_channels={self.model_channels} "
                     "channels; each must be a whole number of at least 1, for example (1, 2, 4, 8)"

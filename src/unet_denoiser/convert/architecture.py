@@ -1,13 +1,14 @@
 """The architecture of a checkpoint, from the names and shapes of its tensors."""
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from unet_denoiser.config.base import QKVOrder
 from unet_denoiser.config.presets import PRESETS, preset
-from unet_denoiser.config.unet import UNetConfig
+from unet_denoiser.config.unet import Convention, UNetConfig
 from unet_denoiser.convert.key_maps import LAYOUTS
-from unet_denoiser.convert.layout import BlockStructure, Layout, Shapes
+from unet_denoiser.convert.layout import BlockStructure, Layout, Shapes, describe_layer
 
 # options that names and shapes do not tell, or that change no parameter
 _UNSEEN_OPTIONS = ("num_heads", "head_dim", "dropout", "image_size", "attention_resolutions", "norm_groups")
@@ -44,7 +45,9 @@ def detect_structure(layout: str, names: Collection[str]) -> BlockStructure:
     if counted.blocks * counted.levels > 1000:
         raise ValueError(f"a {layout} checkpoint of {counted.levels} levels with {counted.blocks} blocks is no U-Net")
     transformer = any(".transformer_blocks." in name for name in names)
-    everywhere = counted._replace(attended=(True,) * counted.levels, transformer=transformer)
+    projection = any(name.startswith("class_embedding.linear_1.") for name in names)
+    counted = counted._replace(transformer=transformer, projection=projection)
+    everywhere = counted._replace(attended=(True,) * counted.levels)
 
     def has_attention(level: int) -> bool:
         first = level * (counted.blocks + 1)
@@ -138,15 +141,9 @@ def _infer_transformer(tensors: _TensorShapes) -> dict[str, Any]:
     # so that every level can be asked
     everywhere = tensors._replace(structure=tensors.structure._replace(attended=(True,) * levels))
 
-    def count_depth(prefix: str) -> int:
-        depth = 0
-        while everywhere.find(f"{prefix}.transformer_blocks.{depth}.norm1.weight") is not None:
-            depth += 1
-        return depth
-
     firsts = [f"encoder.{level * (blocks + 1)}.1" for level in range(levels)]
-    depths = [count_depth(first) for first in firsts]
-    depths[-1] = count_depth("bottleneck.1") or max(depths)
+    depths = [_count_depth(everywhere, first) for first in firsts]
+    depths[-1] = _count_depth(everywhere, "bottleneck.1") or max(depths)
     keys = (shape for name, shape in tensors.shapes.items() if name.endswith(".transformer_blocks.0.attn2.to_k.weight"))
     options: dict[str, Any] = {"attention": "transformer", "context_dim": next(keys, (0, None))[1]}
     options["transformer_depth"] = depths[-1] if len(set(depths) - {0}) == 1 else tuple(depths)
@@ -157,6 +154,13 @@ def _infer_transformer(tensors: _TensorShapes) -> dict[str, Any]:
     if any(cross_only):
         options["only_cross_attention"] = tuple(cross_only)
     return options
+
+
+def _count_depth(tensors: _TensorShapes, prefix: str) -> int:
+    depth = 0
+    while tensors.find(f"{prefix}.transformer_blocks.{depth}.norm1.weight") is not None:
+        depth += 1
+    return depth
 
 
 def list_untold(layout: str, options: Mapping[str, Any]) -> tuple[str, ...]:
@@ -204,10 +208,46 @@ def fill_from_preset(
     )
 
 
+def check_complete(layout: str, shapes: Shapes, structure: BlockStructure, options: Mapping[str, Any]) -> None:
+    """Raise ValueError for a U-Net without one of the blocks of this family, or with more or fewer transformers in it.
+
+    Distilled networks leave out the bottleneck, or have other depths in the decoder than in the encoder.
+    """
+    tensors, count, levels = _TensorShapes(LAYOUTS[layout], structure, shapes), structure.blocks, structure.levels
+    places = [("bottleneck.0", "bottleneck.1", levels - 1), ("bottleneck.2", "bottleneck.1", levels - 1)]
+    for half, blocks in (("encoder", count), ("decoder", count + 1)):
+        for level in range(levels):
+            first = (level if half == "encoder" else levels - 1 - level) * (count + 1)
+            places += [(f"{half}.{first + j}.0", f"{half}.{first + j}.1", level) for j in range(blocks)]
+    depth = options.get("transformer_depth", 1)
+    for block, attention, level in places:
+        names = [f"{block}.conv1.weight"]
+        if structure.attended[level] or block.startswith("bottleneck"):
+            names.append(f"{attention}.norm.weight")
+        for name in names:
+            words = f"{describe_layer(name, structure)} ({tensors.layout.key_map(name, structure).name})"
+            if tensors.find(name) is None:
+                raise ValueError(f"this network lacks {words}, and so has no counterpart here") from None
+            expected, found = depth[level] if isinstance(depth, tuple) else depth, _count_depth(tensors, attention)
+            if structure.transformer and name.startswith(attention) and found != expected:
+                reason = f"has {found} transformer blocks, and others of its level {expected}"
+                raise ValueError(f"{words} {reason}: this network has no counterpart here") from None
+
+
 def published_order(config: UNetConfig) -> QKVOrder:
     """Return how the published file of an architecture packs query, key, value (ADM's use_new_attention_order)."""
     new = ("adm-64-cond", "edm-imagenet64-cond")  # the second as OpenAI's consistency models have it
     return "new" if any(_get_visible(preset(name)) == _get_visible(config) for name in new) else "legacy"
+
+
+def note_conventions(config: UNetConfig, structure: BlockStructure, cosines_first: bool) -> UNetConfig:
+    """Keep what a checkpoint has in another way than others of this architecture, though no output depends on it."""
+    notes: list[Convention] = []
+    if config.cosines_first != cosines_first:
+        notes.append("cosines_first" if cosines_first else "sines_first")
+    if config.vector_dim is not None and config.is_vector_projected != structure.projection:
+        notes.append("projection" if structure.projection else "text_time")
+    return replace(config, conventions=tuple(notes)) if notes else config
 
 
 def describe(config: UNetConfig) -> str:
@@ -226,7 +266,9 @@ def describe(config: UNetConfig) -> str:
 def _get_visible(config: UNetConfig, untold: Collection[str] = ()) -> dict[str, Any]:
     """Return the part of a configuration that names and shapes tell."""
     levels = range(len(config.widths))
-    visible = {name: value for name, value in config.to_dict().items() if name not in (*_UNSEEN_OPTIONS, *untold)}
+    unseen = (*_UNSEEN_OPTIONS, *untold, "conventions")
+    visible = {name: value for name, value in config.to_dict().items() if name not in unseen}
     depths = [config.depth(level) for level in levels if config.has_attention(level)]
     visible["transformer_depth"] = [*depths, config.depth(len(config.widths) - 1)]
+    visible["only_cross_attention"] = [config.cross_only(level) for level in levels if config.has_attention(level)]
     return visible | {"attended": [config.has_attention(level) for level in levels]}

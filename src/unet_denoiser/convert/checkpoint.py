@@ -14,6 +14,7 @@ from unet_denoiser.config.unet import UNetConfig
 from unet_denoiser.convert import architecture
 from unet_denoiser.convert.checkpoint_files import CONFIG_NAME, find_config, read_state, save_state
 from unet_denoiser.convert.diffusers_config import from_diffusers, has_linear_projections, to_diffusers
+from unet_denoiser.convert.diffusers_weights import check_weights
 from unet_denoiser.convert.key_maps import LAYOUTS
 from unet_denoiser.convert.layout import BlockStructure, Layout, Packing, Shapes
 from unet_denoiser.convert.state_dict import FormatVariant, to_foreign, to_internal
@@ -89,13 +90,12 @@ class ForeignCheckpoint:
         if layout != "diffusers":
             diffusers_config = None
         structure = architecture.detect_structure(layout, tensors)
-        inferred = architecture.infer_options(
-            layout, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, structure
-        )
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        inferred = architecture.infer_options(layout, shapes, structure)
         cosines_first, preset_name = LAYOUTS[layout].cosines_first, None
         if diffusers_config is not None:
             stated, cosines_first = from_diffusers(diffusers_config)
-            _check_widths(path, diffusers_config, inferred)
+            check_weights(diffusers_config, inferred, structure)
             inferred |= stated
         image_size = options.get("image_size", (diffusers_config or {}).get("sample_size"))
         options = _place_attention(image_size, structure) | options
@@ -103,7 +103,11 @@ class ForeignCheckpoint:
             config = _use_head_dim(UNetConfig(**inferred | options))
         else:
             untold = architecture.list_untold(layout, inferred)
-            config, preset_name = architecture.fill_from_preset(inferred, options, untold)
+            try:
+                config, preset_name = architecture.fill_from_preset(inferred, options, untold)
+            except ValueError:  # before asking for heads, say that they would not help
+                architecture.check_complete(layout, shapes, structure, inferred)
+                raise
             cosines_first = config.time_frequencies == "half" if untold else cosines_first
             if untold and preset_name:
                 warnings.warn(
@@ -111,6 +115,8 @@ class ForeignCheckpoint:
                     f"the rest is taken: heads, {', '.join(untold)}",
                     stacklevel=2,
                 )
+        if layout == "diffusers":
+            config = architecture.note_conventions(config, structure, cosines_first)
         packing = _choose_packing(LAYOUTS[layout], tensors, config, qkv_order, preset_name)
         kind = FormatVariant(LAYOUTS[layout], structure, config.heads, packing, cosines_first)
         return cls(path, layout, config, tensors, kind, diffusers_config)
@@ -156,7 +162,8 @@ def export_state_dict(
                 f"{name} is {tuple(state[name].shape)}, and {option}={stated}; give the configuration of the network "
                 f"as it is: dataclasses.replace(model.config, {option}={found})"
             )
-    cosines_first = config.time_frequencies == "half"  # DDPM's spacing comes with DDPM's order in every layout
+    # DDPM's spacing comes with DDPM's order in the other layouts
+    cosines_first = config.cosines_first if layout == "diffusers" else config.time_frequencies == "half"
     packing = LAYOUTS[layout].packing or qkv_order or architecture.published_order(config)
     structure, linear = BlockStructure.from_config(config), has_linear_projections(config)
     return to_foreign(state, FormatVariant(LAYOUTS[layout], structure, config.heads, packing, cosines_first, linear))
@@ -195,26 +202,6 @@ def _choose_packing(
     if is_open and has_heads and qkv_order is None and preset_name is None:
         raise ValueError("the file does not tell how it packs query, key and value; give qkv_order='legacy' or 'new'")
     return layout.packing or qkv_order or architecture.published_order(config)
-
-
-def _check_widths(path: Path, diffusers_config: Mapping[str, Any], inferred: Mapping[str, Any]) -> None:
-    """Raise ValueError if a diffusers configuration belongs to a network of other shapes, by the first field."""
-    widths = [round(mult * inferred["model_channels"]) for mult in inferred["channel_mult"]]
-    found = {
-        "in_channels": inferred["in_channels"],
-        "out_channels": inferred["out_channels"],
-        "block_out_channels": widths,
-        "layers_per_block": inferred["num_res_blocks"],
-        "cross_attention_dim": inferred["context_dim"],
-    }
-    for name, value in found.items():
-        stated = diffusers_config.get(name)
-        if isinstance(stated, tuple | list) and name == "block_out_channels":
-            stated = list(stated)
-        elif not isinstance(stated, int):
-            continue
-        if stated != value and value is not None:
-            raise ValueError(f"{path}: {CONFIG_NAME} has {name}={stated}, and the weights have {value}")
 
 
 def _use_head_dim(config: UNetConfig) -> UNetConfig:

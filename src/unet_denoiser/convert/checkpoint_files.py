@@ -10,6 +10,7 @@ from torch import Tensor
 
 from unet_denoiser.convert.dtypes import unify_dtypes
 from unet_denoiser.convert.find_network import Place, find_network
+from unet_denoiser.convert.key_maps import OLD_ATTENTION
 from unet_denoiser.convert.pickles import read_pickle
 from unet_denoiser.utils.files import read_json, write_json
 from unet_denoiser.utils.tensor_files import (
@@ -23,7 +24,6 @@ CONFIG_NAME, OWN_CONFIG_KEY = "config.json", "unet_denoiser_config"
 _DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
 # the names that diffusers, transformers and accelerate give to weights
 _STEMS = {_DIFFUSERS_WEIGHTS: ("safetensors", "bin"), "model": ("safetensors",), "pytorch_model": ("bin",)}
-_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def find_config(path: Path) -> Path | None:
@@ -173,4 +173,4 @@ def _rename_old_attention(name: str) -> str:
     """Replace the names that diffusers' attention had at first, as diffusers does on loading."""
     stem, _, end = name.rpartition(".")
     parent, _, leaf = stem.rpartition(".")
-    return f"{parent}.{_OLD_ATTENTION[leaf]}.{end}" if leaf in _OLD_ATTENTION and "attentions." in name else name
+    return f"{parent}.{OLD_ATTENTION[leaf]}.{end}" if leaf in OLD_ATTENTION and "attentions." in name else name

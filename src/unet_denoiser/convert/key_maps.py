@@ -20,7 +20,7 @@ _COMPVIS, _DIFFUSERS, _DDPM, _EDM = range(4)
 _OUTER = {
     "time_mlp.1": ("time_embed.0", "time_embedding.linear_1", "temb.dense.0", "map_layer0"),
     "time_mlp.3": ("time_embed.2", "time_embedding.linear_2", "temb.dense.1", "map_layer1"),
-    "time_cond": (None, "time_embedding.cond_proj", None, "map_augment"),
+    "time_cond": ("time_embed.cond_proj", "time_embedding.cond_proj", None, "map_augment"),
     "class_embedding": ("label_emb", "class_embedding", None, "map_label"),
     "vector_embedding.0": ("label_emb.0.0", "add_embedding.linear_1", None, None),
     "vector_embedding.2": ("label_emb.0.2", "add_embedding.linear_2", None, None),
@@ -44,6 +44,7 @@ _ATTENTION = {
     "attn.to_v": (None, "to_v", "v", None),
     "attn.to_out": ("proj_out", "to_out.0", "proj_out", "proj"),
 }
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of diffusers, at first
 
 
 def _rename(leaf: str, table: Mapping[str, tuple[str | None, ...]], layout: int) -> str:
@@ -103,7 +104,8 @@ def _count_compvis(names: Collection[str]) -> BlockStructure:
 def diffusers(name: str, structure: BlockStructure) -> ForeignTensor:
     """Map to the nested layout of diffusers: down_blocks, mid_block, up_blocks, from the lowest resolution up."""
     if (place := locate(name, structure)) is None:
-        return ForeignTensor(_rename(name, _OUTER, _DIFFUSERS))
+        renamed = _rename(name, _OUTER, _DIFFUSERS)
+        return ForeignTensor(renamed.replace("add_embedding", "class_embedding") if structure.projection else renamed)
     parent = {
         "encoder": f"down_blocks.{place.level}",
         "bottleneck": "mid_block",

@@ -15,6 +15,7 @@ class BlockStructure(NamedTuple):
 
     blocks: residual blocks per level. levels: resolution levels. attended: for each level, True if it has attention.
     transformer: attention is a spatial transformer. resolution: that of the first level, which EDM's names contain.
+    projection: the vector is diffusers' class_embed_type "projection".
     """
 
     blocks: int
@@ -22,13 +23,15 @@ class BlockStructure(NamedTuple):
     attended: tuple[bool, ...] = ()
     transformer: bool = False
     resolution: int = 0
+    projection: bool = False
 
     @classmethod
     def from_config(cls, config: UNetConfig) -> Self:
         """Return the structure of an architecture."""
         attended = tuple(map(config.has_attention, range(len(config.widths))))
         transformer = config.attention == "transformer"
-        return cls(config.num_res_blocks, len(attended), attended, transformer, config.resolutions[0])
+        counted = (config.num_res_blocks, len(attended), attended)
+        return cls(*counted, transformer, config.resolutions[0], config.is_vector_projected)
 
 
 class ParameterLocation(NamedTuple):

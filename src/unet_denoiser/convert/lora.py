@@ -1,52 +1,47 @@
 """LoRA files of diffusers and kohya, merged into our weights (Hu et al. 2021, arXiv 2106.09685)."""
 
-import json
 import math
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from reprlib import repr as shorten
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from unet_denoiser.config.paths import local_path
 from unet_denoiser.config.unet import UNetConfig
-from unet_denoiser.convert.key_maps import LAYOUTS
+from unet_denoiser.convert.key_maps import LAYOUTS, OLD_ATTENTION
 from unet_denoiser.convert.layout import BlockStructure
-from unet_denoiser.convert.state_dict import swap_halves
-from unet_denoiser.utils.tensor_files import read_safetensors
+from unet_denoiser.convert.lora_files import DUPLICATE, LoraFile, Matrices, read_lora
+from unet_denoiser.convert.state_dict import SINUSOIDS, swap_halves
 
-_TEXT_ENCODER_PREFIXES = ("text_encoder", "lora_te")
-_DOWN_AND_UP = (("lora_A", "lora_B"), ("lora_down", "lora_up"), ("lora.down", "lora.up"))
-_DOWN_NAME = re.compile(r"(.+?)[._](?:lora_A|lora_down|lora\.down)(?:\.default)?\.weight")
-_DUPLICATE = "another update for the same weight too; give one of them"
-_OLD_NAME = re.compile(r"\.processor\.(to_[\w.]+)_lora\.(down|up)\.")
-
-
-class _LoraFile(NamedTuple):
-    """A LoRA of the U-Net: its name in messages, tensors by current names, and peft's `LoraConfig`."""
-
-    name: str
-    tensors: dict[str, Tensor]
-    config: dict[str, Any]
+_PEFT_ALPHA = 8  # peft's default
+_PLAIN_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class _Update(NamedTuple):
-    """The change of one weight by a pair of matrices: strength * up @ down."""
+    """The change of one weight by a pair of matrices: strength * up @ down, with two halves of an axis exchanged."""
 
     weight: Tensor
     up: Tensor
     down: Tensor
     strength: float
-    swapped: bool
+    swapped_axis: int | None
 
     def compute(self) -> Tensor:
         """Return the changed weight."""
         change = self.up.flatten(1).float() @ self.down.flatten(1).float() * self.strength
-        change = swap_halves(change, 1) if self.swapped else change
+        change = change if self.swapped_axis is None else swap_halves(change, self.swapped_axis)
         return self.weight + change.reshape(self.weight.shape).to(self.weight)
+
+
+class _Target(NamedTuple):
+    """One of our weights by its name in some layout; `packed` if that tensor holds query, key and value."""
+
+    name: str
+    is_foreign: bool
+    packed: bool = False
 
 
 @torch.no_grad()
@@ -54,11 +49,11 @@ def merge_lora(model: nn.Module, source: str | Path | Mapping[str, Tensor], scal
     """Add a LoRA's updates to a network's weights: W + scale * (alpha / rank) * up @ down.
 
     Args:
-        model: a `UNet`, changed in place.
+        model: a `UNet`, changed in place; also one inside a wrapper, such as torch.compile's or `DiffusersUNet`.
         source: a .safetensors file or its tensors, with the names of diffusers ("unet.down_blocks...lora_A.weight") or
             of kohya ("lora_unet_..."), in diffusers' or the LDM layout, or under our own names. Tensors for text
-            encoders are ignored. Alphas are read from the tensors, from the file's header, where diffusers saves them,
-            or from the adapter_config.json beside peft's adapter_model.safetensors.
+            encoders are left alone, with a warning that counts them. Alphas are read from the tensors, from the file's
+            header, where diffusers saves them, or from the adapter_config.json beside peft's file.
         scale: strength, finite; 0 changes nothing, and the negative takes a merged LoRA out again.
 
     Returns:
@@ -66,89 +61,105 @@ def merge_lora(model: nn.Module, source: str | Path | Mapping[str, Tensor], scal
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: an update for a weight the network does not have, or of another shape, or a damaged file, by name;
-            then no weight has been changed.
+        TypeError: an object that is no network.
+        ValueError: an update for a weight the network does not have, or of another shape, another method than LoRA and
+            LoCon, one that changed the base weights too, or a damaged file, by name; then no weight has been changed.
     """
     if not math.isfinite(scale):
         raise ValueError(f"scale={scale} must be a finite number, for example 1.0")
-    lora = _read_lora(source)
-    updates = _match_updates(lora, model, scale)
+    network = _find_network(model)
+    lora = read_lora(source)
+    updates = _match_updates(lora, network, scale)
     for name, update in updates.items():
         if not update.compute().isfinite().all():
             raise ValueError(f"{lora.name} makes {name} overflow in {update.weight.dtype} at scale={scale}")
     for update in updates.values():
         update.weight.copy_(update.compute())
+    if lora.others:
+        count = f"{len(lora.others)} tensors of text encoders and other networks ({lora.others[0]}, ...)"
+        warnings.warn(f"{lora.name}: {count} are left alone", stacklevel=3)
+    if lora.is_alpha_unknown:
+        warnings.warn(f"{lora.name}: no adapter_config.json tells alpha; it is taken to be the rank", stacklevel=3)
     return len(updates)
 
 
-def _match_updates(lora: _LoraFile, model: nn.Module, scale: float) -> dict[str, _Update]:
+def _find_network(model: nn.Module) -> nn.Module:
+    """Return the network inside of wrappers; TypeError if there is none, or more than one."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    found = [module for module in modules if isinstance(vars(module).get("config"), UNetConfig)]
+    if len(found) == 1:
+        return found[0]
+    kind = type(model).__name__
+    if found:
+        raise TypeError(f"model is a {kind} with {len(found)} U-Nets; give the one to change")
+    inside = [name for name in ("unet", "model") if isinstance(getattr(model, name, None), nn.Module)]
+    hint = f", for example its .{inside[0]}" if inside else ""
+    raise TypeError(f"model is a {kind}; merge_lora needs a UNet of this library{hint}")
+
+
+def _match_updates(lora: LoraFile, model: nn.Module, scale: float) -> dict[str, _Update]:
     """Return the updates by the names of our weights; ValueError unless every tensor of the LoRA belongs to one."""
     config: UNetConfig = model.config  # type: ignore[assignment]
-    modules, used = _map_modules(model, config), set()
-    updates: dict[str, _Update] = {}
-    for down_name in lora.tensors:
-        if (match := _DOWN_NAME.fullmatch(down_name)) is None:
-            continue
-        up_name = next(down_name.replace(down, up) for down, up in _DOWN_AND_UP if down in down_name)
-        module = re.sub(r"^(unet[._]|lora_unet_|base_model\.model\.)+", "", match[1])
-        name = modules.get(module.replace(".", "_"))
-        if up_name not in lora.tensors or name is None:
-            raise ValueError(f"{lora.name} has {down_name}, which fits no weight of this network")
-        if name in updates:
-            raise ValueError(f"{lora.name} has {down_name}, and {_DUPLICATE}")
-        weight = model.get_parameter(name)
-        down, up = _get_matrices(lora, down_name, up_name, weight)
-        strength = scale * _compute_strength(lora, f"{match[1]}.alpha", module, len(down))
-        # the file's sinusoids are cosines first, ours are sines
-        swapped = name == "time_mlp.1.weight" and config.time_frequencies == "half"
-        updates[name] = _Update(weight, up, down, strength, swapped)
-        used |= {down_name, up_name, f"{match[1]}.alpha"}
-    if unused := [name for name in lora.tensors if name not in used]:
-        raise ValueError(f"{lora.name} has {unused[0]}, which is not understood here")
+    weights = {_clean_name(name): weight for name, weight in model.named_parameters()}
+    targets, updates = _map_modules(weights, config), {}
+    for module, layer in lora.layers.items():
+        given = next(part[0] for part in (layer.down, layer.up, layer.alpha) if part is not None)
+        target = targets.get(module)
+        if target is None or layer.down is None or layer.up is None:
+            raise ValueError(f"{lora.name} has {given}, which fits no weight of this network")
+        if target.packed:
+            raise ValueError(
+                f"{lora.name} has {given}, for query, key and value in one; the network does not keep in which order "
+                "the checkpoint packed them, so give a LoRA of to_q, to_k and to_v"
+            )
+        if target.name in updates:
+            raise ValueError(f"{lora.name} has {given}, and {DUPLICATE}")
+        weight = weights[target.name]
+        _check_weight(target.name, weight)
+        down, up = _get_matrices(lora, layer, weight)
+        strength = scale * _compute_strength(lora, layer, len(down))
+        # our sinusoids are sines first; under our own names the file's are too
+        is_swapped = target.is_foreign and config.cosines_first
+        updates[target.name] = _Update(weight, up, down, strength, SINUSOIDS.get(target.name) if is_swapped else None)
     if not updates:
         raise ValueError(f"{lora.name} has nothing for a U-Net; its names would start with unet. or lora_unet_")
     return updates
 
 
-def _map_modules(model: nn.Module, config: UNetConfig) -> dict[str, str]:
-    """Return our weight for each foreign module's name with underscores, in both layouts; packed ones have none."""
-    structure = BlockStructure.from_config(config)
-    found = {}
-    for name, _ in model.named_parameters():
-        if not name.endswith(".weight") or name.startswith(("time_cond", "null_")):
+def _clean_name(name: str) -> str:
+    """Return a parameter's name without what compiled layers and peft's own layers put into it."""
+    return name.replace("_orig_mod.", "").replace(".base_layer.", ".")
+
+
+def _map_modules(names: Collection[str], config: UNetConfig) -> dict[str, _Target]:
+    """Return our weight for each module's name with underscores: under our names and those of two layouts."""
+    structure, found = BlockStructure.from_config(config), {}
+    for name in names:
+        if not name.endswith(".weight") or ".lora_" in name:
             continue
-        found[name.removesuffix(".weight").replace(".", "_")] = name
+        found[name.removesuffix(".weight").replace(".", "_")] = _Target(name, is_foreign=False)
         for layout in ("diffusers", "compvis"):
             try:
                 foreign = LAYOUTS[layout].key_map(name, structure)
             except ValueError:  # the layout has no such layer
                 continue
-            if foreign.part is None:
-                found[foreign.name.removesuffix(".weight").replace(".", "_")] = name
+            module = foreign.name.removesuffix(".weight")
+            for alias in (module, *_list_old_names(module, structure)):
+                found[alias.replace(".", "_")] = _Target(name, True, foreign.part is not None)
     return found
 
 
-def _read_lora(source: str | Path | Mapping[str, Tensor]) -> _LoraFile:
-    file, config = "the LoRA", {}
-    if not isinstance(source, Mapping):
-        file, path = str(source), local_path(source)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is no file; give a LoRA's .safetensors")
-        source, config = read_safetensors(path), _read_lora_config(path)
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in source.items():
-        if name.startswith(_TEXT_ENCODER_PREFIXES):
-            continue
-        current_name = _OLD_NAME.sub(r".\1.lora.\2.", name.replace(".to_out_lora.", ".to_out.0_lora."))
-        if current_name in tensors:
-            raise ValueError(f"{file} has {name}, and {_DUPLICATE}")
-        tensors[current_name] = tensor
-    return _LoraFile(file, tensors, config)
+def _list_old_names(module: str, structure: BlockStructure) -> list[str]:
+    """Return the names that files of older versions of diffusers have for a module."""
+    names = [module.removesuffix(".0")] if module.endswith(".to_out.0") else []
+    if not structure.transformer:
+        names += [module.removesuffix(new) + old for old, new in OLD_ATTENTION.items() if module.endswith(f".{new}")]
+    return names
 
 
-def _get_matrices(lora: _LoraFile, down_name: str, up_name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _get_matrices(lora: LoraFile, layer: Matrices, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return down (rank, in, *kernel) and up (out, rank, 1...); ValueError if they make no update of the weight."""
-    down, up = lora.tensors[down_name], lora.tensors[up_name]
+    (down_name, down), (up_name, up) = layer.down, layer.up  # type: ignore[misc]
     out, rank = weight.shape[0], down.shape[0] if down.ndim > 1 else 0
     fits = rank > 0 and up.ndim > 1 and _strip_ones(down.shape[1:]) == _strip_ones(weight.shape[1:])
     if not fits or up.shape[0] != out or _strip_ones(up.shape[1:]) != _strip_ones((rank,)):
@@ -165,6 +176,14 @@ def _get_matrices(lora: _LoraFile, down_name: str, up_name: str, weight: Tensor)
     return down, up
 
 
+def _check_weight(name: str, weight: Tensor) -> None:
+    """Raise ValueError for a weight that is no plain tensor of numbers, as in quantised and sharded networks."""
+    if type(weight.data) is not Tensor or weight.is_meta or weight.dtype not in _PLAIN_DTYPES:
+        kind = type(weight.data).__name__ if type(weight.data) is not Tensor else f"a tensor of {weight.dtype}"
+        kind = "without storage" if weight.is_meta else kind
+        raise ValueError(f"{name} is {kind}: merge the LoRA before the network is quantised, cast or sharded")
+
+
 def _strip_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return a shape without trailing ones: 1x1 convolutions and linear layers stand for each other."""
     while shape and shape[-1] == 1:
@@ -172,54 +191,16 @@ def _strip_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _compute_strength(lora: _LoraFile, alpha_name: str, module: str, rank: int) -> float:
+def _compute_strength(lora: LoraFile, layer: Matrices, rank: int) -> float:
     """Return alpha / rank, or alpha / sqrt(rank) of a rank-stabilised LoRA (Kalajdzievski 2023)."""
-    if (tensor := lora.tensors.get(alpha_name)) is not None:
+    if layer.alpha is not None:
+        name, tensor = layer.alpha
         if tensor.numel() != 1 or tensor.is_complex() or not math.isfinite(tensor.item()):
             shown = str(tensor.item()) if tensor.numel() == 1 else f"a tensor of {tuple(tensor.shape)}"
-            raise ValueError(f"{lora.name}: {alpha_name} must be one finite number, and is {shown}")
+            raise ValueError(f"{lora.name}: {name} must be one finite number, and is {shown}")
         alpha = float(tensor)
     else:
         patterns = lora.config.get("alpha_pattern", {}).items()
-        found = (value for pattern, value in patterns if re.fullmatch(rf"(.*\.)?({pattern})", module))
-        alpha = float(next(found, lora.config.get("lora_alpha", rank)))
+        found = (value for pattern, value in patterns if re.fullmatch(rf"(.*\.)?({pattern})", layer.module))
+        alpha = float(next(found, lora.config.get("lora_alpha", _PEFT_ALPHA if lora.config else rank)))
     return alpha / (rank**0.5 if lora.config.get("use_rslora") else rank)
-
-
-def _read_lora_config(path: Path) -> dict[str, Any]:
-    """Read peft's `LoraConfig`: diffusers saves it in the file's header, with a prefix, peft in a file beside."""
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        text = (file.metadata() or {}).get("lora_adapter_metadata")
-    place, beside = f"{path}: lora_adapter_metadata in its header", path.with_name("adapter_config.json")
-    if text is None and path.name == "adapter_model.safetensors" and beside.is_file():
-        place, text = str(beside), beside.read_text(encoding="utf-8", errors="replace")
-    try:
-        config = json.loads("{}" if text is None else text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place} is not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{place} is a JSON {type(config).__name__}, not an object")
-    config = {name.removeprefix("unet."): value for name, value in config.items()}
-    config["alpha_pattern"] = config.get("alpha_pattern") or {}
-    _check_lora_config(config, place)
-    return config
-
-
-def _check_lora_config(config: Mapping[str, Any], place: str) -> None:
-    patterns = config["alpha_pattern"]
-    if not isinstance(patterns, dict):
-        raise ValueError(f"{place}: alpha_pattern={shorten(patterns)} must be an object of patterns and numbers")
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"{place}: alpha_pattern has {shorten(pattern)}, no regular expression: {error}") from None
-    alphas = {f"alpha_pattern[{shorten(pattern)}]": alpha for pattern, alpha in patterns.items()}
-    alphas |= {"lora_alpha": config["lora_alpha"]} if "lora_alpha" in config else {}
-    for name, alpha in alphas.items():
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 1e9:
-            raise ValueError(f"{place}: {name}={shorten(alpha)} must be a number, for example 16")
-    if not isinstance(config.get("use_rslora", False), bool):
-        raise ValueError(f"{place}: use_rslora={shorten(config['use_rslora'])} must be true or false")

@@ -9,7 +9,7 @@ from torch import Tensor
 from unet_denoiser.convert.layout import BlockStructure, ForeignTensor, Layout, Packing, Shapes, describe_layer
 
 # parameters that read or add to the sinusoids, and along which axis
-_SINUSOIDS = {"time_mlp.1.weight": 1, "time_cond.weight": 0}
+SINUSOIDS = {"time_mlp.1.weight": 1, "time_cond.weight": 0}
 
 
 class FormatVariant(NamedTuple):
@@ -55,8 +55,8 @@ def to_internal(state: Mapping[str, Tensor], shapes: Shapes, variant: FormatVari
             tensor = tensor.squeeze(-1)
         if tuple(tensor.shape) != tuple(shape):
             problems.append(f"has {source.name} {tuple(tensor.shape)}, not {tuple(shape)}")
-        elif variant.cosines_first and name in _SINUSOIDS:
-            tensor = swap_halves(tensor, _SINUSOIDS[name])
+        elif variant.cosines_first and name in SINUSOIDS:
+            tensor = swap_halves(tensor, SINUSOIDS[name])
         ours[name] = tensor
     left_over = state.keys() - {source.name for source in sources.values()}
     problems += [f"has {name}, which the network lacks" for name in state if name in left_over]
@@ -87,8 +87,8 @@ def to_foreign(ours: Mapping[str, Tensor], variant: FormatVariant) -> dict[str, 
     packed: dict[str, list[Tensor]] = {}
     for name, tensor in ours.items():
         target = variant.locate(name)
-        if variant.cosines_first and name in _SINUSOIDS:
-            tensor = swap_halves(tensor, _SINUSOIDS[name])
+        if variant.cosines_first and name in SINUSOIDS:
+            tensor = swap_halves(tensor, SINUSOIDS[name])
         if name.endswith("weight"):
             tensor = tensor.reshape(*tensor.shape, *[1] * target.ones)
         if target.part is None:

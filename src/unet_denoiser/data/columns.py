@@ -175,11 +175,12 @@ def encode_vectors(
 
 
 def _to_numbers(name: str, values: Sequence[Any] | np.ndarray, where: str, name_row: Namer) -> np.ndarray:
+    array: np.ndarray = np.zeros(())
     try:
         with np.errstate(over="ignore"):
             array = np.asarray(values, np.float64).astype(np.float32)
     except (OverflowError, TypeError, ValueError):
-        array = np.zeros(())
+        pass  # the row is named below
     if array.ndim == 1 and np.isfinite(array).all():
         return array
     row = next((i for i, value in enumerate(values) if not _is_number(value)), 0)

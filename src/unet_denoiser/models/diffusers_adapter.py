@@ -11,6 +11,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
 from unet_denoiser.convert.diffusers_config import to_diffusers
+from unet_denoiser.convert.state_dict import swap_halves
 from unet_denoiser.models.layers.embeddings import SinusoidalPosEmb
 from unet_denoiser.models.unet import UNet
 
@@ -29,7 +30,7 @@ class DiffusersUNet(nn.Module):
         parameters = inspect.signature(getattr(diffusers, config["_class_name"]).__init__).parameters
         defaults = {name: p.default for name, p in parameters.items() if name != "self"}
         self.config = FrozenDict(defaults | config | {"_diffusers_version": diffusers.__version__})
-        self.embed_sizes = SinusoidalPosEmb(256, "half")
+        self.embed_sizes = SinusoidalPosEmb(256, model.config.time_frequencies)
         self.encoder_hid_proj = None
 
     def forward(
@@ -58,14 +59,16 @@ class DiffusersUNet(nn.Module):
         for name, value in refused.items():
             if value is not None and len(value):
                 raise ValueError(f"{name} has no counterpart in this network")
-        mask = encoder_attention_mask
+        mask, vector = encoder_attention_mask, self._vector(**added_cond_kwargs) if added_cond_kwargs else None
+        if self.config.get("class_embed_type") == "projection":
+            class_labels, vector = None, class_labels
         out = self.model(
             sample,
             torch.as_tensor(timestep, device=sample.device).expand(len(sample)),
             encoder_hidden_states,
             context_mask=None if mask is None else mask.bool(),
             class_labels=class_labels,
-            vector=self._vector(**added_cond_kwargs) if added_cond_kwargs else None,
+            vector=vector,
             time_cond=timestep_cond,
             skip_residuals=down_block_additional_residuals,
             bottleneck_residual=mid_block_additional_residual,
@@ -74,14 +77,15 @@ class DiffusersUNet(nn.Module):
 
     def _vector(self, text_embeds: Tensor, time_ids: Tensor) -> Tensor:
         """Join SDXL's pooled text and its sizes, each of 128 cosines and 128 sines: (B, vector_dim)."""
-        sines, cosines = self.embed_sizes(time_ids.flatten()).chunk(2, dim=1)  # (B * sizes, 128) each
-        sizes = torch.cat([cosines, sines], dim=1).reshape(len(time_ids), -1)
+        sizes = self.embed_sizes(time_ids.flatten())  # (B * sizes, 256), sines first
+        sizes = swap_halves(sizes, 1) if self.model.config.cosines_first else sizes
+        sizes = sizes.reshape(len(time_ids), -1)
         return torch.cat([text_embeds, sizes.to(text_embeds.dtype)], dim=1)
 
     @property
     def add_embedding(self) -> Any:
         """Return what the SDXL pipelines read to check the vector's width."""
-        embedding = self.model.vector_embedding
+        embedding = None if self.config.get("class_embed_type") == "projection" else self.model.vector_embedding
         return None if embedding is None else SimpleNamespace(linear_1=embedding.get_submodule("0"))
 
     @property

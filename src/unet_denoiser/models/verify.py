@@ -54,7 +54,9 @@ def _draw_conditions(config: UNetConfig, generator: torch.Generator) -> dict[str
         conditions["encoder_hidden_states"] = torch.randn(1, 77, config.context_dim, generator=generator)
     if config.time_cond_dim:
         conditions["timestep_cond"] = torch.randn(1, config.time_cond_dim, generator=generator)
-    if config.vector_dim:  # pooled text, and the sizes as 256 sines and cosines each
+    if config.vector_dim and config.is_vector_projected:
+        conditions["class_labels"] = torch.randn(1, config.vector_dim, generator=generator)
+    elif config.vector_dim:  # pooled text, and the sizes as 256 sines and cosines each
         sizes = torch.tensor([[1024.0, 768, 0, 0, 1024, 1024]])[:, : (config.vector_dim - 1280) // 256]
         text = torch.randn(1, config.vector_dim - 256 * sizes.shape[1], generator=generator)
         conditions["added_cond_kwargs"] = {"text_embeds": text, "time_ids": sizes}
@@ -105,5 +107,7 @@ def _build_diffusers(checkpoint: ForeignCheckpoint) -> nn.Module:
     if checkpoint.layout == "compvis":
         prefixed = {f"model.diffusion_model.{name}": tensor for name, tensor in tensors.items()}
         tensors = convert_ldm_unet_checkpoint(prefixed, {"class_embed_type": None} | dict(peer.config))
+        if checkpoint.config.time_cond_dim:  # the converter leaves it out
+            tensors["time_embedding.cond_proj.weight"] = checkpoint.tensors["time_embed.cond_proj.weight"]
     peer.load_state_dict(tensors)
     return peer.eval()

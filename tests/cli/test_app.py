@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 from support.commands import TINY, error
-from unet_denoiser import UNetConfig
+from support.family import FAMILY
+from unet_denoiser import UNet, UNetConfig
 from unet_denoiser.__main__ import main as entry
 from unet_denoiser.cli.app import main
 from unet_denoiser.config.data import DataConfig
 from unet_denoiser.config.training import TrainingConfig
+from unet_denoiser.convert.checkpoint import export_checkpoint
 
 
 @pytest.mark.parametrize(
@@ -84,6 +86,10 @@ def test_info_shows_presets_runs_and_models(tmp_path, monkeypatch, capsys):
         ["encoder", "1", "16x16", "256"]
     ]
     for place in ("run", "run/model"):
+        main(["info", str(place)])
+        assert "model_channels=8" in capsys.readouterr().out
+    export_checkpoint(UNet(**FAMILY).state_dict(), UNetConfig(**FAMILY), Path("theirs"), "diffusers")
+    for place in ("theirs", "theirs/diffusion_pytorch_model.safetensors", "run/model/model.safetensors"):
         main(["info", str(place)])
         assert "model_channels=8" in capsys.readouterr().out
     assert "neither a run, a model's directory or file nor a preset: specification" in error(capsys, "info", "sd-9")

@@ -280,3 +280,117 @@ def test_model_cards_are_refused(tmp_path):
     with pytest.raises(ValueError, match="model_card_kwargs is not supported"):
         small().save_pretrained(tmp_path, model_card_kwargs={})
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- what belongs together -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("field", "value"), [("dropout", 0.0), ("norm_eps", 1e-3), ("time_frequencies", "half")])
+def test_a_config_of_other_weights_is_refused_by_its_field(saved, field, value):
+    """None of these fields changes a shape."""
+    model, directory = saved
+    (directory / CONFIG).write_text(json.dumps(model.config.to_dict() | {field: value}))
+    with pytest.raises(ValueError, match=rf"{CONFIG} has {field}={value!r}, and the weights beside it were saved with"):
+        UNet.from_pretrained(directory)
+    assert UNet.from_pretrained(directory / WEIGHTS).config == model.config
+
+
+def test_weights_without_a_header_load_as_before(saved):
+    model, directory = saved
+    change_weights(directory, lambda state: None)
+    assert UNet.from_pretrained(directory).config == model.config
+
+
+def test_a_changed_bit_is_noticed(saved):
+    _, directory = saved
+    content = bytearray((directory / WEIGHTS).read_bytes())
+    content[-5] ^= 1
+    (directory / WEIGHTS).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{WEIGHTS} is damaged: its contents do not match its digest"):
+        UNet.from_pretrained(directory)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    model = small()
+    model.input_conv.bias.data[2] = float("nan")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"input_conv\.bias has values that are not finite"):
+        UNet.from_pretrained(tmp_path)
+
+
+def test_a_network_whose_layers_do_not_fit_its_config_is_not_saved(tmp_path):
+    model = small()
+    model.input_conv = torch.nn.Conv2d(5, model.config.stem_width, 3, padding=1)
+    with pytest.raises(ValueError, match=r"input_conv\.weight: the network has \(8, 5, 3, 3\), .* for \(8, 3, 3, 3\)"):
+        model.save_pretrained(tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+    model.save_pretrained(tmp_path / "m", config=replace(model.config, in_channels=5))
+    assert torch.equal(UNet.from_pretrained(tmp_path / "m").input_conv.weight, model.input_conv.weight)
+
+
+def test_weights_of_a_compiled_network_load(saved):
+    model, directory = saved
+    for prefix in ("_orig_mod.", "module."):
+        state = {prefix + name: p for name, p in model.state_dict().items()}
+        save_file(state, directory / WEIGHTS)
+        assert torch.equal(UNet.from_pretrained(directory).input_conv.weight, model.input_conv.weight)
+    torch.save({"state_dict": state}, directory / "model.pt")
+    assert torch.equal(UNet.from_pretrained(directory / "model.pt").input_conv.weight, model.input_conv.weight)
+
+
+def test_shards_load(saved):
+    model, directory = saved
+    state = load_file(directory / WEIGHTS)
+    (directory / WEIGHTS).unlink()
+    names = {name: f"model-0000{i % 2}-of-00002.safetensors" for i, name in enumerate(state)}
+    for shard in set(names.values()):
+        save_file({name: state[name] for name in names if names[name] == shard}, directory / shard)
+    (directory / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": names}))
+    assert torch.equal(UNet.from_pretrained(directory).input_conv.weight, model.input_conv.weight)
+    (directory / shard).unlink()
+    with pytest.raises(FileNotFoundError, match=f"names {shard}, which is not there: the download is incomplete"):
+        UNet.from_pretrained(directory)
+
+
+# ---- options -------------------------------------------------------------------------------------------------------
+
+
+def test_a_dtype_can_be_asked_for(saved):
+    _, directory = saved
+    for source in (directory, directory / WEIGHTS):
+        loaded = UNet.from_pretrained(source, torch_dtype=torch.float16)
+        assert {p.dtype for p in loaded.parameters()} == {torch.float16}
+
+
+def test_a_network_of_several_dtypes_is_loaded_in_the_widest(tmp_path):
+    model = small().half()
+    model.time_mlp.float()
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"all are loaded as torch\.float32"):
+        loaded = UNet.from_pretrained(tmp_path)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    loaded(**inputs(loaded.config))
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("dtype", "unknown U-Net option 'dtype'; did you mean torch_dtype?"),
+        ("num_head", "unknown U-Net option 'num_head'; did you mean num_heads"),
+        ("device_map", "unknown U-Net option 'device_map'; the options are"),
+        ("ema", "is this library's own, which tells all; leave out ema"),
+    ],
+)
+def test_an_option_that_cannot_be_is_one_line(option, message, saved):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        UNet.from_pretrained(saved[1], **{option: 1})
+
+
+def test_the_root_of_a_pipeline_points_at_its_network(tmp_path):
+    index = {"_class_name": "SomePipeline", "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "VAE"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(FileNotFoundError, match=r"a pipeline of diffusers .*: give .*/unet, or subfolder='unet'"):
+        UNet.from_pretrained(tmp_path)
+    (tmp_path / "model_index.json").write_text(json.dumps({"transformer": ["diffusers", "SomeTransformer"]}))
+    with pytest.raises(FileNotFoundError, match="without a U-Net"):
+        UNet.from_pretrained(tmp_path)

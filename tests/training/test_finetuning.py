@@ -4,13 +4,16 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from support.networks import SMALL, inputs, randomise, relative_error, small
 from support.trainings import Vectors, make_trainer, two_classes, weights
-from unet_denoiser import DataConfig, Diffusion, Run, UNet, merge_lora
+from unet_denoiser import DataConfig, Diffusion, Run, UNet, UNetConfig, merge_lora
 from unet_denoiser.cli.app import main
-from unet_denoiser.training.finetuning import load_matching, with_image_size
+from unet_denoiser.convert.checkpoint import export_state_dict
+from unet_denoiser.convert.checkpoint_files import read_process
+from unet_denoiser.training.finetuning import guess_process, load_matching, with_image_size
 from unet_denoiser.training.loop import train
 
 TINY = ["--batch-size", "4", "--device", "cpu", "--num-workers", "0"]
@@ -123,3 +126,43 @@ def test_lora_of_a_network_unknown_to_diffusers(tmp_path):
     assert merge_lora(again, tmp_path / "lora.safetensors") > 0
     merged = run.load_model().state_dict()
     assert max(relative_error(again.state_dict()[name], merged[name]) for name in merged if merged[name].any()) < 1e-5
+
+
+LATENT = {"in_channels": 4, "out_channels": 4, "attention": "transformer", "context_dim": 6, "norm_groups": 4}
+LATENT |= {"model_channels": 32, "learned_null": False, "upsample": "nearest", "time_frequencies": "half"}
+SCALED = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
+
+
+@pytest.mark.parametrize(
+    ("marks", "metadata", "told", "words"),
+    [
+        ((), {}, {"prediction_type": "epsilon"}, "taken to predict epsilon, along the scaled_linear schedule unless"),
+        (("v_pred",), {}, {"prediction_type": "v_prediction"}, "the file tells v_prediction, along the scaled_linear"),
+        (
+            ("v_pred", "ztsnr"),
+            {},
+            {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+            "with zero terminal SNR",
+        ),
+        ((), {"modelspec.prediction_type": "v"}, {"prediction_type": "v_prediction"}, "the file tells v_prediction"),
+        ((), {"modelspec.prediction_type": "epsilon"}, {"prediction_type": "epsilon"}, "the file tells epsilon"),
+    ],
+)
+@pytest.mark.parametrize("in_channels", [4, 9])
+def test_a_file_of_stable_diffusion_tells_its_process(marks, metadata, told, words, in_channels, tmp_path):
+    model = UNet(**SMALL | LATENT | {"in_channels": in_channels})
+    state = export_state_dict(model.state_dict(), model.config, "compvis")
+    state = {f"model.diffusion_model.{name}": p.contiguous() for name, p in state.items()}
+    save_file(state | {mark: torch.zeros(0) for mark in marks}, tmp_path / "m.safetensors", metadata)
+    network = UNet.from_pretrained(tmp_path / "m.safetensors", num_heads=2)
+    config, message = guess_process(network.config, read_process(tmp_path / "m.safetensors"))
+    assert config.items() >= (SCALED | told).items()
+    assert words in message + " unless"
+
+
+def test_other_networks_are_taken_to_be_of_ddpm():
+    config, message = guess_process(small().config, {})
+    assert (config["beta_schedule"], config["prediction_type"], config["clip_sample"]) == ("linear", "epsilon", True)
+    assert message == "taken to predict epsilon, along the linear schedule"
+    config, message = guess_process(UNetConfig(**SMALL | LATENT | {"context_dim": 1024}), {})
+    assert "for 768 pixels predicts v: --process.prediction-type v_prediction" in message

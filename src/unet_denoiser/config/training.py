@@ -43,8 +43,8 @@ class TrainingConfig:
         keep_last: number of latest checkpoints to keep.
         keep_every: also write and keep checkpoints at multiples of this number of steps.
         keep_best: also keep the checkpoint with the lowest training loss, averaged over about the last 1000 steps.
-        preview_every: steps between previews (pictures of samples), or the longest time, as in 10m; the first then comes
-            after a minute. The last step always makes one.
+        preview_every: steps between previews (pictures of samples), or the longest time, as in 10m; the first then
+            comes after a minute. The last step always makes one.
         num_workers: processes that load data (default: none for data in memory, else up to 4).
         device: "auto" uses a GPU if there is one.
         track: also log to "tensorboard" or "wandb".

@@ -156,7 +156,7 @@ def loss_curve(path: Path) -> LossCurve:
             loss = json.loads(line)["loss"]
         except (ValueError, KeyError, TypeError, RecursionError):  # a line cut off by a kill, or damaged
             continue
-        if isinstance(loss, int | float) and math.isfinite(loss):
+        if isinstance(loss, int | float) and abs(loss) < 1e300:
             losses.append(float(loss))
         elif loss is None or isinstance(loss, float):
             not_finite += 1

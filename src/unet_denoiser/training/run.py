@@ -141,7 +141,7 @@ class Run:
         return model
 
     def _checkpoint_after_model(self) -> Path | None:
-        """Return the newest good checkpoint if model/ is behind it after a kill; None if it is not, or does not tell."""
+        """Return the newest good checkpoint if model/ is behind it after a kill; None if not, or not known."""
         from safetensors import SafetensorError, safe_open
 
         try:

@@ -1,7 +1,6 @@
 """The records of a training: metrics.jsonl, its plot, and Accelerate's trackers (TensorBoard, W&B)."""
 
 import json
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -117,7 +116,7 @@ def read_numbers(lines: Sequence[Mapping[str, Any]], name: str, index: int | Non
         value = line.get(name)
         if index is not None:
             value = value[index] if isinstance(value, list) and index < len(value) else None
-        if isinstance(value, int | float) and math.isfinite(value):
+        if isinstance(value, int | float) and abs(value) < 1e300:
             found.append((line["step"], float(value)))
     return found
 

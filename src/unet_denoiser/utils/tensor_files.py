@@ -1,5 +1,6 @@
 """Read and write tensors as safetensors files."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,10 +16,26 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    def write(temporary: Path) -> None:
+        save_file(dict(tensors), temporary, metadata={"format": "pt", **(metadata or {})})
+        _sort_metadata(temporary)
+
     try:
-        write_atomically(path, lambda p: save_file(dict(tensors), p, metadata={"format": "pt", **(metadata or {})}))
+        write_atomically(path, write)
     except SafetensorError as error:  # it wraps the system's errors
         raise OSError(f"{path} cannot be written: {error}") from None
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the keys of the metadata in place: the library writes them in a random order, and equal files are equal."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -91,7 +91,7 @@ def test_data_that_moved_are_given_to_a_resume(on_folders, capsys):
     assert "vae cannot change with --resume" in error(capsys, *resume, "--vae", "new")
     assert "data=new: give it without --data" in error(capsys, "train", "--data", "new")
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # the data are the same
+        warnings.simplefilter("error", UserWarning)  # the data are the same
         main([*resume, "--data", "new/images", "--concat", "new/paired"])
     found = Run.load("run").data
     assert (found.source, found.concat) == (str(Path("new/images").absolute()), str(Path("new/paired").absolute()))

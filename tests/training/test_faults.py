@@ -321,11 +321,12 @@ def files(run):
 
 
 @pytest.mark.parametrize("at_the_end", [True, False])
-def test_a_kill_at_every_write_of_a_step_is_made_up_for(tmp_path, at_the_end):
-    run = make_run(tmp_path).with_training(steps=6, checkpoint_every=3, preview_every=3, keep_last=1)
+def test_a_kill_at_every_write_of_a_step_is_made_up_for(tmp_path, monkeypatch, at_the_end):
+    monkeypatch.setattr("unet_denoiser.training.loop.PREVIEW_STEPS", 1)
+    run = make_run(tmp_path).with_training(steps=4, checkpoint_every=2, preview_every=2, keep_last=1)
     begun = Run(tmp_path / "begun", run.data, run.model, run.process, run.training)
     for step in train(begun, load_trainer(begun)):
-        if step.step == (5 if at_the_end else 2):
+        if step.step == (3 if at_the_end else 1):
             break
     assert train_until(run, 10**6)
     straight, write = files(run), 0

@@ -61,17 +61,7 @@ def test_lines_after_a_checkpoint_and_half_lines_are_cut(tmp_path):
 
 @pytest.mark.parametrize(
     "bad",
-    [
-        b"garbage",
-        b"[1]",
-        b'{"step": "5"}',
-        b'{"loss": 1}',
-        b"\xff\xfe\x00",
-        b"",
-        b"null",
-        b'{"step": 1e3}',
-        b"[" * 9999,
-    ],
+    [b"garbage", b"[1]", b'{"step": "5"}', b'{"loss": 1}', b"\xff\0", b"", b"null", b'{"step": 1e3}', b"[" * 9999],
 )
 def test_damaged_lines_are_dropped_with_a_word(tmp_path, bad):
     metrics = MetricsLog(tmp_path / "metrics.jsonl", 1000)
@@ -83,7 +73,7 @@ def test_damaged_lines_are_dropped_with_a_word(tmp_path, bad):
     plot(metrics.read(), tmp_path / "loss.png")
 
 
-@pytest.mark.parametrize("value", [None, "x", [1], {}, float("nan"), True, 10**400])
+@pytest.mark.parametrize("value", [None, "x", [1], {}, float("nan"), True, 10**309])
 def test_lines_of_other_shapes_are_plotted(tmp_path, value):
     lines = [{"step": 1, "loss": value, "grad_norm": value, "loss_per_level": value}, {"step": 2}]
     plot([*lines, {"step": 3, "loss_per_level": [value, 1.0]}], tmp_path / "loss.png")

@@ -40,10 +40,10 @@ def train(
         preset: start from a published architecture (see `info`) instead of one chosen by size.
     """
     with one_line_errors():
-        if (data is None) == (resume is None):
-            raise ValueError("give either DATA or --resume RUN; if its data moved, --resume RUN --data NEW")
         if moved is not None and resume is None:
             raise ValueError(f"data={moved}: give it without --data, which says with --resume where data are now")
+        if (data is None) == (resume is None):
+            raise ValueError("give either DATA or --resume RUN; if its data moved, --resume RUN --data NEW")
         if out is not None and not out.name:
             raise ValueError(f"out={str(out)!r} names no new directory; give one, as in runs/images")
         from unet_denoiser.training.launch import TrainRequest, resume_run, start_run
@@ -58,7 +58,9 @@ def train(
     with one_line_training_errors(run.path), _progress(run, trainer) as bar:
         for step in train_run(run, trainer):
             skipped = f", {trainer.skipped_steps} steps skipped" if trainer.skipped_steps else ""
-            text = f"step {step.step}/{run.training.steps}, loss {float(step.loss):.4f}{skipped}"
+            text = (
+                f"step {step.step}/{run.training.steps}, loss {float(step.loss):.4f}{skipped}, {step.next_checkpoint}"
+            )
             bar.set_postfix_str(text, refresh=False)
             bar.update(run.training.batch_size)
     trainer.accelerator.end_training()

@@ -86,9 +86,8 @@ def start_run(request: TrainRequest) -> tuple[Run, Trainer, list[str]]:
 def resume_run(path: Path, request: TrainRequest) -> tuple[Run, Trainer, list[str]]:
     """Load a run and its trainer at the latest checkpoint; ValueError for a change of a fixed option."""
     fixed = [name for name in ("out", "init", "preset", "process", "model") if getattr(request, name)]
-    fixed += sorted(set(request.training) - TRAINING_CHANGEABLE) + sorted(
-        set(request.data) - DATA_CHANGEABLE - DATA_MOVABLE
-    )
+    fixed += sorted(set(request.training) - TRAINING_CHANGEABLE)
+    fixed += sorted(set(request.data) - DATA_CHANGEABLE - DATA_MOVABLE)
     if fixed:
         valid = ", ".join(sorted(TRAINING_CHANGEABLE | DATA_CHANGEABLE))
         raise ValueError(f"{fixed[0]} cannot change with --resume; what can: {valid}")

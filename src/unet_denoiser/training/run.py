@@ -116,11 +116,8 @@ class Run:
     def model_folder(self) -> Path:
         """The folder of the latest averaged weights; FileNotFoundError before the first checkpoint."""
         if not (self.path / "model" / "model.safetensors").is_file():
-            if self.checkpoints.paths():
-                raise FileNotFoundError(
-                    f"{self.path} has a checkpoint and no model: train --resume {self.path} writes it"
-                )
-            raise FileNotFoundError(f"{self.path} has no model yet: its first checkpoint was not reached")
+            advice = f"; train --resume {self.path} writes what is missing" if self.checkpoints.paths() else ""
+            raise FileNotFoundError(f"{self.path} has no model yet: its first checkpoint was not reached{advice}")
         return self.path / "model"
 
     def load_model(self, checkpoint: str = "latest") -> UNet:

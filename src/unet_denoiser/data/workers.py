@@ -21,7 +21,7 @@ class SafeLoader(DataLoader[Any]):
     the parent is gone. Errors in a worker are raised in one line.
     """
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # an iterator of torch is one of ours
         if not self.num_workers:
             yield from super().__iter__()
             return

@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,42 @@ def test_resumes_to_more_steps(run, capsys):
     assert "image_size cannot change" in error(capsys, "train", "--resume", run, "--image-size", 4)
     assert "model cannot change" in error(capsys, "train", "--resume", run, "--model.dropout", 0)
     assert "steps=2" in error(capsys, "train", "--resume", run, "--steps", 2)
+
+
+@pytest.fixture
+def on_folders(tmp_path):
+    """A run on a folder of images, paired with another folder; both have moved since."""
+    for name in ("images", "paired"):
+        (tmp_path / "old" / name).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (8, 8), (60 * i, 0, 0)).save(tmp_path / "old" / name / f"{i}.png")
+    main(["train", "old/images", "--concat", "old/paired", "--out", "run", *TINY])
+    (tmp_path / "old").rename(tmp_path / "new")
+    return tmp_path / "run"
+
+
+def test_data_that_moved_are_given_to_a_resume(on_folders, capsys):
+    resume = ["train", "--resume", "run", "--steps", "4"]
+    assert "images does not exist; give --data if it has moved" in error(capsys, *resume)
+    assert "images does not exist; give --data if it has moved" in error(capsys, "doctor", "run")
+    assert "images does not exist; give --data if it has moved" in error(capsys, "evaluate", "run")
+    assert "paired does not exist; give --concat" in error(capsys, *resume, "--data", "new/images")
+    assert "nowhere does not exist" in error(capsys, *resume, "--data", "nowhere")
+    assert "vae cannot change with --resume" in error(capsys, *resume, "--vae", "new")
+    assert "data=new: give it without --data" in error(capsys, "train", "--data", "new")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # the data are the same
+        main([*resume, "--data", "new/images", "--concat", "new/paired"])
+    found = Run.load("run").data
+    assert (found.source, found.concat) == (str(Path("new/images").absolute()), str(Path("new/paired").absolute()))
+
+
+@pytest.mark.parametrize(("part", "name", "value"), [("training", "seed", 5), ("data", "horizontal_flip", True)])
+def test_an_edited_option_is_refused_by_name(run, capsys, part, name, value):
+    config = json.loads((run / "config.json").read_text())
+    config[part][name] = value
+    (run / "config.json").write_text(json.dumps(config))
+    assert f"has {name}={value}" in error(capsys, "train", "--resume", run, "--steps", 5)
 
 
 def test_trains_on_a_folder_of_colour_images(tmp_path, capsys):
@@ -201,11 +238,11 @@ def test_mistakes_in_sampling(run, capsys, option, value, message):
 def test_damaged_runs_are_one_line(run, capsys, tmp_path):
     (tmp_path / "file").touch()
     assert "out=file is a file; give a directory" in error(capsys, "train", "digits", "--out", "file", *TINY)
-    checkpoint = run / "checkpoints" / "step-00000003.safetensors"
-    checkpoint.write_bytes(checkpoint.read_bytes()[:100])
+    for checkpoint in (run / "checkpoints").iterdir():
+        checkpoint.write_bytes(checkpoint.read_bytes()[:100])
     message = error(capsys, "train", "--resume", run, "--steps", 5)
+    assert "run/checkpoints has no checkpoint that can be used" in message
     assert "step-00000003.safetensors cannot be read" in message
-    assert "delete it to resume" in message
     weights = run / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     assert "model.safetensors is not a readable safetensors file" in error(capsys, "sample", run)

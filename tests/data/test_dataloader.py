@@ -1,5 +1,7 @@
 """The endless order of batches, the loader, its replacement of unreadable items, and its timer."""
 
+import os
+import signal
 import time
 import warnings
 from itertools import pairwise
@@ -140,3 +142,36 @@ def test_refuses_a_bucket_of_one_unreadable_item(tmp_path):
         pytest.raises(ValueError, match="1 items in a row cannot be read"),
     ):
         list(make_loader(data, 1, seed=0, start=0, stop=1, num_workers=0))
+
+
+class Failing(ArrayDataset):
+    """A dataset whose items cannot be read in workers."""
+
+    def __init__(self, error):
+        super().__init__(np.zeros((8, 1, 4, 4), np.uint8))
+        self.error = error
+
+    def __getitem__(self, index):
+        if self.error is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (
+            RuntimeError("unable to allocate shared memory(shm)"),
+            OSError,
+            r"/dev/shm is full.* --num-workers 0.*--shm-size",
+        ),
+        (ValueError("item 3 is bad"), ValueError, "^item 3 is bad$"),
+        (None, OSError, r"DataLoader worker \(pid.*num_workers"),
+    ],
+)
+def test_errors_in_workers_are_one_line(error, kind, message):
+    begun = time.monotonic()
+    with pytest.raises(kind, match=message) as caught:
+        list(make_loader(Failing(error), 4, seed=0, start=0, stop=2, num_workers=2))
+    assert "\n" not in str(caught.value)
+    assert time.monotonic() - begun < 5

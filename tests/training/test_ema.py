@@ -31,6 +31,16 @@ def test_equals_torchs_average():
         assert_close(average, expected.data)
 
 
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, lambda model: nn.DataParallel(torch.compile(model))])
+def test_wrappers_do_not_change_names(wrap):
+    model = net()
+    plain, wrapped = EMA(model), EMA(wrap(model))
+    assert list(wrapped.averages()) == list(plain.averages())
+    old = {f"module._orig_mod.{name}": average + 1 for name, average in plain.averages().items()}
+    wrapped.load_state_dict({"updates": 3, "averages": old})
+    assert all(torch.equal(average, plain.averages()[name] + 1) for name, average in wrapped.averages().items())
+
+
 def test_warm_up():
     model = nn.Linear(1, 1, bias=False)
     model.weight.data.fill_(0.0)

@@ -1,26 +1,33 @@
 """Faults in a training: kills, signals, full and read-only disks, NaN and infinity."""
 
 import errno
+import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from support import kills
-from support.trainings import make_trainer, steps_kept, two_classes, weights
+from support import kills, slow_training
+from support.trainings import make_run, make_trainer, steps_kept, two_classes, weights, without_times
 from unet_denoiser import ArrayDataset, DataConfig, Diffusion, Run
 from unet_denoiser.config.training import TrainingConfig
-from unet_denoiser.training.checkpoints import Checkpoints, read_checkpoint
-from unet_denoiser.training.loop import save, train
+from unet_denoiser.training.checkpoints import Checkpoints, read_checkpoint, select_averages
+from unet_denoiser.training.loop import load_trainer, save, train
 from unet_denoiser.training.tracking import MetricsLog
 from unet_denoiser.utils.files import check_writable, write_atomically
 from unet_denoiser.utils.finite import NonFiniteError, first_nonfinite_module
+from unet_denoiser.utils.signals import watch_signals
+from unet_denoiser.utils.tensor_files import write_safetensors
 
 
 def test_kills_at_random_moments_change_nothing(tmp_path):
@@ -218,3 +225,165 @@ def test_bf16_computes_embeddings_and_loss_in_float32():
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="mixed_precision='fp16' needs a CUDA GPU"):
             make_trainer({"mixed_precision": "fp16"})
+
+
+# ---- stopping --------------------------------------------------------------------------------------------------------
+
+
+def start_slow(folder, method, kind, seconds, *options):
+    folder.mkdir()
+    script = str(Path(slow_training.__file__))
+    command = [sys.executable, script, method, kind, str(seconds), "digits", "--out", "run", "--steps", "50"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command += ["--num-workers", "2", *kills.NETWORK, *options]
+    return subprocess.Popen(command, cwd=folder, start_new_session=True, **pipes)
+
+
+def left_in_group(group):
+    """Return the processes of a group that are left, without those that nobody has waited for."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, its_group = path.read_text().rpartition(")")[2].split()[:3]
+            found += [path.parent.name] * (int(its_group) == group and state != "Z")
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+def test_stopping_is_safe_however_long_a_step_takes(tmp_path):
+    """Signals to the whole group while a step takes 15 seconds, or a preview 25; all trainings at once."""
+    options = {"fork": ("fork", "step", 15), "forkserver": ("forkserver", "step", 15), "again": ("fork", "step", 15)}
+    options |= {"killed": ("spawn", "step", 15), "preview": ("fork", "preview", 1, "--preview-every", "2")}
+    running = {name: start_slow(tmp_path / name, *args) for name, args in options.items()}
+    for name, process in running.items():
+        while process.poll() is None and not (tmp_path / name / "slow").exists():
+            time.sleep(0.05)
+        time.sleep(0.3)
+        assert len(left_in_group(process.pid)) >= 3
+        os.killpg(process.pid, signal.SIGTERM) if name != "killed" else process.kill()
+    begun = time.monotonic()
+    time.sleep(0.5)
+    os.killpg(running["again"].pid, signal.SIGTERM)
+    assert running["again"].wait(timeout=10) == 143
+    steps = {"fork": 2, "forkserver": 2, "preview": 2, "again": 1, "killed": 1}
+    for name, process in running.items():
+        errors = process.communicate(timeout=60)[1]
+        assert process.returncode == (-9 if name == "killed" else 143)
+        assert "Traceback" not in errors
+        assert steps_kept(Run.load(tmp_path / name / "run"))[-1] == steps[name]
+        assert name in ("again", "killed") or f"stopped by SIGTERM after step {steps[name]}, with" in errors
+        end = time.monotonic() + 10
+        while left_in_group(process.pid) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert not left_in_group(process.pid)
+    assert time.monotonic() - begun > 13
+    assert not (tmp_path / "preview" / "run" / "samples").exists()
+
+
+def test_a_signal_given_twice_at_once_counts_once():
+    """As `timeout` gives it: to the process, and to its group."""
+    received = []
+    with watch_signals(received.append):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert received == [signal.SIGTERM]
+
+
+# ---- resuming after a kill or damage ---------------------------------------------------------------------------------
+
+
+def train_until(run, write):
+    """Train in a copy of this process that is killed just before its n-th file is renamed to its place."""
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1] == 0
+    left, replace = [write], os.replace
+
+    def kill(*args):
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(*args)
+
+    os.replace = kill
+    try:
+        list(train(run, load_trainer(run)))
+    except BaseException:
+        os._exit(1)
+    os._exit(0)
+
+
+def files(run):
+    """Return the bytes of a run's files, without times and pictures of the metrics, which times are part of."""
+    found = {str(p.relative_to(run.path)): p for p in run.path.rglob("*") if p.is_file() and p.name != ".lock"}
+    kept = {name: p.read_bytes() for name, p in found.items() if name not in ("loss.png", "metrics.jsonl")}
+    return kept | {"metrics.jsonl": without_times(found["metrics.jsonl"].read_text()), "loss.png": "loss.png" in found}
+
+
+@pytest.mark.parametrize("at_the_end", [True, False])
+def test_a_kill_at_every_write_of_a_step_is_made_up_for(tmp_path, monkeypatch, at_the_end):
+    monkeypatch.setattr("unet_denoiser.training.loop.PREVIEW_STEPS", 1)
+    run = make_run(tmp_path).with_training(steps=4, checkpoint_every=2, preview_every=2, keep_last=1)
+    begun = Run(tmp_path / "begun", run.data, run.model, run.process, run.training)
+    for step in train(begun, load_trainer(begun)):
+        if step.step == (3 if at_the_end else 1):
+            break
+    assert train_until(run, 10**6)
+    straight, write = files(run), 0
+    while True:
+        write += 1
+        killed = replace(run, path=tmp_path / f"killed-{write}")
+        shutil.copytree(begun.path, killed.path)
+        finished = train_until(killed, write)
+        latest = killed.load_model().state_dict()  # right in between, too
+        tensors, _ = read_checkpoint(killed.checkpoints.paths()[-1])
+        assert all(torch.equal(latest[name], t) for name, t in select_averages(tensors).items())
+        assert train_until(killed, 10**6)
+        assert files(killed) == straight
+        if finished:
+            break
+    assert write > 7
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A run of six steps with checkpoints at 2, 4 and 6."""
+    run = make_run(tmp_path).with_training(steps=6, checkpoint_every=2, keep_last=3)
+    list(train(run, load_trainer(run)))
+    return run
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 100] ^= 1
+    path.write_bytes(content)
+
+
+def put_nan(path):
+    tensors, metadata = read_checkpoint(path)
+    tensors = dict(tensors) | {"ema.input_conv.bias": tensors["ema.input_conv.bias"] * float("nan")}
+    write_safetensors(path, tensors, {"unet_denoiser_training": json.dumps(metadata)})
+
+
+@pytest.mark.parametrize(
+    "damage", [put_nan, flip_a_bit, lambda p: p.write_bytes(b""), lambda p: os.truncate(p, 9000)], ids=str
+)
+def test_a_damaged_checkpoint_is_passed_over_and_kept(trained, damage):
+    straight, path = files(trained), trained.checkpoints.find("6")
+    damage(path)
+    with pytest.warns(UserWarning, match=r"step-00000006.*; going on from step-00000004") as caught:
+        trainer = load_trainer(trained)
+    assert trainer.step == 4
+    assert len(caught) == 1
+    list(train(trained, trainer))
+    aside = path.with_name(f"{path.name}.damaged")
+    assert aside.exists()
+    aside.unlink()
+    assert files(trained) == straight
+
+
+def test_no_good_checkpoint_is_one_line(trained):
+    for path in trained.checkpoints.paths():
+        path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"has no checkpoint that can be used: .*step-00000006"):
+        load_trainer(trained)

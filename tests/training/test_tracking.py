@@ -59,6 +59,27 @@ def test_lines_after_a_checkpoint_and_half_lines_are_cut(tmp_path):
     assert metrics.path.read_text() == '{"step": 10}\n'
 
 
+@pytest.mark.parametrize(
+    "bad",
+    [b"garbage", b"[1]", b'{"step": "5"}', b'{"loss": 1}', b"\xff\0", b"", b"null", b'{"step": 1e3}', b"[" * 9999],
+)
+def test_damaged_lines_are_dropped_with_a_word(tmp_path, bad):
+    metrics = MetricsLog(tmp_path / "metrics.jsonl", 1000)
+    metrics.path.write_bytes(b'{"step": 10, "loss": 1}\n' + bad + b'\n{"step": 20}\n' + bad)
+    assert [line["step"] for line in metrics.read()] == [10, 20]
+    with pytest.warns(UserWarning, match=r"metrics.jsonl: 1 damaged lines are dropped"):
+        metrics.cut(20)
+    assert metrics.path.read_text() == '{"step": 10, "loss": 1}\n{"step": 20}\n'
+    plot(metrics.read(), tmp_path / "loss.png")
+
+
+@pytest.mark.parametrize("value", [None, "x", [1], {}, float("nan"), True, 10**309])
+def test_lines_of_other_shapes_are_plotted(tmp_path, value):
+    lines = [{"step": 1, "loss": value, "grad_norm": value, "loss_per_level": value}, {"step": 2}]
+    plot([*lines, {"step": 3, "loss_per_level": [value, 1.0]}], tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").exists()
+
+
 def test_the_plot_shows_the_lines(tmp_path):
     line = {"step": 10, "loss": 1.0, "grad_norm": 2.0, "loss_per_level": [1.0, None, 3.0]}
     pictures = []

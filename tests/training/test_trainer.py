@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from torch.testing import assert_close
 
 from support.networks import relative_error
 from support.trainings import NET, Vectors, assert_equal, make_trainer, two_classes, weights
-from unet_denoiser import Diffusion, TrainingConfig, UNet, sample, training_losses
+from unet_denoiser import Diffusion, Trainer, TrainingConfig, UNet, sample, training_losses
 
 
 def test_trainings_of_several_precisions_in_one_process_are_independent():
@@ -241,3 +242,19 @@ def test_refuses_options(options, message):
 def test_refuses_a_missing_gpu():
     with pytest.raises(ValueError, match="device='cuda' is not available here"):
         make_trainer({"device": "cuda"})
+
+
+@pytest.mark.parametrize("wrap", [partial(torch.compile, backend="eager"), torch.nn.DataParallel])
+def test_wrapped_networks_train_and_resume_as_plain_ones(wrap):
+    plain = make_trainer({"steps": 1})
+    list(plain.steps())
+    torch.manual_seed(0)
+    wrapped = Trainer(wrap(UNet(**NET | {"num_classes": 2})), Diffusion(), two_classes(), plain.config)
+    list(wrapped.steps())
+    (tensors, metadata), (expected, _) = wrapped.state(), plain.state()
+    assert_equal(tensors, expected)
+    assert wrapped.averaged_weights(tensors).keys() == plain.averaged_weights(expected).keys()
+    old = {name.replace("model.", "model._orig_mod."): t for name, t in tensors.items()}
+    for start, trainer in ((old, make_trainer({"steps": 1})), (expected, wrapped)):
+        trainer.restore(start, metadata)
+        assert_equal(trainer.state()[0], expected)

@@ -30,12 +30,14 @@ def doctor(
     from tqdm import tqdm
 
     with one_line_errors():
-        from unet_denoiser.data.load import load_data
+        from unet_denoiser.data.load import check_places, load_data
         from unet_denoiser.evaluation.doctor import NUM_SAMPLING_STEPS, diagnose
         from unet_denoiser.training.run import Run
         from unet_denoiser.utils.device import resolve_device
 
         loaded = Run.load(run)
+        if data is None:
+            check_places(loaded.data, f"{run}: its", ["source"])
         images = None if data is None else load_data(loaded.with_data(source=str(data)).data)
         with tqdm(total=num_samples * NUM_SAMPLING_STEPS, unit="step", disable=None) as bar:
             diagnosis = diagnose(

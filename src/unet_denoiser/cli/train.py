@@ -15,6 +15,7 @@ def train(
     *,
     out: options.OptionalPath = None,
     resume: options.OptionalPath = None,
+    moved: Annotated[str | None, tyro.conf.arg(name="data", metavar="DATA", help_behavior_hint="")] = None,
     init: options.OptionalPath = None,
     preset: options.OptionalName = None,
     dataset: options.DataOptions = {},  # noqa: B006  # tyro's way to say: nothing given
@@ -34,19 +35,23 @@ def train(
         out: the run directory to create (default: runs/ and the data's name).
         resume: a run directory to resume, instead of DATA; options that do not affect what is learned can change:
             --steps, --device, --num-workers, how often to save, and so on.
+        moved: with --resume: where the data are now; --text-encoder, --vae and --concat say so of theirs.
         init: start from this checkpoint's weights and architecture: a run, a model directory, a diffusers folder or a
             file of another library; weights that do not fit the data are listed and trained from a random start.
         preset: start from a published architecture (see `info`) instead of one chosen by size.
     """
     with one_line_errors():
+        if moved is not None and resume is None:
+            raise ValueError(f"data={moved}: give it without --data, which says with --resume where data are now")
         if (data is None) == (resume is None):
-            raise ValueError("give either DATA or --resume RUN")
+            raise ValueError("give either DATA or --resume RUN; if its data moved, --resume RUN --data NEW")
         if out is not None and not out.name:
             raise ValueError(f"out={str(out)!r} names no new directory; give one, as in runs/images")
         from unet_denoiser.training.launch import TrainRequest, resume_run, start_run
         from unet_denoiser.training.loop import train as train_run
 
-        request = TrainRequest(data, out, init, preset, data=dataset, training=training, process=process, model=model)
+        source = data if resume is None else moved
+        request = TrainRequest(source, out, init, preset, dataset, training, process, model)
         run, trainer, messages = resume_run(resume, request) if resume else start_run(request)
         is_main = trainer.accelerator.is_main_process
         for message in messages if is_main else ():
@@ -54,7 +59,9 @@ def train(
     with one_line_training_errors(run.path), _progress(run, trainer) as bar:
         for step in train_run(run, trainer):
             skipped = f", {trainer.skipped_steps} steps skipped" if trainer.skipped_steps else ""
-            text = f"step {step.step}/{run.training.steps}, loss {float(step.loss):.4f}{skipped}"
+            text = (
+                f"step {step.step}/{run.training.steps}, loss {float(step.loss):.4f}{skipped}, {step.next_checkpoint}"
+            )
             bar.set_postfix_str(text, refresh=False)
             bar.update(run.training.batch_size)
     trainer.accelerator.end_training()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,9 @@ from unet_denoiser.utils.cache import digest, fingerprint
 if TYPE_CHECKING:
     from unet_denoiser.models.autoencoder import Autoencoder
     from unet_denoiser.models.text_encoder import TextEncoder
+
+
+WRAPPERS = ("text_encoder", "vae", "concat")
 
 
 def load_data(config: DataConfig | str | Path, **options: Any) -> ImageDataset | StreamDataset:
@@ -86,6 +90,17 @@ def _load_source(config: DataConfig) -> ImageDataset | StreamDataset:
     raise FileNotFoundError(f"DATA={config.source} is not 'digits', {others}")
 
 
+def check_places(config: DataConfig, whose: str, options: Sequence[str] = ("source", *WRAPPERS)) -> None:
+    """Raise FileNotFoundError if a place in a run's data is gone, and name the option that says where it is now."""
+    folder = config.concat_kind and config.concat_kind.folder
+    places = {"source": config.source, "text_encoder": config.text_encoder, "vae": config.vae, "concat": folder}
+    for name in options:
+        place = places[name]
+        if place and Path(place).is_absolute() and not Path(place).exists():
+            option = "data" if name == "source" else name.replace("_", "-")
+            raise FileNotFoundError(f"{whose} {option}={place} does not exist; give --{option} if it has moved")
+
+
 def without_wrappers(config: DataConfig) -> DataConfig:
     """Return the configuration of the source alone: no text encoder, no autoencoder and no `concat`."""
     names = ("text_encoder", "caption_length", "vae", "latent_mean", "latent_std", "concat")
@@ -94,7 +109,7 @@ def without_wrappers(config: DataConfig) -> DataConfig:
 
 
 def _check_wrappers(config: DataConfig) -> None:
-    given = [name for name in ("text_encoder", "vae", "concat") if getattr(config, name) is not None]
+    given = [name for name in WRAPPERS if getattr(config, name) is not None]
     if given and config.streaming:
         raise ValueError(f"{given[0]} with streaming=True: it needs all items beforehand; leave streaming out")
     if config.vae is not None and config.resize_mode == "random_crop":

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from unet_denoiser.config.data import DataConfig
 from unet_denoiser.config.sampling import SamplingConfig
 from unet_denoiser.data.dataset import ImageDataset, StreamDataset
-from unet_denoiser.data.load import load_data, without_wrappers
+from unet_denoiser.data.load import check_places, load_data, without_wrappers
 from unet_denoiser.data.sources.arrays import load_npz
 from unet_denoiser.data.sources.encoded_images import EncodedImages
 from unet_denoiser.data.transforms import open_image
@@ -186,6 +186,8 @@ def load_compared_data(
     if held_out is not None and held_out_split is not None:
         raise ValueError("held_out and held_out_split: give one of them")
     config = DataConfig(source or "") if run is None else replace(run.data, source=source or run.data.source)
+    if run is not None and source is None:
+        check_places(config, f"{run.path}: its", ["source"])
     images = _load_images(config, "data")
     if held_out is None and held_out_split is None:
         return config, images, None

@@ -232,7 +232,9 @@ def is_own(source: Path, config_path: Path | None) -> bool:
     return "_class_name" not in config and ("model_channels" in config or not source.is_file())
 
 
-def write_pretrained(directory: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+def write_pretrained(
+    directory: Path, config: Mapping[str, Any], state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write an architecture and its weights; the weights last, so that a directory that has them is complete.
 
     The weights' file has the architecture too: it can be loaded alone, and a wrong `config.json` is noticed.
@@ -241,7 +243,7 @@ def write_pretrained(directory: Path, config: Mapping[str, Any], state: Mapping[
     old_config = read_json(path) if path.is_file() else None
     write_json(path, config)
     try:
-        write_safetensors(directory / WEIGHTS_NAME, tensors, {OWN_CONFIG_KEY: json.dumps(config)})
+        write_safetensors(directory / WEIGHTS_NAME, tensors, {OWN_CONFIG_KEY: json.dumps(config), **(metadata or {})})
     except BaseException:
         if old_config is not None:
             write_json(path, old_config)  # which belongs to the old weights

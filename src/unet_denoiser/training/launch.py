@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from unet_denoiser.config.base import per_axis
-from unet_denoiser.config.data import DATA_CHANGEABLE, DataConfig
+from unet_denoiser.config.data import DATA_CHANGEABLE, DATA_MOVABLE, DataConfig
 from unet_denoiser.config.defaults import architecture_for, default_learning_rate
 from unet_denoiser.config.paths import expand_home, local_path
 from unet_denoiser.config.presets import preset
@@ -15,7 +15,7 @@ from unet_denoiser.config.training import TRAINING_CHANGEABLE, TrainingConfig
 from unet_denoiser.config.unet import UNetConfig
 from unet_denoiser.convert.checkpoint_files import read_process
 from unet_denoiser.data.dataset import ImageDataset, StreamDataset
-from unet_denoiser.data.load import load_data, with_found_values
+from unet_denoiser.data.load import check_places, load_data, with_found_values
 from unet_denoiser.diffusion.process import Diffusion
 from unet_denoiser.models.pretrained import write_pretrained
 from unet_denoiser.models.unet import UNet
@@ -30,7 +30,7 @@ from unet_denoiser.utils.files import check_writable
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """The arguments of the train command; a `source` of None resumes.
+    """The arguments of the train command; to resume, `source` is where data are that moved, or None.
 
     Args:
         data, training, process, model: the options given, of `DataConfig`, `TrainingConfig`, `DiffusionConfig` and
@@ -89,15 +89,30 @@ def start_run(request: TrainRequest) -> tuple[Run, Trainer, list[str]]:
 def resume_run(path: Path, request: TrainRequest) -> tuple[Run, Trainer, list[str]]:
     """Load a run and its trainer at the latest checkpoint; ValueError for a change of a fixed option."""
     fixed = [name for name in ("out", "init", "preset", "process", "model") if getattr(request, name)]
-    fixed += sorted(set(request.training) - TRAINING_CHANGEABLE) + sorted(set(request.data) - DATA_CHANGEABLE)
+    fixed += sorted(set(request.training) - TRAINING_CHANGEABLE)
+    fixed += sorted(set(request.data) - DATA_CHANGEABLE - DATA_MOVABLE)
     if fixed:
         valid = ", ".join(sorted(TRAINING_CHANGEABLE | DATA_CHANGEABLE))
         raise ValueError(f"{fixed[0]} cannot change with --resume; what can: {valid}")
-    run = Run.load(path).with_training(**request.training).with_data(**request.data)
+    run = Run.load(path).with_training(**request.training)
+    run = run.with_data(**_moved_data(run.data, request))
+    check_places(run.data, f"{path}: its")
     trainer = load_trainer(run)
     if trainer.step > run.training.steps:
         raise ValueError(f"steps={run.training.steps}: {path} is already at step {trainer.step}")
     return _summarize(run, trainer, [])
+
+
+def _moved_data(before: DataConfig, request: TrainRequest) -> dict[str, Any]:
+    """Return the changes of a run's data; ValueError for a place of something that the run does not have."""
+    changes = dict(request.data) | ({} if request.source is None else {"source": _absolute_source(request.source)[0]})
+    for name in ("text_encoder", "vae", "concat"):
+        folder = getattr(before, name) if name != "concat" else before.concat_kind and before.concat_kind.folder
+        if name in changes and folder is None and changes[name] != getattr(before, name):
+            raise ValueError(f"{name} cannot change with --resume: the run was trained without a folder for it")
+        if name in changes and Path(changes[name]).exists():
+            changes[name] = str(Path(changes[name]).absolute())
+    return changes
 
 
 def initialization(request: TrainRequest, training: TrainingConfig) -> Initialization:

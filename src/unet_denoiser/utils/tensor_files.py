@@ -1,6 +1,7 @@
 """Read and write safetensors files, guarded by a digest of their contents; tell what a file is by its first bytes."""
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -84,6 +85,7 @@ def write_safetensors(
 
     def write(temporary: Path) -> None:
         save_file(dict(tensors), temporary, metadata=metadata)
+        _sort_metadata(temporary)
         if digest and (found := _find_digest(header := _read_header(temporary))) is not None:
             with temporary.open("r+b") as file:
                 file.seek(8 + found)
@@ -93,6 +95,18 @@ def write_safetensors(
         write_atomically(path, write)
     except SafetensorError as error:  # it wraps the system's errors
         raise OSError(f"{path} cannot be written: {error}") from None
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the keys of the metadata in place: the library writes them in a random order, and equal files are equal."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -118,6 +118,7 @@ class HubStream(StreamDataset):
         self.table, self.columns, self.config = table, columns, config
         self.problem = "it is empty"
         headers = list(self._read_headers())
+        self.headers = headers
         if not headers:
             found = f"has no readable images among its first {STREAM_HEADER_ROWS} rows"
             raise ValueError(f"{config.source} {found}: {self.problem}")

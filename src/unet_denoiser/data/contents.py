@@ -75,7 +75,7 @@ def _digest_arrays(data: ArrayDataset) -> int:
     most = max(1, MAX_READ_BYTES // max(1, array[0].nbytes)) if data.in_memory else MAX_MAPPED_IMAGES
     checksum = zlib.crc32(str((array.shape, array.dtype)).encode())
     for i in np.unique(np.linspace(0, len(array) - 1, min(most, len(array))).astype(int)):
-        checksum = zlib.crc32(np.ascontiguousarray(array[i]), checksum)
+        checksum = zlib.crc32(np.ascontiguousarray(array[i]).tobytes(), checksum)
     return checksum
 
 

@@ -1,6 +1,6 @@
 """Training as a generator that yields after every optimizer step; its caller logs, previews and saves."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import nullcontext
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -103,7 +103,7 @@ class Trainer:
         self.ema = EMA(self.model, config.ema_decay)
         self.weighting = LossWeighting(process.prediction_type, process.snr, config, self.accelerator.device)
 
-    def steps(self) -> Iterator[TrainingStep]:
+    def steps(self) -> Generator[TrainingStep, None, None]:
         """Train from the current step to the last, yielding after each optimizer step.
 
         NonFiniteError if loss or gradients were not finite for `max_bad_steps` steps in a row; says where that begins.

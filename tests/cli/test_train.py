@@ -50,7 +50,8 @@ def test_the_first_lines_say_what_is_trained_on_what(capsys):
     assert lines[3] == "training: 3 steps of 4 images, which shows each image 0.0083 times"
     assert lines[4] == f"run: run, with previews in {Path('run/samples')}"
     main(["train", "--resume", "run", "--steps", "5"])
-    assert "training: 5 steps of 4 images, which shows each image 0.014 times; goes on after step 3" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "training: 5 steps of 4 images, which shows each image 0.014 times; goes on after step 3" in printed
 
 
 def test_something_is_said_before_torch_is_imported():

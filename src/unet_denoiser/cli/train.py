@@ -54,7 +54,7 @@ def train(
     with one_line_training_errors(run.path), _progress(run, trainer) as bar:
         for step in train_run(run, trainer):
             skipped = f", {trainer.skipped_steps} steps skipped" if trainer.skipped_steps else ""
-            bar.set_postfix_str(f"loss {float(step.loss):.4f}{skipped}", refresh=False)
+            bar.set_postfix_str(f"loss {float(step.loss):.4f}{skipped}, {step.next_checkpoint}", refresh=False)
             bar.update()
             if bar.n - bar.initial == 1:
                 bar.refresh()  # the time left is known from here on

@@ -139,3 +139,5 @@ class DataConfig:
 
 # options that `--resume` may change; on_bad="skip" changes the order from there on if files broke meanwhile
 DATA_CHANGEABLE = frozenset({"cache_images", "on_bad"})
+# places of files, which `--resume` may change if the files moved
+DATA_MOVABLE = frozenset({"source", "text_encoder", "vae", "concat"})

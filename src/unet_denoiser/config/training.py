@@ -1,6 +1,7 @@
 """The options of training."""
 
 import math
+import re
 from dataclasses import dataclass
 
 from unet_denoiser.config import base
@@ -37,11 +38,13 @@ class TrainingConfig:
         max_bad_steps: a step whose loss or gradients are not finite is skipped; after this many in a row, training
             stops and reports where they come from.
         lora_rank: train a LoRA of this rank on the attention projections instead of all weights; needs --init.
-        checkpoint_every: steps between checkpoints; the first and the last step always write one.
+        checkpoint_every: steps between checkpoints, or the longest time, as in 90s, 10m or 1h; the first and the last
+            step always write one.
         keep_last: number of latest checkpoints to keep.
-        keep_every: also keep the checkpoints at multiples of this number of steps.
+        keep_every: also write and keep checkpoints at multiples of this number of steps.
         keep_best: also keep the checkpoint with the lowest training loss, averaged over about the last 1000 steps.
-        preview_every: steps between previews (pictures of samples); the last step always makes one.
+        preview_every: steps between previews (pictures of samples), or the longest time, as in 10m; the first then comes
+            after a minute. The last step always makes one.
         num_workers: processes that load data (default: none for data in memory, else up to 4).
         device: "auto" uses a GPU if there is one.
         track: also log to "tensorboard" or "wandb".
@@ -68,11 +71,11 @@ class TrainingConfig:
     mixed_precision: base.MixedPrecision = "no"
     max_bad_steps: int = 20
     lora_rank: int | None = None
-    checkpoint_every: int = 1000
+    checkpoint_every: int | str = "10m"
     keep_last: int = 2
     keep_every: int | None = None
     keep_best: bool = False
-    preview_every: int = 1000
+    preview_every: int | str = "10m"
     num_workers: int | None = None
     device: base.DeviceName = "auto"
     track: base.TrackerName | None = None
@@ -84,7 +87,9 @@ class TrainingConfig:
         if self.track is not None:
             base.check_choice("track", self.track, base.TrackerName)
         base.check_minimum(self, 1, "steps", "batch_size", "gradient_accumulation_steps", "max_bad_steps", "keep_last")
-        base.check_minimum(self, 1, "checkpoint_every", "preview_every", "keep_every", "lora_rank")
+        base.check_minimum(self, 1, "keep_every", "lora_rank")
+        for name in ("checkpoint_every", "preview_every"):
+            _check_interval(name, getattr(self, name))
         base.check_minimum(self, 0, "num_workers")
         if self.batch_size % self.gradient_accumulation_steps:
             parts = self.gradient_accumulation_steps
@@ -101,6 +106,24 @@ class TrainingConfig:
         for name in ("ema_decay", "condition_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
+
+
+def parse_duration(text: str) -> float:
+    """Return the seconds of a duration such as "90s", "10m" or "1h"; ValueError if it is none, or zero."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
+    if found is None or (seconds := float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]) <= 0:
+        raise ValueError(f"{text!r} is no time; give one as in 90s, 10m or 1h")
+    return seconds
+
+
+def _check_interval(name: str, value: int | str) -> None:
+    """Raise ValueError unless a value is a number of steps from 1, or a duration."""
+    try:
+        valid = parse_duration(value) > 0 if isinstance(value, str) else isinstance(value, int) and value >= 1
+    except ValueError:
+        valid = False
+    if not valid:
+        raise ValueError(f"{name}={value} must be a number of steps, at least 1, or a time as in 90s, 10m or 1h")
 
 
 # options that `--resume` may change: none but steps and mixed_precision changes what is learned

@@ -4,7 +4,6 @@ A run that is resumed at step n gets the batches it would have had: nothing but 
 """
 
 import os
-import signal
 import time
 import warnings
 from bisect import bisect_right
@@ -20,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, defa
 
 from unet_denoiser.data.dataset import ImageDataset, StreamDataset, StreamIndex
 from unet_denoiser.data.transforms import UnreadableItemError
+from unet_denoiser.data.workers import SafeLoader, describe_worker_errors, ignore_signals
 
 ALL = slice(None)
 PREFETCHED_BATCHES = 4  # per worker
@@ -60,13 +60,15 @@ def make_loader(
     options: dict[str, Any] = {"collate_fn": collate, "pin_memory": pin_memory}
     if num_workers:
         options |= {"prefetch_factor": PREFETCHED_BATCHES, "multiprocessing_context": multiprocessing_context}
-        options |= {"worker_init_fn": outlive_signals}
+        options |= {"worker_init_fn": ignore_signals}
     part = process_slice(batch_size, num_processes, process_index)
     if isinstance(data, StreamDataset):
         batches = StreamBatches(data, batch_size, seed, start, stop, part, threads=max(1, num_workers))
-        return DataLoader(batches, batch_size=None, num_workers=min(1, num_workers), **options)
+        return SafeLoader(batches, batch_size=None, num_workers=min(1, num_workers), **options)
     sampler = EndlessBatches(data.buckets or len(data), batch_size, seed, start, stop, part)
-    return DataLoader(FaultTolerantDataset(data), batch_sampler=sampler, num_workers=num_workers, **options)
+    with describe_worker_errors():
+        dataset = FaultTolerantDataset(data, share=num_workers > 0)
+    return SafeLoader(dataset, batch_sampler=sampler, num_workers=num_workers, **options)
 
 
 def collate(items: list[dict[str, Any]]) -> Any:
@@ -158,9 +160,11 @@ def _read_first(read: Callable[[Any], dict[str, Any]], candidates: Iterable[Any]
 class FaultTolerantDataset(Dataset[dict[str, Any]]):
     """A dataset that replaces an unreadable item by the next readable one of its bucket, and warns once."""
 
-    def __init__(self, data: ImageDataset) -> None:
+    def __init__(self, data: ImageDataset, share: bool) -> None:
         self.data = data
-        self._warned = torch.zeros(1, dtype=torch.bool).share_memory_()  # shared by all workers
+        self._warned = torch.zeros(1, dtype=torch.bool)
+        if share:  # with all workers
+            self._warned.share_memory_()
         self._buckets = data.buckets or [np.arange(len(data))]
 
     def __getitem__(self, index: StreamIndex) -> dict[str, Any]:
@@ -215,17 +219,6 @@ class StreamBatches(IterableDataset[list[dict[str, Any]]]):
             return self.data.decode(items[i], StreamIndex(i, position, self.seed))
 
         return _read_first(decode, [*range(index, len(items)), *range(index)], self._warned)
-
-
-def outlive_signals(worker: int) -> None:
-    """Let a worker process go on loading after a signal, so that the main process can finish its step.
-
-    Ctrl-C in a terminal, `timeout` and job schedulers signal all processes of a group. SIGTERM ends the worker after
-    10 seconds, since torch ends workers by it too. For `worker_init_fn` of a DataLoader.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "alarm"):  # not on Windows
-        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(10) and None)
 
 
 class DataTimer:

@@ -151,14 +151,14 @@ def share_of_start(run: Run) -> float | None:
 def loss_curve(path: Path) -> LossCurve:
     """Read the losses of metrics.jsonl; a missing file has none."""
     losses, not_finite = [], 0
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
         try:
             loss = json.loads(line)["loss"]
-        except (ValueError, KeyError):  # a line cut off by a kill
+        except (ValueError, KeyError, TypeError, RecursionError):  # a line cut off by a kill, or damaged
             continue
         if isinstance(loss, int | float) and math.isfinite(loss):
             losses.append(float(loss))
-        else:
+        elif loss is None or isinstance(loss, float):
             not_finite += 1
     quarter, change = len(losses) // 4, None
     if quarter >= MIN_QUARTER_LOSSES:

@@ -158,10 +158,12 @@ def load_strictly(model: Any, state: Mapping[str, Tensor], source: object) -> No
         setattr(modules[parent], leaf, nn.Parameter(tensor))
 
 
-def write_pretrained(directory: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+def write_pretrained(
+    directory: Path, config: Mapping[str, Any], state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write an architecture and its weights; the weights last, so that a directory that has them is complete."""
     write_json(directory / CONFIG_NAME, config)
-    write_safetensors(directory / WEIGHTS_NAME, {name: tensor.contiguous() for name, tensor in state.items()})
+    write_safetensors(directory / WEIGHTS_NAME, {name: tensor.contiguous() for name, tensor in state.items()}, metadata)
 
 
 def fetch(source: str | Path, name: str, hub: dict[str, Any]) -> Path:

@@ -5,7 +5,9 @@ processes can resume from it. Reading one runs no code of the file.
 """
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,8 @@ import torch
 from torch import Tensor
 
 from unet_denoiser.config.training import TrainingConfig
-from unet_denoiser.utils.finite import check_finite
-from unet_denoiser.utils.tensor_files import write_safetensors
+from unet_denoiser.utils.finite import check_finite, is_finite
+from unet_denoiser.utils.tensor_files import read_safetensors, write_safetensors
 
 Metadata = dict[str, Any]
 _METADATA_KEY = "unet_denoiser_training"
@@ -28,7 +30,8 @@ class Checkpoints:
 
     def paths(self) -> list[Path]:
         """Return the files, oldest first."""
-        return sorted(self.folder.glob("step-*.safetensors"))
+        found = [path for path in self.folder.glob("step-*.safetensors") if path.stem.removeprefix("step-").isdecimal()]
+        return sorted(found, key=parse_step)
 
     def write(self, tensors: Mapping[str, Tensor], metadata: Metadata) -> Path:
         """Write a checkpoint, named by `metadata["step"]`.
@@ -50,9 +53,38 @@ class Checkpoints:
         if not same or not all(torch.equal(found[name], t) for name, t in tensors.items()):
             raise OSError(f"{path} does not read back as it was written; the disk cannot be trusted")
 
+    def read_newest(self) -> tuple[Path, Mapping[str, Tensor], Metadata] | None:
+        """Read the newest checkpoint that is whole and finite, and warn of newer ones; None if there are no files.
+
+        ValueError if there are files, but none is good.
+        """
+        problems: list[str] = []
+        for path in reversed(self.paths()):
+            try:
+                tensors, metadata = read_whole_checkpoint(path)
+            except ValueError as error:
+                problems.append(str(error))
+                continue
+            if problems:
+                count = "" if len(problems) == 1 else f" ({len(problems)} checkpoints are damaged)"
+                warnings.warn(f"{problems[0]}{count}; going on from {path.name} instead", stacklevel=3)
+            return path, tensors, metadata
+        if problems:
+            raise ValueError(f"{self.folder} has no checkpoint that can be used: {problems[0]}")
+        return None
+
+    def set_aside(self, step: int) -> None:
+        """Rename the checkpoints after a step to "*.damaged": training goes on from before them."""
+        for path in self.paths():
+            if parse_step(path) > step:
+                path.replace(path.with_name(f"{path.name}.damaged"))
+
     def best(self) -> Path | None:
         """Return the checkpoint with the lowest smoothed loss, or None if there is none."""
-        losses = {path: read_metadata(path).get("smoothed_loss") for path in self.paths()}
+        losses = {}
+        for path in self.paths():
+            with suppress(ValueError):  # a damaged one
+                losses[path] = read_metadata(path).get("smoothed_loss")
         known = {path: loss for path, loss in losses.items() if loss is not None}
         return min(known, key=lambda path: known[path]) if known else None
 
@@ -99,7 +131,22 @@ def read_checkpoint(path: Path) -> tuple[Mapping[str, Tensor], Metadata]:
     text = (file.metadata() or {}).get(_METADATA_KEY)
     if text is None:
         raise ValueError(f"{path} is not a checkpoint of a training; delete it to resume from the one before")
-    return _LazyTensors(file), json.loads(text)
+    try:
+        metadata = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} has damaged metadata: {error}") from None
+    if not isinstance(metadata, dict) or metadata.get("step") != parse_step(path):
+        raise ValueError(f"{path} is not the checkpoint of its step; delete it to resume from the one before")
+    return _LazyTensors(file), metadata
+
+
+def read_whole_checkpoint(path: Path) -> tuple[Mapping[str, Tensor], Metadata]:
+    """Read all of a checkpoint; ValueError if it is damaged or holds NaN or infinity."""
+    _, metadata = read_checkpoint(path)
+    tensors = read_safetensors(path)
+    if bad := [name for name, t in tensors.items() if t.is_floating_point() and not is_finite(t)]:
+        raise ValueError(f"{path} is damaged: {bad[0]} is not finite")
+    return tensors, metadata
 
 
 def read_metadata(path: Path) -> Metadata:

@@ -7,6 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+# submodules that wrappers have
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 class EMA:
@@ -25,7 +30,7 @@ class EMA:
             raise ValueError(f"ema_decay={decay} must be in [0, 1), for example 0.999")
         self.decay, self.updates = decay, 0
         self._model, self._is_swapped = model, False
-        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._parameters = {inner_name(name): p for name, p in unwrap(model).named_parameters() if p.requires_grad}
         self._averages = {name: p.detach().float().clone() for name, p in self._parameters.items()}
 
     @torch.no_grad()
@@ -75,11 +80,28 @@ class EMA:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a `state_dict`; the decay does not change."""
-        if set(state["averages"]) != set(self._averages):
+        averages = {inner_name(name): average for name, average in state["averages"].items()}
+        if not set(averages) & set(self._averages):  # of code that kept the names of a DDP
+            averages = {name.removeprefix("module."): average for name, average in averages.items()}
+        if set(averages) != set(self._averages):
             raise ValueError("the EMA state belongs to another architecture")
         self.updates = state["updates"]
         for name, average in self._averages.items():
-            average.copy_(state["averages"][name])
+            average.copy_(averages[name])
+
+
+def inner_name(name: str) -> str:
+    """Return a parameter's name without what torch.compile, FSDP and checkpoint wrappers put into it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def unwrap(model: nn.Module) -> Any:
+    """Return the network inside of torch.compile, DDP and the like."""
+    while (name := next((name for name in (*WRAPPERS, "module") if name in model._modules), None)) and (
+        name != "module" or isinstance(model, DataParallel | DistributedDataParallel | AveragedModel)
+    ):
+        model = model.get_submodule(name)
+    return model
 
 
 def _local(t: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ RUN/.lock             held by the process that trains here
 RUN/metrics.jsonl     loss, gradient norm, learning rate and more over the steps; RUN/loss.png shows them
 """
 
+import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,16 +20,18 @@ from typing import Any, Self
 
 import torch
 
-from unet_denoiser.config.data import DataConfig
-from unet_denoiser.config.training import TrainingConfig
+from unet_denoiser.config.data import DATA_CHANGEABLE, DATA_MOVABLE, DataConfig
+from unet_denoiser.config.training import TRAINING_CHANGEABLE, TrainingConfig
 from unet_denoiser.config.unet import UNetConfig
 from unet_denoiser.convert.checkpoint import export_checkpoint
 from unet_denoiser.diffusion.process import Diffusion
 from unet_denoiser.models.unet import UNet
 from unet_denoiser.sampling.pipeline.pipeline import Pipeline
-from unet_denoiser.training.checkpoints import Checkpoints, read_checkpoint, select_averages
+from unet_denoiser.training.checkpoints import Checkpoints, parse_step, read_whole_checkpoint, select_averages
 from unet_denoiser.training.lora import merge_lora_weights
 from unet_denoiser.utils.files import read_json, write_json
+
+MODEL_STEP = "unet_denoiser_step"  # in the metadata of model.safetensors: the step of its weights
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,20 @@ class Run:
             "training": asdict(self.training),
         }
 
+    def check_unchanged(self, kept: Mapping[str, Any]) -> None:
+        """Raise ValueError if an option that --resume may not change is another one than a checkpoint keeps."""
+        changeable = {"training": TRAINING_CHANGEABLE, "data": DATA_CHANGEABLE | DATA_MOVABLE}
+        now = json.loads(json.dumps(self.to_dict()))
+        for part in ("data", "model", "process", "training"):
+            before = kept.get(part, {})
+            fixed = (set(before) & set(now[part])) - changeable.get(part, frozenset())
+            for name in sorted(name for name in fixed if not name.startswith("_")):  # as in _diffusers_version
+                if before[name] != now[part][name]:
+                    raise ValueError(
+                        f"{self.path / 'config.json'} has {name}={now[part][name]!r} in {part!r}; the checkpoint has "
+                        f"{before[name]!r}, and --resume cannot change it"
+                    )
+
     def with_training(self, **changes: Any) -> Self:
         """Return the same run with other training options."""
         return replace(self, training=replace(self.training, **changes))
@@ -98,6 +116,10 @@ class Run:
     def model_folder(self) -> Path:
         """The folder of the latest averaged weights; FileNotFoundError before the first checkpoint."""
         if not (self.path / "model" / "model.safetensors").is_file():
+            if self.checkpoints.paths():
+                raise FileNotFoundError(
+                    f"{self.path} has a checkpoint and no model: train --resume {self.path} writes it"
+                )
             raise FileNotFoundError(f"{self.path} has no model yet: its first checkpoint was not reached")
         return self.path / "model"
 
@@ -109,11 +131,29 @@ class Run:
         """
         latest = self.model_folder
         if checkpoint == "latest":
-            return UNet.from_pretrained(latest)
-        tensors, _ = read_checkpoint(self.checkpoints.find(checkpoint))
+            newest = self._checkpoint_after_model()
+            if newest is None:
+                return UNet.from_pretrained(latest)
+            checkpoint = str(parse_step(newest))
+        tensors, _ = read_whole_checkpoint(self.checkpoints.find(checkpoint))
         model = UNet.from_pretrained(self.path / "init" if self.training.lora_rank else latest)
         model.load_state_dict(merge_lora_weights(model.state_dict() | select_averages(tensors)))
         return model
+
+    def _checkpoint_after_model(self) -> Path | None:
+        """Return the newest good checkpoint if model/ is behind it after a kill; None if it is not, or does not tell."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.path / "model" / "model.safetensors", "pt") as file:
+                step = (file.metadata() or {}).get(MODEL_STEP)
+        except SafetensorError:  # `from_pretrained` says so
+            return None
+        paths = self.checkpoints.paths()
+        if step is None or not paths or parse_step(paths[-1]) <= int(step):
+            return None
+        found = self.checkpoints.read_newest()
+        return found[0] if found and parse_step(found[0]) > int(step) else None
 
     def load_pipeline(self, checkpoint: str = "latest", device: str | torch.device = "cpu") -> Pipeline:
         """Load everything that sampling needs, with the averaged weights of a checkpoint (see `load_model`)."""

@@ -1,7 +1,9 @@
 """The records of a training: metrics.jsonl, its plot, and Accelerate's trackers (TensorBoard, W&B)."""
 
 import json
-from collections.abc import Mapping
+import math
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +59,12 @@ class MetricsLog:
         return line
 
     def cut(self, step: int) -> None:
-        """Delete the lines after the step that training resumes from, and an incomplete last line."""
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
-        write_atomically(self.path, lambda path: path.write_text("".join(kept), encoding="utf-8"))
+        """Delete the lines after the step that training resumes from, and damaged ones, which it warns of."""
+        lines, damaged = _read_lines(self.path)
+        if damaged:
+            warnings.warn(f"{self.path}: {damaged} damaged lines are dropped", stacklevel=2)
+        kept = "".join(f"{text}\n" for text, line in lines if line["step"] <= step)
+        write_atomically(self.path, lambda path: path.write_text(kept, encoding="utf-8", newline=""))
 
     def sync(self) -> None:
         """Flush the lines to the disk; needed before a checkpoint that assumes them is written."""
@@ -67,8 +72,8 @@ class MetricsLog:
             sync(self.path)
 
     def read(self) -> list[dict[str, Any]]:
-        """Return all lines so far."""
-        return [json.loads(line) for line in self._lines()]
+        """Return all lines so far, without damaged ones."""
+        return [line for _, line in _read_lines(self.path)[0]]
 
     def state(self) -> dict[str, Any]:
         """Return the metadata that a checkpoint keeps of the log (JSON)."""
@@ -79,14 +84,42 @@ class MetricsLog:
 
     def restore(self, metadata: Mapping[str, Any]) -> None:
         """Continue from the metadata of a checkpoint."""
-        metrics = metadata["metrics"]
+        metrics = metadata.get("metrics")
+        if metrics is None:
+            return
         self.sums, self.smoothed, self.weight = dict(metrics["sums"]), metrics["smoothed"], metrics["weight"]
         self.levels.load_state_dict({"totals": torch.tensor(metrics["levels"])})
 
-    def _lines(self) -> list[str]:
-        """Return the complete lines."""
-        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-        return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+def _read_lines(path: Path) -> tuple[list[tuple[str, dict[str, Any]]], int]:
+    """Return the lines of metrics.jsonl that name a step, as text and parsed; and the number of damaged lines.
+
+    A last line without its end does not count: a kill cut it off.
+    """
+    lines, damaged = [], 0
+    for text in (path.read_bytes() if path.exists() else b"").split(b"\n")[:-1]:
+        try:
+            line = json.loads(text)
+            valid = isinstance(line, dict) and type(line.get("step")) is int
+        except (ValueError, RecursionError):
+            valid = False
+        if valid:
+            lines.append((text.decode(), line))
+        else:
+            damaged += 1
+    return lines, damaged
+
+
+def read_numbers(lines: Sequence[Mapping[str, Any]], name: str, index: int | None = None) -> list[tuple[int, float]]:
+    """Return (step, value) of a metric in the lines that have a finite one; `index` counts in a list of values."""
+    found = []
+    for line in lines:
+        value = line.get(name)
+        if index is not None:
+            value = value[index] if isinstance(value, list) and index < len(value) else None
+        if isinstance(value, int | float) and math.isfinite(value):
+            found.append((line["step"], float(value)))
+    return found
 
 
 def start_trackers(trainer: Trainer, folder: Path, config: Mapping[str, Any]) -> None:
@@ -123,13 +156,14 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(12, 4), layout="constrained")
     loss, norm, levels = figure.subplots(1, 3)
     for axes, name in ((loss, "loss"), (norm, "grad_norm")):
-        known = [(line["step"], line[name]) for line in lines if line[name] is not None]
+        known = read_numbers(lines, name)
         steps, values = [s for s, _ in known], [v for _, v in known]
         axes.plot(steps, values, color="C0", alpha=0.3)
         axes.plot(steps, _smooth(values), color="C0")
-    count = max((len(line["loss_per_level"]) for line in lines), default=0)
+    all_levels = [v for line in lines if isinstance(v := line.get("loss_per_level"), list)]
+    count = min(64, max(map(len, all_levels), default=0))
     for level in range(count):
-        known = [(line["step"], v) for line in lines if (v := line["loss_per_level"][level]) is not None]
+        known = read_numbers(lines, "loss_per_level", level)
         shade, smooth = 0.15 + 0.8 * level / max(1, count - 1), _smooth([v for _, v in known])
         levels.plot([s for s, _ in known], smooth, color=(shade * 0.9, 0.2, 1 - shade), label=f"{level + 1}")
     if count:

@@ -1,8 +1,8 @@
 """Training as a generator that yields after every optimizer step; its caller logs, previews and saves."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 from unet_denoiser.config.defaults import default_learning_rate
 from unet_denoiser.config.training import TrainingConfig
 from unet_denoiser.config.unet import CONDITIONS, UNetConfig
+from unet_denoiser.data.contents import describe_contents
 from unet_denoiser.data.dataloader import DataTimer, EndlessBatches, make_loader
 from unet_denoiser.data.dataset import ImageDataset, StreamDataset
 from unet_denoiser.data.load import first_item
@@ -24,7 +25,7 @@ from unet_denoiser.models.conditions import Conditions
 from unet_denoiser.models.unet import UNet
 from unet_denoiser.training.checkpoints import select_averages
 from unet_denoiser.training.distributed import gather_full, make_accelerator, shard_like
-from unet_denoiser.training.ema import EMA
+from unet_denoiser.training.ema import EMA, inner_name, unwrap
 from unet_denoiser.training.lora import add_lora, merge_lora_weights
 from unet_denoiser.training.randomness import DROPPABLE, LossDraws, condition_dropout, draw_for_loss, seed_dropout
 from unet_denoiser.utils.finite import NonFiniteError, first_nonfinite_gradient, first_nonfinite_module
@@ -35,7 +36,8 @@ class TrainingStep(NamedTuple):
 
     step: its number, from 1. loss: mean over the batch. grad_norm: before clipping. losses: of each sample of all
     processes, in the order of the data. skipped: loss or gradients were not finite, so nothing changed. stop: a process
-    was asked to stop.
+    was asked to stop. save, preview: `Trainer.due` of the main process said so. next_checkpoint: when it comes, in
+    words.
     """
 
     step: int
@@ -45,6 +47,9 @@ class TrainingStep(NamedTuple):
     losses: Losses
     skipped: bool
     stop: bool
+    save: bool = False
+    preview: bool = False
+    next_checkpoint: str = ""
 
 
 class MicroBatch(NamedTuple):
@@ -67,7 +72,7 @@ class Trainer:
     processes and of micro-batches does not change the training, and resuming is exact.
 
     Args:
-        model: trained in place, from its present weights, on the device of `config`.
+        model: trained in place, from its present weights, on the device of `config`; also a compiled or wrapped one.
         data: map-style or iterable dataset of dicts, such as `load_data` returns: "image" (C, *spatial) in the
             process's range, and conditions under the names of `UNet.forward`'s arguments.
 
@@ -75,11 +80,13 @@ class Trainer:
     """
 
     def __init__(self, model: UNet, process: Diffusion, data: Any, config: TrainingConfig) -> None:
-        data = as_dataset(data)
+        given, model, data = model, unwrap(model), as_dataset(data)
         _check_fit(model.config, process, data)
         self.process, self.data, self.config = process, data, config
         self.step, self.skipped_steps, self.bad_in_a_row = 0, 0, 0
         self.stop = False  # a signal handler may set it: all processes then see `stop` after this step
+        # called in each step with its number: (save, preview); the answers of the main process count for all
+        self.due: Callable[[int], tuple[bool, bool]] = lambda step: (False, False)
         self.accelerator = make_accelerator(config)
         self._scaler = self.accelerator.scaler  # of the gradients in float16, else None
         model.gradient_checkpointing = config.gradient_checkpointing
@@ -90,8 +97,9 @@ class Trainer:
         trained = [p for p in model.parameters() if p.requires_grad]
         self.learning_rate = config.learning_rate or default_learning_rate(model.config.model_channels)
         optimizer = torch.optim.AdamW(trained, self.learning_rate, weight_decay=config.weight_decay, fused=True)
-        self.prepared, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.model: UNet = self.accelerator.unwrap_model(self.prepared)
+        compiled = given._modules.get("_orig_mod") is model  # Accelerate makes its own DDP
+        self.prepared, self.optimizer = self.accelerator.prepare(given if compiled else model, optimizer)
+        self.model: UNet = unwrap(self.accelerator.unwrap_model(self.prepared))
         self.ema = EMA(self.model, config.ema_decay)
         self.weighting = LossWeighting(process.prediction_type, process.snr, config, self.accelerator.device)
 
@@ -108,7 +116,7 @@ class Trainer:
             parts = self._split(batch)
             losses = [self._backward(part, last=part is parts[-1]) for part in parts]
             grad_norm = self._clip()
-            gathered, stop = self._gather(losses)
+            gathered, wishes = self._gather(losses)
             bad = not bool(torch.isfinite(gathered.loss).all() & torch.isfinite(grad_norm))
             if bad:
                 self._skip(parts, gathered)
@@ -120,7 +128,7 @@ class Trainer:
             self.optimizer.zero_grad()
             self.weighting.zero_grad()
             self.step += 1
-            yield TrainingStep(self.step, gathered.loss.mean(), grad_norm, learning_rate, gathered, bad, stop)
+            yield TrainingStep(self.step, gathered.loss.mean(), grad_norm, learning_rate, gathered, bad, *wishes)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return everything that `restore` needs: full tensors by name, and metadata (JSON).
@@ -143,22 +151,23 @@ class Trainer:
         Every process must call it.
         """
         averages = self.ema.averages()
-        frozen = {name: t for name, t in self.model.state_dict().items() if name not in averages}
+        named = {inner_name(name): t for name, t in self.model.state_dict().items()}
+        frozen = {name: t for name, t in named.items() if name not in averages}
         weights = gather_full(frozen, keep=self.accelerator.is_main_process) | select_averages(tensors)
         return merge_lora_weights(weights)
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
         """Resume from a `state`, which any number of processes may have written."""
-        trained = dict(self._trained())
+        trained, names = dict(self._trained()), {inner_name(name): name for name in tensors}
         groups: dict[str, dict[str, Tensor]] = {name: {} for name in trained}
-        for name in tensors:
+        for name, kept in names.items():
             if name.startswith("optimizer."):
                 _, key, parameter = name.split(".", 2)
-                groups[parameter][key] = tensors[name]
+                groups[parameter][key] = tensors[kept]
         for name, p in trained.items():
-            p.copy_(shard_like(tensors[f"model.{name}"], p))
-            self.ema.averages()[name].copy_(shard_like(tensors[f"ema.{name}"], p))
+            p.copy_(shard_like(tensors[names[f"model.{name}"]], p))
+            self.ema.averages()[name].copy_(shard_like(tensors[names[f"ema.{name}"]], p))
             for key, value in groups[name].items():
                 self.optimizer.state[p][key] = shard_like(value, p) if value.ndim else value.to(p.device)
         self.weighting.load({name: tensors[f"weighting.{name}"] for name in self.weighting.tensors()})
@@ -167,8 +176,13 @@ class Trainer:
         if self._scaler and metadata["scaler"]:
             self._scaler.load_state_dict(metadata["scaler"])
 
+    @cached_property
+    def contents(self) -> dict[str, Any]:
+        """Digests of the data, which a checkpoint keeps to notice that they changed."""
+        return describe_contents(self.data)
+
     def _trained(self) -> list[tuple[str, Any]]:
-        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        return [(inner_name(name), p) for name, p in self.model.named_parameters() if p.requires_grad]
 
     def _batches(self) -> Iterator[dict[str, Tensor]]:
         """Load this process's slice of every batch from the current step on, onto its device."""
@@ -215,13 +229,16 @@ class Trainer:
         norm = torch.as_tensor(self.accelerator.clip_grad_norm_(self.prepared.parameters(), self.config.max_grad_norm))
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
-    def _gather(self, losses: list[Losses]) -> tuple[Losses, bool]:
-        """Return the losses of all processes, ordered by position, and True if one of them was asked to stop."""
+    def _gather(self, losses: list[Losses]) -> tuple[Losses, tuple[bool, bool, bool]]:
+        """Return the losses of all processes, ordered by position, and what they agree on: stop, save, preview."""
         local = torch.stack([torch.stack([x.double() for x in part]) for part in losses])  # (parts, 3, samples)
-        flag = torch.full_like(local[:, :1], float(self.stop))
-        gathered = self.accelerator.gather(torch.cat([local, flag], 1)[None])  # (processes, parts, 4, samples)
-        loss, error, t, stop = gathered.permute(2, 0, 1, 3).flatten(1)
-        return Losses(loss.float(), error.float(), t.long()), bool(stop.any())
+        save, preview = self.due(self.step + 1)
+        wishes = torch.full_like(local[:, :1], self.stop + 2 * save + 4 * preview)
+        gathered = self.accelerator.gather(torch.cat([local, wishes], 1)[None])  # (processes, parts, 4, samples)
+        loss, error, t, _ = gathered.permute(2, 0, 1, 3).flatten(1)
+        codes = gathered[:, 0, 3, 0].long().tolist()  # of each process
+        agreed = any(code & 1 for code in codes), bool(codes[0] & 2), bool(codes[0] & 4)
+        return Losses(loss.float(), error.float(), t.long()), agreed
 
     def _skip(self, parts: list[MicroBatch], losses: Losses) -> None:
         """Count a step that is not finite; after `max_bad_steps` in a row raise NonFiniteError."""

@@ -3,9 +3,13 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+REPEAT_SECONDS = 0.25  # `timeout` sends its signal to the process, and then to the group that the process is in
 
 
 class TrainingInterrupted(Exception):  # noqa: N818  # not an error: training stopped as requested
@@ -18,24 +22,39 @@ class TrainingInterrupted(Exception):  # noqa: N818  # not an error: training st
 
 @contextmanager
 def watch_signals(on_first: Callable[[int], None]) -> Iterator[None]:
-    """Call `on_first(number)` at the first SIGTERM or SIGINT inside the block; the second one exits at once.
+    """Call `on_first(number)` at the first SIGTERM or SIGINT inside the block; a later one exits at once.
 
     Outside the main thread it does nothing, since Python handles signals there only.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    received: list[int] = []
+    received: list[float] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if received:
+        now = time.monotonic()
+        if not received:
+            received.append(now)
+            on_first(number)
+        elif now - received[0] > REPEAT_SECONDS:
             os._exit(128 + number)
-        received.append(number)
-        on_first(number)
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.signal(number, handle) for number in STOPPING}
     try:
         yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def block_signals() -> Iterator[None]:
+    """Hold SIGTERM and SIGINT back until the block ends; processes started inside it keep them blocked."""
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -35,7 +35,7 @@ class EncodedImages(ImageDataset):
         return str(self.source(index))
 
     def _set_up(self, config: DataConfig, headers: Sequence[Header]) -> None:
-        self.config = config
+        self.config, self.headers = config, headers
         self.channels = config.channels or (1 if all(header.is_grey for header in headers) else 3)
         self.image_size = choose_size(config, headers)
         self.background = make_fill(config.background, self.channels)
@@ -56,12 +56,12 @@ class EncodedImages(ImageDataset):
         return read_pixels(self.source(index), self.name(index), self.channels, self.item_size(index), self.config)
 
     def _decode_all(self, count: int) -> list[Tensor]:
-        """Decode all items into one block of shared memory per dtype: one file handle each, not one per image."""
+        """Decode all items into one block of memory per dtype: where workers share it, one file handle each."""
         decoded: list[Tensor] = map_images(self._decode, range(count), "caching images")
         for dtype in {pixels.dtype for pixels in decoded}:
             indices = [i for i in range(count) if decoded[i].dtype == dtype]
             lengths = [decoded[i].numel() for i in indices]
-            block = torch.empty(sum(lengths), dtype=dtype).share_memory_()
+            block = torch.empty(sum(lengths), dtype=dtype)
             for i, part in zip(indices, block.split(lengths), strict=True):
                 decoded[i] = part.view_as(decoded[i]).copy_(decoded[i])
         return decoded

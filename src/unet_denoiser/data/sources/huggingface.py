@@ -91,6 +91,7 @@ class HubStream(StreamDataset):
         columns, table = find_columns(table, config)
         self.table, self.columns, self.config = table, columns, config
         headers = list(self._read_headers())
+        self.headers = headers
         if not headers:
             raise ValueError(f"{config.source} has no readable images among its first {STREAM_HEADER_ROWS} rows")
         self.channels = config.channels or (1 if all(header.is_grey for header in headers) else 3)

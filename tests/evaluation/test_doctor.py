@@ -220,7 +220,7 @@ def test_a_young_training_is_the_first_reason(tmp_path):
     text = run_doctor(young, data).text()
     assert text.startswith("At step 3 of 20,000 training has hardly begun (the network's error is ")
     assert "so its samples are blots or noise as yet. Go on with: unet-denoiser train --resume" in text.splitlines()[0]
-    assert "training has hardly begun" not in names(run_doctor(run, data))  # as long as planned
+    assert "young training" not in names(run_doctor(run, data))  # as long as planned
     bad = replace(young, process=Diffusion(clip_sample_range=0.1))  # a mistake comes before any number of steps
     assert run_doctor(bad, data).findings[0].name == "data range"
 

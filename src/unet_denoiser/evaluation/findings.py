@@ -7,7 +7,7 @@ from unet_denoiser.evaluation.measures import Measures
 
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
-YOUNG = "training has hardly begun"
+YOUNG = "young training"
 YOUNG_SHARE, YOUNG_STEPS = 0.1, 500  # of the planned steps; steps
 FALLING = -0.03  # a loss that changes by more from the third to the last quarter of a training still falls
 
@@ -85,7 +85,7 @@ def _check_youth(m: Measures) -> Iterator[Finding]:
     t = m.training
     if t.step is None or t.step >= t.steps or t.step >= max(YOUNG_STEPS, YOUNG_SHARE * t.steps):
         return
-    text = f"At step {t.step:,} of {t.steps:,} {YOUNG}"
+    text = f"At step {t.step:,} of {t.steps:,} training has hardly begun"
     if (share := _typical_ratio(m)) is not None:
         text += f" (the network's error is {share:.0%} of a trivial guess's)"
     advice = f"Go on with: unet-denoiser train --resume {m.run}; {m.run}/samples and {m.run}/loss.png show the progress"

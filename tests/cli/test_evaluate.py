@@ -14,7 +14,7 @@ from unet_denoiser.config.data import DataConfig
 from unet_denoiser.config.sampling import SamplingConfig
 from unet_denoiser.data.load import load_data, with_found_values
 from unet_denoiser.data.sources.arrays import digits
-from unet_denoiser.evaluation.samples import GeneratedSamples, proportional_labels
+from unet_denoiser.evaluation.samples import GeneratedSamples, proportional_labels, round_down
 
 FAST = "--num-samples 40 --allow-few --num-inference-steps 2 --extractor pixels --device cpu".split()  # noqa: SIM905
 
@@ -70,6 +70,23 @@ def test_evaluates_a_run(run, capsys):
     main(["evaluate", str(run.path), "--held-out", "digits:held-out", "--num-data", "200", *FAST])
     again = json.loads((run.path / "evaluation" / "report.json").read_text())
     assert again == report
+
+
+def test_default_counts_suit_a_cpu(run, capsys, monkeypatch):
+    monkeypatch.setattr("unet_denoiser.cli.evaluate.CPU_SECONDS", 1e-6)
+    main(["evaluate", str(run.path), "--num-inference-steps", "2", "--extractor", "pixels", "--device", "cpu"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"evaluating {run.path} ..."
+    assert lines[1].startswith("64 samples, about two minutes' work here (--num-samples changes it); fewer than 2,000")
+    assert lines[2] == "features of 500 of 1,438 images; --num-data changes it"
+    assert "64 samples against 250 of the 1,438 images" in lines[3]
+    report = json.loads((run.path / "evaluation" / "report.json").read_text())
+    assert (report["samples"]["images"], report["held_out"]["images"]) == (64, 64)
+
+
+@pytest.mark.parametrize(("count", "least", "rounded"), [(219.9, 64, 210), (3, 64, 64), (1e9, 64, 10_000)])
+def test_chosen_counts_are_round(count, least, rounded):
+    assert round_down(count, least) == rounded
 
 
 def test_samples_depend_on_their_seeds_alone(run):

@@ -3,6 +3,8 @@
 import json
 import shlex
 import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -37,7 +39,50 @@ def test_trains_and_samples_the_digits(run, capsys):
     main(["sample", str(run), "--num-images", "20", "--num-inference-steps", "2", "--guidance-scale", "2"])
     assert capsys.readouterr().out.splitlines()[-1] == str(run / "samples.png")
     with Image.open(run / "samples.png") as image:
-        assert image.size == (2 * 34 + 2, 10 * 34 + 2)  # a row for each class
+        assert (image.width > 2 * 34 + 2, image.height) == (True, 10 * 34 + 2)  # a row for each class, and its name
+
+
+def test_the_first_lines_say_what_is_trained_on_what(capsys):
+    main(["train", "digits", "--out", "run", *TINY])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "reading digits ..."
+    assert lines[1].startswith("digits: 1,438 images of 8x8, 1 channel; 10 classes (0, 1, 2, 3, 4, ...)")
+    assert "parameters, levels of 8, 16 channels; on cpu in float32" in lines[2]
+    assert lines[3] == "training: 3 steps of 4 images, which shows each image 0.0083 times"
+    assert lines[4] == f"run: run, with previews in {Path('run/samples')}"
+    main(["train", "--resume", "run", "--steps", "5"])
+    printed = capsys.readouterr().out
+    assert "training: 5 steps of 4 images, which shows each image 0.014 times; goes on after step 3" in printed
+
+
+def test_something_is_said_before_torch_is_imported():
+    code = """
+import sys
+def shown(text, **options): print(text, 'torch' in sys.modules, file=sys.stderr)
+import builtins, unet_denoiser.cli.train as module
+module.print = shown
+try: module.train('nowhere')
+except SystemExit: pass
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[0] == "reading nowhere ... False"
+
+
+def test_the_number_of_steps_is_chosen_by_timing_and_nothing_else_depends_on_that(tmp_path, capsys, monkeypatch):
+    """Whoever gives that number has the same weights, also after a resume."""
+    monkeypatch.setattr("unet_denoiser.training.launch.TIMED_STEPS", 3)
+    without_steps = TINY[: TINY.index("--steps")] + TINY[TINY.index("--steps") + 2 :]
+    monkeypatch.setattr("unet_denoiser.training.launch.default_steps", lambda count, size, seconds: 3)
+    main(["train", "digits", "--out", "chosen", *without_steps])
+    assert "about 1 min at" in capsys.readouterr().out
+    main(["train", "digits", "--out", "given", *TINY])
+    chosen, given = (Run.load(name) for name in ("chosen", "given"))
+    assert chosen.training == given.training
+    for name, weights in chosen.load_model().state_dict().items():
+        assert torch.equal(weights, given.load_model().state_dict()[name])
+    metrics = [Path(name, "metrics.jsonl").read_text().splitlines() for name in ("chosen", "given")]
+    for a, b in zip(*metrics, strict=True):
+        assert json.loads(a) | {"data_wait": 0} == json.loads(b) | {"data_wait": 0}
 
 
 def test_sample_returns_the_same_as_the_library(run):

@@ -4,7 +4,7 @@ import pytest
 
 from support.networks import count_parameters
 from unet_denoiser import Diffusion, preset
-from unet_denoiser.config.defaults import architecture_for
+from unet_denoiser.config.defaults import architecture_for, default_steps
 
 
 @pytest.mark.parametrize("size", [8, 32, 64])
@@ -55,3 +55,21 @@ def test_channels_with_learned_variance_and_self_conditioning(base):
     process = Diffusion(variance_type="learned_range", self_conditioning=True)
     config = architecture_for(1, (16, 16), None, {}, base=base and preset(base), network_channels=process.channels(1))
     assert (config.in_channels, config.out_channels) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("images", "seconds", "steps"),
+    [
+        (100_000, None, 20_000),
+        (None, None, 20_000),
+        (None, 1.03, 3200),  # 55 minutes
+        (100_000, 0.01, 20_000),
+        (100_000, 60.0, 55),
+        (100_000, 10_000.0, 1),
+        (100, None, 2000),
+        (640, None, 10_000),  # 500 passes
+        (100, 3.3, 1000),
+    ],
+)
+def test_a_training_is_as_long_as_device_and_data_allow(images, seconds, steps):
+    assert default_steps(images, 32, seconds) == steps

@@ -212,6 +212,30 @@ def test_averages_that_are_still_the_start(trained):
     assert "a lower ema_decay than 0.5" in report.text()
 
 
+def test_a_young_training_is_the_first_reason(tmp_path):
+    """Samples of a training that was stopped early are blots, whatever else can be seen in them."""
+    data = ArrayDataset(flat_images(64))
+    run = make_run(tmp_path / "run", data, steps=3)
+    young = replace(run, training=replace(run.training, steps=20_000))
+    text = run_doctor(young, data).text()
+    assert text.startswith("At step 3 of 20,000 training has hardly begun (the network's error is ")
+    assert "so its samples are blots or noise as yet. Go on with: unet-denoiser train --resume" in text.splitlines()[0]
+    assert "young training" not in names(run_doctor(run, data))  # as long as planned
+    bad = replace(young, process=Diffusion(clip_sample_range=0.1))  # a mistake comes before any number of steps
+    assert run_doctor(bad, data).findings[0].name == "data range"
+
+
+def test_a_loss_that_still_falls_needs_more_steps(trained):
+    run, data = trained
+    metrics = run.path / "metrics.jsonl"
+    kept = metrics.read_text()
+    metrics.write_text("\n".join(json.dumps({"step": i, "loss": 0.99**i}) for i in range(40)))
+    report = run_doctor(run, data)
+    metrics.write_text(kept)
+    assert "still learning" in names(report)
+    assert f"train longer: unet-denoiser train --resume {run.path} --steps 120" in report.text()
+
+
 def test_weights_that_are_no_numbers(trained, capsys):
     run, data = trained
     averages = run.path / "model" / "model.safetensors"

@@ -26,7 +26,7 @@ SHORT = {
     "doctor": "--num-images 2 --num-samples 2 --device cpu",
     "info": "",
 }
-CUT = re.compile(r"--(steps|batch-size|num-inference-steps) \d+")
+CUT = re.compile(r"--(steps|batch-size|num-inference-steps|image-size) \d+")
 MISSING_HERE = ("--text-encoder", "--vae", "--init", "convert")  # they need files of other projects
 
 

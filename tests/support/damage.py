@@ -72,7 +72,7 @@ def resume(path: Path) -> str:
     """Sample from a run's weights, then resume it for two steps; return the weights, before and after."""
     pipeline = Run.load(path).load_pipeline()
     before = describe_tensors(pipeline.model.state_dict())
-    run, trainer, _ = resume_run(path, TrainRequest(training={"steps": RESUMED}))
+    run, trainer = resume_run(path, TrainRequest(training={"steps": RESUMED}), str)
     for _ in train(run, trainer):
         pass
     tensors, metadata = read_checkpoint(Run.load(path).checkpoints.find("latest"))

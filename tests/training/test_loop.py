@@ -3,11 +3,12 @@
 import json
 import math
 
+import numpy as np
 import pytest
 
 from support.trainings import assert_equal, make_run, make_trainer, steps_kept, weights, without_times
-from unet_denoiser import DataConfig, Run, UNet
-from unet_denoiser.training.loop import check_new, load_trainer, preview, save, train
+from unet_denoiser import ArrayDataset, DataConfig, Run, UNet, UNetConfig
+from unet_denoiser.training.loop import check_new, load_trainer, preview, preview_captions, save, train
 from unet_denoiser.training.tracking import MetricsLog
 
 
@@ -99,3 +100,10 @@ def test_a_failed_save_leaves_the_last_checkpoint(run, monkeypatch):
 def test_a_directory_with_a_run_is_refused(run):
     with pytest.raises(FileExistsError, match="already holds a run: train --resume"):
         check_new(run.path)
+
+
+def test_previews_of_captions_have_them_at_their_rows():
+    data = ArrayDataset(np.zeros((40, 1, 8, 8), np.uint8), captions=[f"caption {i}" for i in range(40)])
+    captions = preview_captions(UNetConfig(context_dim=8), data)
+    assert (len(captions), captions[0], captions[-1]) == (16, "caption 0", "caption 39")
+    assert preview_captions(UNetConfig(context_dim=None), data) is None  # not learned

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 
-from unet_denoiser.utils.images import save_grid, save_image, to_uint8
+from unet_denoiser.utils.images import _printable, make_grid, save_grid, save_image, to_uint8
 
 
 def test_values():
@@ -50,3 +50,32 @@ def test_small_images_are_enlarged_by_a_whole_factor(tmp_path):
     with Image.open(save_grid(x, tmp_path / "g.png")) as image:
         assert image.size == (36, 36)
         assert (image.getpixel((3, 3)), image.getpixel((17, 17)), image.getpixel((18, 17))) == (0, 0, 255)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_names_stand_beside_the_rows_and_change_no_image(tmp_path, channels):
+    x = torch.rand(6, channels, 40, 40) * 2 - 1
+    path = save_grid(x, tmp_path / "g.png", columns=2, row_names=["cats", "a" * 200, ""])
+    grid = make_grid(x, 2).permute(1, 2, 0).numpy()
+    with Image.open(path) as image:
+        pixels = np.array(image).reshape(image.height, image.width, channels)
+    assert np.array_equal(pixels[:, : grid.shape[1]], grid)
+    beside = pixels[:, grid.shape[1] :, 0].reshape(3, -1)
+    assert (beside == 255).any(1).all()  # an empty name is replaced by the number of its row
+    assert pixels.shape[1] < 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("K\u00f6ln  d'\u00e9t\u00e9\n", "Koln d'ete"),
+        ("\u72ac", ""),
+        ("\u72ac dog", "? dog"),
+        ("???", "???"),
+        ("\ud800", ""),
+        ("\u05d0\U0001f600", ""),
+    ],
+)
+def test_letters_that_the_font_lacks(tmp_path, name, shown):
+    assert _printable(name, ImageFont.load_default(14)) == shown
+    save_grid(torch.zeros(1, 1, 8, 8), tmp_path / "g.png", row_names=[name])

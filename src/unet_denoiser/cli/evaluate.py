@@ -11,6 +11,8 @@ from unet_denoiser.config.base import DeviceName
 from unet_denoiser.config.sampling import SamplingConfig
 from unet_denoiser.utils.terminal import printable
 
+CPU_SECONDS = 120  # for the samples, by default; half of it for the features of the data
+
 
 def evaluate(
     run: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help_behavior_hint="")] = None,
@@ -20,7 +22,7 @@ def evaluate(
     held_out_split: OptionalName = None,
     samples: OptionalPath = None,
     num_samples: OptionalNumber = None,
-    num_data: int = 10_000,
+    num_data: OptionalNumber = None,
     extractor: str = "auto",
     allow_few: bool = False,
     sampling: SamplingOptions = {},  # noqa: B006
@@ -43,12 +45,13 @@ def evaluate(
         held_out_split: the split of DATA, where it is hf:NAME or Parquet files, that has the held-out images.
         samples: measure these instead of making samples: a folder of images or of .npz files, an .npz or an .npy,
             of any model.
-        num_samples: how many samples to make (default: 10,000).
-        num_data: how many images of DATA are used for features, in a random order; 0 takes all.
+        num_samples: how many samples to make (default: 10,000; on a CPU as many as it makes in about two minutes).
+        num_data: how many images of DATA are used for features, in a random order; 0 takes all (default: 10,000; on a
+            CPU as many as take about a minute).
         extractor: the features that are compared: "inception" (the FID's), "efficientnet-lite0", "pixels",
             "transformers:NAME" for an image encoder, or a TorchScript file; "auto" is inception where its weights can
             be had, else efficientnet-lite0.
-        allow_few: go on with fewer than 2,000 samples, whose figures are mostly bias and noise.
+        allow_few: go on with fewer than 2,000 --num-samples, whose figures are mostly bias and noise.
         seed: seed of the first sample (default: 0).
         batch_size: samples made at a time (default: 64).
         checkpoint: "latest", a step's number, or "best" (default: latest).
@@ -68,16 +71,18 @@ def evaluate(
         if out is not None and out.is_file():
             raise ValueError(f"out={out} is a file; give a folder")
         config = SamplingConfig(**sampling)
+        print(f"evaluating {run or samples} ...", flush=True)  # the imports alone take seconds
         from unet_denoiser.evaluation import samples as sample_sources
-        from unet_denoiser.evaluation.evaluator import check_count
+        from unet_denoiser.evaluation.evaluator import MIN_SAMPLES, check_count
         from unet_denoiser.evaluation.evaluator import evaluate as evaluate_samples
+        from unet_denoiser.evaluation.feature_extractors import load_extractor
         from unet_denoiser.training.run import Run
-        from unet_denoiser.utils.device import resolve_device
+        from unet_denoiser.utils.device import keep_freed_memory, resolve_device
         from unet_denoiser.utils.files import check_writable
 
-        count = given.pop("num_samples", 10_000)
-        if samples is None:
-            check_count(count, allow_few)
+        keep_freed_memory()
+        if samples is None and num_samples is not None:
+            check_count(given.pop("num_samples"), allow_few)
         loaded, resolved = None if run is None else Run.load(run), resolve_device(device)
         folder = out or _default_folder(run, samples)
         check_writable(folder)
@@ -88,15 +93,27 @@ def evaluate(
         else:
             assert loaded is not None
             conditioned = sample_sources.load_conditioned_data(data_config, images)
-            source = sample_sources.GeneratedSamples(
-                loaded, conditioned, count, config=config, device=resolved, **given
-            )
+            options = {"config": config, "device": resolved, **given}
+            if num_samples is None:
+                num_samples, allow_few = 10_000, True
+                if resolved == "cpu":
+                    num_samples = sample_sources.affordable_samples(loaded, conditioned, CPU_SECONDS, **options)
+                    few = "; fewer than 2,000 are biased: compare them with the held-out column only"
+                    said = f"{num_samples:,} samples, about two minutes' work here (--num-samples changes it)"
+                    print(said + few * (num_samples < MIN_SAMPLES), flush=True)
+            source = sample_sources.GeneratedSamples(loaded, conditioned, num_samples, **options)
             about = source.about
+        encoder = load_extractor(extractor, resolved)
+        if num_data is None:
+            on_cpu = resolved == "cpu"
+            num_data = sample_sources.affordable_images(encoder, images, CPU_SECONDS / 2) if on_cpu else 10_000
+            if num_data < len(images):
+                print(f"features of {num_data:,} of {len(images):,} images; --num-data changes it", flush=True)
         report = evaluate_samples(
             source,
             images,
             held_out=unseen,
-            extractor=extractor,
+            extractor=encoder,
             num_data=num_data,
             allow_few=allow_few,
             device=resolved,

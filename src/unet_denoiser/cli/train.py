@@ -1,5 +1,6 @@
 """The command `unet-denoiser train`."""
 
+import os
 import sys
 from typing import Annotated, Any
 
@@ -47,33 +48,38 @@ def train(
             raise ValueError("give either DATA or --resume RUN; if its data moved, --resume RUN --data NEW")
         if out is not None and not out.name:
             raise ValueError(f"out={str(out)!r} names no new directory; give one, as in runs/images")
+        say = _say if os.environ.get("RANK", "0") == "0" else _say_nothing
+        say(f"reading {data or resume} ...")  # the imports alone take seconds
         from unet_denoiser.training.launch import TrainRequest, resume_run, start_run
         from unet_denoiser.training.loop import train as train_run
 
-        source = data if resume is None else moved
-        request = TrainRequest(source, out, init, preset, dataset, training, process, model)
-        run, trainer, messages = resume_run(resume, request) if resume else start_run(request)
-        is_main = trainer.accelerator.is_main_process
-        for message in messages if is_main else ():
-            print(printable(message))
+        request = TrainRequest(data if resume is None else moved, out, init, preset, dataset, training, process, model)
+        run, trainer = resume_run(resume, request, say) if resume else start_run(request, say)
     with one_line_training_errors(run.path), _progress(run, trainer) as bar:
         for step in train_run(run, trainer):
             skipped = f", {trainer.skipped_steps} steps skipped" if trainer.skipped_steps else ""
-            text = (
-                f"step {step.step}/{run.training.steps}, loss {float(step.loss):.4f}{skipped}, {step.next_checkpoint}"
-            )
-            bar.set_postfix_str(text, refresh=False)
-            bar.update(run.training.batch_size)
+            bar.set_postfix_str(f"loss {float(step.loss):.4f}{skipped}, {step.next_checkpoint}", refresh=False)
+            bar.update()
+            if bar.n - bar.initial == 1:
+                bar.refresh()  # the time left is known from here on
     trainer.accelerator.end_training()
-    if is_main:
-        print(f"{printable(run.path)}: trained; to sample: {command('sample', run.path)}")
+    say(f"{run.path}: trained; to sample: {command('sample', run.path)}")
+
+
+def _say(text: str) -> None:
+    print(printable(text), flush=True)
+
+
+def _say_nothing(text: str) -> None:
+    pass
 
 
 def _progress(run: Any, trainer: Any) -> Any:
-    """Create a progress bar that counts images, so that it shows images per second and the time left."""
+    """Create a progress bar that counts steps and shows the time left."""
     from tqdm import tqdm
 
-    size, main = run.training.batch_size, trainer.accelerator.is_main_process
-    done, total = trainer.step * size, run.training.steps * size
+    done, total, main = trainer.step, run.training.steps, trainer.accelerator.is_main_process
     interval = 0.1 if sys.stderr.isatty() else 10  # seconds; a log file needs no animation
-    return tqdm(initial=done, total=total, unit="img", unit_scale=True, mininterval=interval, disable=not main)
+    # smoothing: over some fifty steps, as previews and checkpoints take the time of several
+    options: dict[str, Any] = {"unit": "step", "mininterval": interval, "smoothing": 0.02, "disable": not main}
+    return tqdm(initial=done, total=total, **options)

@@ -1,15 +1,18 @@
-"""Defaults that depend on the dataset: the architecture and the learning rate."""
+"""Defaults that depend on dataset and device: the architecture, the learning rate, the number of steps."""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from unet_denoiser.config.base import halve
+from unet_denoiser.config.training import TrainingConfig
 from unet_denoiser.config.unet import UNetConfig
 
 # image size up to which a row applies: (model_channels, channel_mult)
 _WIDTHS = {8: (32, (1, 2)), 16: (64, (1, 2, 2)), 32: (64, (1, 2, 2, 2)), 64: (96, (1, 2, 3, 4))}
 _LARGEST_WIDTHS = (128, (1, 1, 2, 3, 4))
+CPU_SECONDS = 3300  # of steps in a default training on a CPU; with previews and checkpoints that is within an hour
+MAX_PASSES, FEWEST_STEPS = 500, 2000  # over more passes through the data a network learns them by heart
 
 
 def architecture_for(
@@ -73,3 +76,21 @@ def default_learning_rate(model_channels: int) -> float:
     Diffusion's 1e-4 at 320.
     """
     return 0.032 / model_channels
+
+
+def default_steps(num_images: int | None, batch_size: int, seconds_per_step: float | None = None) -> int:
+    """Return the number of optimizer steps of a training whose length nobody chose.
+
+    It is that of `TrainingConfig`, less for little data and on a CPU, and has two digits that are not 0.
+
+    Args:
+        num_images: of the dataset; None for a stream.
+        seconds_per_step: on a CPU; None where time is no limit.
+    """
+    steps = TrainingConfig.steps
+    if num_images is not None:
+        steps = min(steps, max(FEWEST_STEPS, MAX_PASSES * num_images // batch_size))
+    if seconds_per_step is not None:
+        steps = min(steps, max(1, int(CPU_SECONDS / seconds_per_step)))
+    digit = 10 ** max(0, len(str(steps)) - 2)
+    return steps // digit * digit

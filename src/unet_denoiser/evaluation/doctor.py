@@ -1,7 +1,6 @@
 """Diagnosis of a run: measures it and names the likely cause of grey, noisy or copied samples (see `findings`)."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from unet_denoiser.data.dataloader import make_loader
 from unet_denoiser.data.dataset import ImageDataset, StreamDataset
 from unet_denoiser.data.load import load_data
 from unet_denoiser.evaluation.findings import Finding, find_problems, likely_cause
-from unet_denoiser.evaluation.images import stack_images
+from unet_denoiser.evaluation.images import progress_bar, stack_images
 from unet_denoiser.evaluation.measures import (
     BATCH_SIZE,
     NUM_LEVELS,
@@ -32,7 +31,7 @@ from unet_denoiser.evaluation.measures import (
 )
 from unet_denoiser.evaluation.memorization import NUM_PAIRS, compare_without_held_out
 from unet_denoiser.models.unet import UNet
-from unet_denoiser.sampling.loop import Step, sample
+from unet_denoiser.sampling.loop import sample
 from unet_denoiser.sampling.pipeline.pipeline import Pipeline
 from unet_denoiser.training.run import Run
 from unet_denoiser.utils.files import write_json
@@ -68,14 +67,12 @@ def diagnose(
     num_images: int = 128,
     num_samples: int = 32,
     device: str = "cpu",
-    on_step: Callable[[Step], object] | None = None,
 ) -> Diagnosis:
     """Measure a run with its averaged weights and write RUN/doctor: report.json and pictures.
 
     Args:
         data: the training images (default: loaded anew).
         num_images, num_samples: training images for the loss at each noise level; samples to search for copies.
-        on_step: called after every step of sampling, for a progress bar.
 
     Raises:
         ValueError, OSError: a run without a model, or data that cannot be read.
@@ -92,7 +89,7 @@ def diagnose(
     measures, pictures = _measure_run(run, pipeline.model, data, batch), []
     if not measures.bad_weights:
         measures, denoising = _measure_losses(run, pipeline, first_items(batch, num_images), measures)
-        x = _make_samples(pipeline, first_items(batch, num_samples), on_step)
+        x = _make_samples(pipeline, first_items(batch, num_samples))
         measures, neighbours = _measure_samples(pipeline, x, data, measures, run.path / "doctor" / "neighbours.png")
         pictures = [denoising, *neighbours]
     findings = find_problems(measures)
@@ -135,19 +132,20 @@ def _measure_losses(run: Run, pipeline: Pipeline, batch: Batch, measures: Measur
     return replace(measures, levels=levels, ema=ema), picture
 
 
-def _make_samples(pipeline: Pipeline, batch: Batch, on_step: Callable[[Step], object] | None) -> Tensor:
+def _make_samples(pipeline: Pipeline, batch: Batch) -> Tensor:
     """Make a sample for the conditions of each image."""
-    images = batch["image"]
-    return sample(
-        pipeline.model,
-        pipeline.process,
-        seeds=range(len(images)),
-        image_size=images.shape[2:],
-        num_inference_steps=min(NUM_SAMPLING_STEPS, pipeline.process.num_train_timesteps),
-        batch_size=BATCH_SIZE,
-        on_step=on_step,
-        **conditions_of_batch(pipeline.model, batch).given(),
-    ).cpu()
+    images, steps = batch["image"], min(NUM_SAMPLING_STEPS, pipeline.process.num_train_timesteps)
+    with progress_bar(len(images) * steps, "samples", unit_scale=1 / steps) as bar:
+        return sample(
+            pipeline.model,
+            pipeline.process,
+            seeds=range(len(images)),
+            image_size=images.shape[2:],
+            num_inference_steps=steps,
+            batch_size=BATCH_SIZE,
+            on_step=lambda step: bar.update(len(step.x)),
+            **conditions_of_batch(pipeline.model, batch).given(),
+        ).cpu()
 
 
 def _measure_samples(

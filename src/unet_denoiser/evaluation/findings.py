@@ -8,6 +8,9 @@ from unet_denoiser.utils.terminal import command
 
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
+YOUNG = "young training"
+YOUNG_SHARE, YOUNG_STEPS = 0.1, 500  # of the planned steps; steps
+FALLING = -0.03  # a loss that changes by more from the third to the last quarter of a training still falls
 
 
 class Finding(NamedTuple):
@@ -23,8 +26,8 @@ class Finding(NamedTuple):
 def find_problems(measures: Measures) -> list[Finding]:
     """List all findings, the most severe first; of equal ones causes before symptoms."""
     checks = (
-        *(_check_weights, _check_data, _check_schedule, _check_noise_levels, _check_averages, _check_length),
-        *(_check_loss_curve, _check_neighbours, _check_samples),
+        *(_check_weights, _check_data, _check_schedule, _check_youth, _check_noise_levels, _check_averages),
+        *(_check_length, _check_loss_curve, _check_neighbours, _check_samples),
     )
     findings = [finding for check in checks for finding in check(measures)]
     return sorted(findings, key=lambda finding: (SEVERITIES.index(finding.severity), finding.is_symptom))
@@ -34,6 +37,8 @@ def likely_cause(findings: list[Finding]) -> str:
     """Say in one sentence how the samples look, and name the most severe finding that may explain it."""
     symptoms = [f.name for f in findings if f.is_symptom and f.severity != "note"]
     causes = [f for f in findings if not f.is_symptom and f.severity != "note"]
+    if causes and causes[0].name == YOUNG:
+        return f"{causes[0].text}, so its samples are blots or noise as yet. {causes[0].advice}."
     if not symptoms and not causes:
         return "Nothing wrong was found."
     if not symptoms:
@@ -77,12 +82,27 @@ def _check_schedule(m: Measures) -> Iterator[Finding]:
         yield Finding("error" if m.signal_at_end > 0.2 else "warning", "schedule end", text, advice)
 
 
-def _check_noise_levels(m: Measures) -> Iterator[Finding]:
-    if not m.levels:
+def _check_youth(m: Measures) -> Iterator[Finding]:
+    t = m.training
+    if t.step is None or t.step >= t.steps or t.step >= max(YOUNG_STEPS, YOUNG_SHARE * t.steps):
         return
+    text = f"At step {t.step:,} of {t.steps:,} training has hardly begun"
+    if (share := _typical_ratio(m)) is not None:
+        text += f" (the network's error is {share:.0%} of a trivial guess's)"
+    advice = f"Go on with: unet-denoiser train --resume {m.run}; {m.run}/samples and {m.run}/loss.png show the progress"
+    yield Finding("error", YOUNG, text, advice)
+
+
+def _typical_ratio(m: Measures) -> float | None:
+    """Return the median over noise levels of the network's error over a trivial guess's; None without a network."""
     # where hardly any signal is left, the best network is no better than a trivial guess
-    ratios = sorted(level.ratio for level in m.levels if level.signal > 0.1) or [m.levels[0].ratio]
-    typical = ratios[len(ratios) // 2]
+    ratios = sorted(level.ratio for level in m.levels if level.signal > 0.1) or [x.ratio for x in m.levels[:1]]
+    return ratios[len(ratios) // 2] if ratios else None
+
+
+def _check_noise_levels(m: Measures) -> Iterator[Finding]:
+    if (typical := _typical_ratio(m)) is None:
+        return
     step, steps = m.training.step, m.training.steps
     advice = "look at data and learning rate; train longer"
     if step is not None and step < max(2000, steps):
@@ -133,6 +153,11 @@ def _check_loss_curve(m: Measures) -> Iterator[Finding]:
     if change is not None and change > 0.1:
         text = f"the loss rises: {change:+.0%} from the third to the last quarter of the training"
         yield Finding("warning", "rising loss", text, "a lower learning_rate")
+    elif change is not None and change < FALLING:
+        text = f"the loss still falls ({change:+.0%} from the third to the last quarter)"
+        steps = max(m.training.steps, 2 * (m.training.step or 0))
+        advice = f"train longer: unet-denoiser train --resume {m.run} --steps {steps}"
+        yield Finding("warning", "still learning", text, advice)
     elif change is not None and change > -0.01:
         text = f"the loss has stopped falling ({change:+.1%} from the third to the last quarter)"
         yield Finding("note", "plateau", text, "more steps will change little; a larger network or more images may")

@@ -1,7 +1,9 @@
 """Images of a dataset by index."""
 
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -26,11 +28,20 @@ def stack_images(data: ImageDataset, indices: np.ndarray) -> Tensor:
     return torch.stack(_map(lambda index: data[index]["image"], data, indices))
 
 
+def progress_bar(total: int, name: str, unit_scale: float = 1) -> Any:
+    """Return a bar that counts images; work of less than two seconds shows none, and log files get a line seldom."""
+    interval = 0.1 if sys.stderr.isatty() else 10  # seconds
+    return tqdm(total=total, desc=name, unit="img", unit_scale=unit_scale, mininterval=interval, delay=2)
+
+
 def image_batches(data: ImageDataset, indices: np.ndarray, progress: str | None = None) -> Iterator[Tensor]:
     """Yield the images at these indices in batches (B, C, *spatial), with a progress bar of this name if it has one."""
-    starts = range(0, len(indices), BATCH_SIZE)
-    for start in tqdm(starts, progress, unit_scale=BATCH_SIZE, unit="img", disable=None if progress else True):
-        yield stack_images(data, indices[start : start + BATCH_SIZE])
+    with nullcontext() if progress is None else progress_bar(len(indices), progress) as bar:
+        for start in range(0, len(indices), BATCH_SIZE):
+            part = indices[start : start + BATCH_SIZE]
+            yield stack_images(data, part)
+            if bar is not None:
+                bar.update(len(part))
 
 
 def read_images(data: ImageDataset, indices: np.ndarray) -> dict[int, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from unet_denoiser.diffusion.loss import training_losses
 from unet_denoiser.diffusion.predictions import PREDICTIONS
 from unet_denoiser.diffusion.process import Diffusion
+from unet_denoiser.evaluation.images import progress_bar
 from unet_denoiser.evaluation.memorization import Neighbours
 from unet_denoiser.models.conditions import Conditions
 from unet_denoiser.models.unet import UNet
@@ -194,6 +195,7 @@ def measure_errors(model: UNet, process: Diffusion, batch: Batch) -> tuple[Tenso
         outputs[:] = [model(*args, **inputs)]
         return outputs[0]
 
+    bar = progress_bar(NUM_LEVELS * len(batch["image"]), "error at each noise level")
     for t in timesteps(process):
         level = []
         for start in range(0, len(batch["image"]), BATCH_SIZE):
@@ -206,12 +208,14 @@ def measure_errors(model: UNet, process: Diffusion, batch: Batch) -> tuple[Tenso
             with torch.no_grad():
                 losses = training_losses(process, network, x0, t=t_batch, noise=noise, **conditions)
             level.append(losses.error.cpu())
+            bar.update(len(x0))
             if start == 0:
                 xt = process.add_noise(x0[:1], noise[:1], t_batch[:1])
                 output = outputs[0][:1, : x0.shape[1]].float()
                 predicted = process.predict_x0(output, xt, process.alphas[t].to(device), process.sigmas[t].to(device))
                 shown.append(torch.cat([xt, predicted, x0[:1]]).cpu())
         errors.append(torch.cat(level))
+    bar.close()
     return torch.stack(errors), torch.stack(shown, dim=1).flatten(0, 1)
 
 

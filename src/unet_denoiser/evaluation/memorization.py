@@ -12,10 +12,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from unet_denoiser.data.dataset import ImageDataset
-from unet_denoiser.evaluation.images import read_images, spread_indices, stack_images
+from unet_denoiser.evaluation.images import progress_bar, read_images, spread_indices, stack_images
 from unet_denoiser.evaluation.metrics import nearest_neighbours
 from unet_denoiser.utils.images import save_grid
 
@@ -118,13 +117,16 @@ def _nearest_pixels(
     """Return the root mean square distance (Q,) and the index (Q,) of the image nearest to each query, not its own."""
     size, queries = _batch_size(queries), _flatten_small(queries)
     distances, nearest = torch.full((len(queries),), torch.inf, dtype=torch.float64), torch.full_like(own_indices, -1)
-    for start in tqdm(range(0, len(indices), size), "comparing pixels", unit_scale=size, unit="img", disable=None):
-        if not (batch := read_images(data, indices[start : start + size])):
-            continue
-        part, images = torch.tensor(list(batch)), _flatten_small(torch.stack([*batch.values()]))
-        found, positions = nearest_neighbours(queries, images, exclude=own_indices[:, None] == part)
-        closer = found < distances
-        distances, nearest = torch.where(closer, found, distances), torch.where(closer, part[positions], nearest)
+    with progress_bar(len(indices), "comparing pixels") as bar:
+        for start in range(0, len(indices), size):
+            batch = read_images(data, indices[start : start + size])
+            bar.update(min(size, len(indices) - start))
+            if not batch:
+                continue
+            part, images = torch.tensor(list(batch)), _flatten_small(torch.stack([*batch.values()]))
+            found, positions = nearest_neighbours(queries, images, exclude=own_indices[:, None] == part)
+            closer = found < distances
+            distances, nearest = torch.where(closer, found, distances), torch.where(closer, part[positions], nearest)
     return distances / queries.shape[1] ** 0.5, nearest
 
 

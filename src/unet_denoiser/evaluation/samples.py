@@ -1,6 +1,7 @@
 """Samples of a run or of files for `evaluate`, and the data that they are compared with."""
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from unet_denoiser.config.data import DataConfig
 from unet_denoiser.config.sampling import SamplingConfig
@@ -17,13 +17,16 @@ from unet_denoiser.data.load import check_places, load_data, without_wrappers
 from unet_denoiser.data.sources.arrays import load_npz
 from unet_denoiser.data.sources.encoded_images import EncodedImages
 from unet_denoiser.data.transforms import open_image
-from unet_denoiser.evaluation.images import image_batches
+from unet_denoiser.evaluation.feature_extractors import Extractor
+from unet_denoiser.evaluation.images import image_batches, progress_bar, stack_images
 from unet_denoiser.models.conditions import Conditions
 from unet_denoiser.sampling.loop import sample
 from unet_denoiser.sampling.samplers import Sampler
 from unet_denoiser.training.checkpoints import read_metadata
 from unet_denoiser.training.run import Run
 from unet_denoiser.utils.files import read_json
+
+TRIAL_SIZE = 16  # images that are timed
 
 
 class GeneratedSamples:
@@ -83,7 +86,8 @@ class GeneratedSamples:
         return self.count
 
     def __iter__(self) -> Iterator[Tensor]:
-        with tqdm(total=self.count, desc="samples", unit="img", disable=None) as bar:
+        steps = self.config.num_inference_steps
+        with progress_bar(self.count * steps, "samples", unit_scale=1 / steps) as bar:
             for start in range(0, self.count, self.batch_size):
                 stop = min(start + self.batch_size, self.count)
                 conditions: dict[str, Any] = self.conditions(start, stop).given()
@@ -93,10 +97,10 @@ class GeneratedSamples:
                     seeds=range(self.seed + start, self.seed + stop),
                     batch_size=self.batch_size,
                     config=self.config,
+                    on_step=lambda step: bar.update(len(step.x)),
                     **conditions,
                 )
                 yield self.pipeline.decode(x.cpu())
-                bar.update(stop - start)
 
     def conditions(self, start: int, stop: int) -> Conditions:
         """Return the conditions of the samples from `start` to `stop`."""
@@ -106,6 +110,40 @@ class GeneratedSamples:
         if not self.names:
             return Conditions()
         return Conditions.stack([self.data[i] for i in self.items[start:stop].tolist()], self.names)
+
+
+def affordable_samples(run: Run, data: ImageDataset, seconds: float, **options: Any) -> int:
+    """Return how many samples can be made in about these seconds, of 64 to 10,000; `options` are `GeneratedSamples`'s.
+
+    Raises:
+        ValueError, OSError: see `GeneratedSamples`.
+    """
+    config = options.pop("config")
+    short = replace(config, num_inference_steps=min(2, config.num_inference_steps))
+    trial = GeneratedSamples(run, data, TRIAL_SIZE, config=short, **options | {"batch_size": TRIAL_SIZE})
+    taken = _time_second(lambda: list(trial)) / TRIAL_SIZE * config.num_inference_steps / short.num_inference_steps
+    return round_down(seconds / taken, 64)
+
+
+def affordable_images(extractor: Extractor, data: ImageDataset, seconds: float) -> int:
+    """Return of how many images features can be computed in about these seconds, of 500 to 10,000."""
+    images = stack_images(data, np.resize(np.arange(len(data)), TRIAL_SIZE))
+    return round_down(seconds / (_time_second(lambda: extractor(images)) / TRIAL_SIZE), 500)
+
+
+def _time_second(work: Callable[[], object]) -> float:
+    """Return the seconds that work takes the second time; the first one has costs of its own."""
+    work()
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def round_down(count: float, least: int) -> int:
+    """Return a count of two digits that are not 0, from `least` to 10,000."""
+    whole = min(10_000, max(least, int(count)))
+    digit = 10 ** (len(str(whole)) - 2)
+    return whole // digit * digit
 
 
 class SampleFiles:
@@ -139,7 +177,7 @@ class SampleFiles:
         return self.count
 
     def __iter__(self) -> Iterator[Tensor]:
-        with tqdm(total=self.count, desc="features of samples", unit="img", disable=None) as bar:
+        with progress_bar(self.count, "features of samples") as bar:
             for path in self.paths:
                 part = load_npz(path, DataConfig(str(path)))
                 yield from image_batches(part, np.arange(len(part)))

@@ -1,14 +1,19 @@
 """From the options of the train command to a run and its trainer: `start_run` and `resume_run`."""
 
+import statistics
+import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from unet_denoiser.config.base import per_axis
 from unet_denoiser.config.data import DATA_CHANGEABLE, DATA_MOVABLE, DataConfig
-from unet_denoiser.config.defaults import architecture_for, default_learning_rate
+from unet_denoiser.config.defaults import MAX_PASSES, architecture_for, default_learning_rate, default_steps
 from unet_denoiser.config.paths import expand_home, local_path
 from unet_denoiser.config.presets import preset
 from unet_denoiser.config.training import TRAINING_CHANGEABLE, TrainingConfig
@@ -16,6 +21,7 @@ from unet_denoiser.config.unet import UNetConfig
 from unet_denoiser.convert.checkpoint_files import read_process
 from unet_denoiser.data.dataset import ImageDataset, StreamDataset
 from unet_denoiser.data.load import check_places, load_data, with_found_values
+from unet_denoiser.data.summary import describe_data
 from unet_denoiser.diffusion.process import Diffusion
 from unet_denoiser.models.pretrained import write_pretrained
 from unet_denoiser.models.unet import UNet
@@ -26,6 +32,9 @@ from unet_denoiser.training.run import Run
 from unet_denoiser.training.trainer import Trainer
 from unet_denoiser.utils.device import resolve_device
 from unet_denoiser.utils.files import check_writable
+
+TIMED_STEPS, TIMED_SECONDS = 20, 5.0  # steps that are timed, at most
+Say = Callable[[str], object]  # tells the user a line
 
 
 @dataclass(frozen=True)
@@ -56,8 +65,8 @@ class Initialization(NamedTuple):
     messages: list[str]
 
 
-def start_run(request: TrainRequest) -> tuple[Run, Trainer, list[str]]:
-    """Return a new run, its trainer, and messages for the user; ValueError or OSError if an option cannot work."""
+def start_run(request: TrainRequest, say: Say) -> tuple[Run, Trainer]:
+    """Return a new run and its trainer; ValueError or OSError if an option cannot work."""
     training = TrainingConfig(**request.training)
     source, folder = _absolute_source(request.source or "")
     out = request.out or Path("runs") / _default_name(source, folder)
@@ -66,12 +75,18 @@ def start_run(request: TrainRequest) -> tuple[Run, Trainer, list[str]]:
     _check_outside(out, [folder, Path(expand_home(request.data.get("concat") or ""))])
     initial = initialization(request, training)
     data_config, data = _load_data(request, source, initial.config)
+    say(describe_data(replace(data_config, source=request.source or ""), data))
     config = _choose_architecture(request, initial, data, on_cpu=resolve_device(training.device) == "cpu")
     rate = training.learning_rate or default_learning_rate(config.model_channels)
     training = replace(training, learning_rate=rate)
     run = Run(out, with_found_values(data_config, data), config, initial.process, training)
+    seconds = None
+    if "steps" not in request.training:
+        run, seconds = _choose_steps(run, data, say)
     if initial.network is None:
-        return _summarize(run, load_trainer(run, data), [])
+        trainer = load_trainer(run, data)
+        _introduce(run, trainer, say, seconds)
+        return run, trainer
     model = UNet.from_config(config)
     report = load_matching(model, initial.network)
     if training.lora_rank and (changed := report.widened + report.missed):
@@ -83,10 +98,13 @@ def start_run(request: TrainRequest) -> tuple[Run, Trainer, list[str]]:
     trainer = load_trainer(run, data, model)
     if trainer.accelerator.is_main_process:
         write_pretrained(out / "init", config.to_dict(), weights)
-    return _summarize(run, trainer, [*initial.messages, f"{request.init}: {report}"])
+    for message in (*initial.messages, f"{request.init}: {report}"):
+        say(message)
+    _introduce(run, trainer, say, seconds)
+    return run, trainer
 
 
-def resume_run(path: Path, request: TrainRequest) -> tuple[Run, Trainer, list[str]]:
+def resume_run(path: Path, request: TrainRequest, say: Say) -> tuple[Run, Trainer]:
     """Load a run and its trainer at the latest checkpoint; ValueError for a change of a fixed option."""
     fixed = [name for name in ("out", "init", "preset", "process", "model") if getattr(request, name)]
     fixed += sorted(set(request.training) - TRAINING_CHANGEABLE)
@@ -100,7 +118,9 @@ def resume_run(path: Path, request: TrainRequest) -> tuple[Run, Trainer, list[st
     trainer = load_trainer(run)
     if trainer.step > run.training.steps:
         raise ValueError(f"steps={run.training.steps}: {path} is already at step {trainer.step}")
-    return _summarize(run, trainer, [])
+    say(describe_data(run.data, trainer.data))
+    _introduce(run, trainer, say)
+    return run, trainer
 
 
 def _moved_data(before: DataConfig, request: TrainRequest) -> dict[str, Any]:
@@ -196,9 +216,47 @@ def _choose_architecture(
     )
 
 
-def _summarize(run: Run, trainer: Trainer, messages: list[str]) -> tuple[Run, Trainer, list[str]]:
-    """Add a message that says what is trained on what."""
+def _choose_steps(run: Run, data: ImageDataset | StreamDataset, say: Say) -> tuple[Run, float | None]:
+    """Return the run with the number of steps that suits data and device, and the seconds of a step on a CPU."""
+    seconds = None
+    if resolve_device(run.training.device) == "cpu":
+        say("timing a few steps, to choose a number of them ...")
+        seconds = time_steps(run, data)
+    count = len(data) if isinstance(data, ImageDataset) else None
+    return run.with_training(steps=default_steps(count, run.training.batch_size, seconds)), seconds
+
+
+def time_steps(run: Run, data: ImageDataset | StreamDataset) -> float:
+    """Return the seconds of a training step, the same on all processes; a network that is thrown away takes a few."""
+    # a run of its own, so that the training begins as if nothing had been timed
+    trial = run.with_training(steps=TIMED_STEPS, num_workers=0, max_bad_steps=TIMED_STEPS + 1)
+    trainer, start, ends = load_trainer(trial, data), time.perf_counter(), []
+    for step in trainer.steps():
+        ends.append(time.perf_counter())
+        trainer.stop = ends[-1] - start > TIMED_SECONDS  # which all processes see in the next step
+        if step.stop:
+            break
+    median = statistics.median(b - a for a, b in pairwise(ends))  # without the first, which is slow
+    return float(trainer.accelerator.gather(torch.tensor([median], device=trainer.accelerator.device)).max())
+
+
+def _introduce(run: Run, trainer: Trainer, say: Say, seconds_per_step: float | None = None) -> None:
+    """Say which network is trained how long, and where the run is."""
+    training, accelerator = run.training, trainer.accelerator
     total = sum(p.numel() for p in trainer.model.parameters())
-    images = f"{len(trainer.data):,} images" if isinstance(trainer.data, ImageDataset) else "a stream of images"
-    summary = f"{run.path}: {images}, {total:,} parameters, on {trainer.accelerator.device}"
-    return run, trainer, [*messages, summary]
+    precision = {"no": "float32"}.get(training.mixed_precision, training.mixed_precision)
+    widths = ", ".join(map(str, run.model.widths))
+    say(f"network: {total:,} parameters, levels of {widths} channels; on {accelerator.device} in {precision}")
+    length = f"{training.steps:,} steps of {training.batch_size} images"
+    if isinstance(trainer.data, ImageDataset):
+        passes = training.steps * training.batch_size / len(trainer.data)
+        times = f"{passes:,.0f}" if passes >= 10 else f"{passes:.2g}"
+        length += f", which shows each image {times} times"
+        length += ", enough to learn it by heart" if passes > MAX_PASSES else ""
+    if seconds_per_step is not None:
+        minutes = max(1, round(training.steps * seconds_per_step / 60))
+        length += f"; about {minutes} min at {seconds_per_step:.2g} s a step; --steps changes it"
+    if trainer.step:
+        length += f"; goes on after step {trainer.step:,}"
+    say(f"training: {length}")
+    say(f"run: {run.path}, with previews in {run.path / 'samples'}")

@@ -251,8 +251,17 @@ def preview(run: Run, trainer: Trainer, most: int | None = None) -> Path:
     path = _preview_path(run, trainer.step)
     if not trainer.accelerator.is_main_process:
         return path
-    images = pipeline.decode(x)
-    return pipeline.save_grid(images, path) if by_class else save_grid(images, path, data_range=pipeline.image_range)
+    images, captions = pipeline.decode(x), None if by_class else preview_captions(run.model, trainer.data)
+    if by_class or captions:
+        return pipeline.save_grid(images, path, (captions or [])[:count])
+    return save_grid(images, path, data_range=pipeline.image_range)
+
+
+def preview_captions(config: UNetConfig, data: ImageDataset | StreamDataset) -> list[str] | None:
+    """Return the captions of the items of `preview_conditions`; None if they are not known or have no effect."""
+    if config.context_dim is None or isinstance(data, StreamDataset) or data.captions is None:
+        return None
+    return [data.captions[i] for i in _preview_items(data)]
 
 
 def preview_conditions(config: UNetConfig, data: ImageDataset | StreamDataset) -> Conditions:
@@ -262,6 +271,10 @@ def preview_conditions(config: UNetConfig, data: ImageDataset | StreamDataset) -
         return Conditions()
     if isinstance(data, StreamDataset):
         return Conditions.stack(list(islice(data, PREVIEW_SAMPLES)), names)
+    return Conditions.stack([data[i] for i in _preview_items(data)], names)
+
+
+def _preview_items(data: ImageDataset) -> list[int]:
     pool = torch.arange(len(data)) if data.buckets is None else torch.as_tensor(data.buckets[0])
     spread = torch.linspace(0, len(pool) - 1, min(PREVIEW_SAMPLES, len(pool))).long()
-    return Conditions.stack([data[i] for i in pool[spread].tolist()], names)
+    return pool[spread].tolist()

@@ -1,19 +1,21 @@
 """Tensors as image files: PNG for 1, 3 and 4 channels, .npy for anything else; grids and GIFs."""
 
 import math
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from unet_denoiser.config.paths import local_path
 from unet_denoiser.utils.files import write_atomically
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's mode by number of channels
+LABEL_SIZE, MAX_LABEL = 14, 60  # of the text beside a row: height in pixels, letters
 
 
 def to_uint8(x: Tensor, data_range: tuple[float, float] | None = None) -> Tensor:
@@ -36,7 +38,11 @@ def save_image(x: Tensor, path: str | Path) -> Path:
 
 
 def save_grid(
-    x: Tensor, path: str | Path, columns: int | None = None, data_range: tuple[float, float] | None = None
+    x: Tensor,
+    path: str | Path,
+    columns: int | None = None,
+    data_range: tuple[float, float] | None = None,
+    row_names: Sequence[str] = (),
 ) -> Path:
     """Save samples as one PNG, row by row, and return its path; the suffix becomes .npy if that was needed.
 
@@ -44,9 +50,12 @@ def save_grid(
         x: (N, C, H, W) floats in `data_range` (default: [-1, 1]), with 1, 3 or 4 channels; any other shape is saved as
             one .npy instead. Samples smaller than 32 pixels are enlarged by a whole factor, to be visible.
         columns: number of samples in a row (default: the grid is about square).
+        row_names: written at the right of the rows, outside of the grid.
     """
-    is_image = x.ndim == 4 and x.shape[1] in MODES
-    return save_image(make_grid(x, columns, data_range) if is_image else x, path)
+    if x.ndim != 4 or x.shape[1] not in MODES:
+        return save_image(x, path)
+    grid = make_grid(x, columns, data_range)
+    return save_image(write_row_names(grid, row_names) if row_names else grid, path)
 
 
 def make_grid(x: Tensor, columns: int | None = None, data_range: tuple[float, float] | None = None) -> Tensor:
@@ -61,6 +70,33 @@ def make_grid(x: Tensor, columns: int | None = None, data_range: tuple[float, fl
         top, left = pad + (i // columns) * (h + pad), pad + (i % columns) * (w + pad)
         grid[:, top : top + h, left : left + w] = tile
     return grid
+
+
+def write_row_names(grid: Tensor, names: Sequence[str]) -> Tensor:
+    """Return a grid (C, H, W) of one row for each name, with the names at its right: (C, H, W + width of the text)."""
+    font = ImageFont.load_default(LABEL_SIZE)
+    texts = [_printable(name, font) or f"row {row}" for row, name in enumerate(names, start=1)]
+    channels, height, width = grid.shape
+    image = Image.new(MODES[channels], (width + 12 + math.ceil(max(map(font.getlength, texts))), height), "#808080")
+    image.paste(_to_pil(grid), (0, 0))
+    draw = ImageDraw.Draw(image)
+    for row, text in enumerate(texts):
+        draw.text((width + 4, (row + 0.5) * height / len(texts)), text, "white", font, anchor="lm")
+    return torch.from_numpy(np.array(image)).view(height, -1, channels).permute(2, 0, 1)
+
+
+def _printable(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """Return a text with the letters that the font has, without their accents, and "?" for others; "" if it has none.
+
+    Pillow's own font has little but ASCII, and draws a box for all else.
+    """
+    text = " ".join(unicodedata.normalize("NFKD", text).split())
+    box = bytes(font.getmask("\uffff"))
+    letters = [a for a in text if not unicodedata.combining(a)]
+    shown = ["?" if bytes(font.getmask(a)) == box else a for a in letters]
+    if not set(shown) - {"?", " "} and shown != letters:
+        return ""
+    return "".join(shown[:MAX_LABEL]) + ("..." if len(shown) > MAX_LABEL else "")
 
 
 def save_gif(frames: Sequence[Tensor], path: str | Path, seconds: float = 3.0) -> Path:

@@ -173,15 +173,15 @@ class Pipeline:
         return size
 
     def save_grid(self, images: Tensor, path: Path, names: Sequence[str] = (), columns: int | None = None) -> Path:
-        """Save images (N, C, H, W) in one PNG, one row per class or caption; in a square if there are neither.
+        """Save images (N, C, H, W) in one PNG, one named row per class or caption; in a square if there are neither.
 
         `names` are the classes or captions, in turn (default: all classes). With `columns` images are in order.
         """
         if columns is not None or (not names and self.class_names is None):
             return save_grid(images, path, columns, self.image_range)
-        classes = len(names or self.class_names or [])
-        columns = max(1, -(-len(images) // classes))
+        names = list(names or self.class_names or [])[: len(images)]
+        columns = max(1, -(-len(images) // len(names)))
         blank = torch.full_like(images[:1], float(images.min()) if self.image_range is None else self.image_range[0])
-        rows = [images[i::classes] for i in range(min(classes, len(images)))]
+        rows = [images[i :: len(names)] for i in range(len(names))]
         by_class = torch.cat([part for row in rows for part in (row, *[blank] * (columns - len(row)))])
-        return save_grid(by_class, path, columns, self.image_range)
+        return save_grid(by_class, path, columns, self.image_range, names)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple, Self
 
-from unet_denoiser.config.base import check_choice, check_minimum
+from unet_denoiser.config.base import check_minimum, check_types
 
 ResizeMode = Literal["center_crop", "random_crop", "pad", "stretch"]
 OnBad = Literal["raise", "skip"]
@@ -90,8 +90,7 @@ class DataConfig:
     concat: str | None = None
 
     def __post_init__(self) -> None:
-        check_choice("resize_mode", self.resize_mode, ResizeMode)
-        check_choice("on_bad", self.on_bad, OnBad)
+        check_types(self)
         if not self.source:
             raise ValueError("source='' names no data; give 'digits', a folder or a file")
         sizes = self.image_size if isinstance(self.image_size, tuple) else (self.image_size or 1,)

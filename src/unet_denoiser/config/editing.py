@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from unet_denoiser.config.base import check_minimum
+from unet_denoiser.config.base import check_minimum, check_types
 
 # at most one of TASKS may be given
 INTERPOLATIONS = ("interpolate_seeds", "interpolate_classes", "interpolate_captions")
@@ -50,6 +50,7 @@ class EditingConfig:
     interpolate_captions: tuple[str, str] | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         self._check_exclusions()
         if self.strength is not None and not 0 < self.strength <= 1:
             raise ValueError(f"strength={self.strength} must be above 0 and at most 1")

@@ -130,7 +130,7 @@ def winograd_time_ratio(in_ch: int, out_ch: int, shape: Sequence[int], cached: b
 
 
 class _CachedWeight(NamedTuple):
-    """Transformed weights (36, C, K), with the version and a projection (K,) of the original ones, to notice changes."""
+    """Transformed weights (36, C, K); the version and a projection (K,) of the original ones tell of changes."""
 
     weight: Tensor
     version: int
@@ -173,7 +173,7 @@ def _project(weight: Tensor) -> Tensor:
     """
     last = weight.is_contiguous(memory_format=torch.channels_last)
     rows = (weight.permute(0, 2, 3, 1) if last else weight).flatten(1)  # (K, 9 C)
-    return (rows @ _projection_factors(rows.shape[1])).view(torch.int32)
+    return (rows @ _projection_factors(rows.shape[1]).to(rows.dtype)).view(torch.int32)
 
 
 @cache

@@ -92,4 +92,4 @@ class DiffusersUNet(nn.Module):
     @property
     def device(self) -> torch.device:
         """Return the device of the weights."""
-        return self.model.input_conv.weight.device
+        return self.model.device

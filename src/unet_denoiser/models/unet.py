@@ -17,7 +17,7 @@ from unet_denoiser.convert.checkpoint_files import find_weights
 from unet_denoiser.models.conditions import Conditions
 from unet_denoiser.models.input_checks import check_inputs
 from unet_denoiser.models.layers.attention import ContextAttention, SelfAttention, SpatialTransformer
-from unet_denoiser.models.layers.common import full_precision, zero_init
+from unet_denoiser.models.layers.common import compute_dtype, full_precision, zero_init
 from unet_denoiser.models.layers.context import Context, build_context
 from unet_denoiser.models.layers.conv import CONV, channels_last
 from unet_denoiser.models.layers.embeddings import ClassEmbedding, TimeMLP, VectorEmbedding
@@ -160,8 +160,17 @@ class UNet(Pretrained, nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """dtype of the weights, and of the input that goes with them."""
-        return self.input_conv.weight.dtype
+        """dtype of the input, and of the weights unless they are quantised, or stored in 8 bits."""
+        hooks = getattr(self, "_diffusers_hook", None)  # apply_layerwise_casting may store all weights in 8 bits
+        casting = hooks and hooks.get_hook("layerwise_casting")
+        return compute_dtype(self.input_conv, casting.compute_dtype if casting else compute_dtype(self, torch.float32))
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the input, and of the weights unless accelerate offloads them."""
+        weight = next(self.parameters())
+        hook = getattr(self.input_conv, "_hf_hook", None) if weight.is_meta else None
+        return torch.device(getattr(hook, "execution_device", None) or weight.device)
 
     def enable_gradient_checkpointing(self) -> None:
         """Keep only the blocks' inputs for the backward pass and compute the rest again: less memory, more time."""
@@ -176,8 +185,9 @@ class UNet(Pretrained, nn.Module):
     def embed_time(self, t: Tensor, time_cond: Tensor | None = None) -> Tensor:
         """Embed timesteps (B,) as (B, time_dim), without the other conditions."""
         if self.time_cond is None or time_cond is None:
-            return self.time_mlp(t)
-        return self.time_mlp(t, self.time_cond(time_cond.to(self.dtype)))  # autocast may hand in half precision
+            return self.time_mlp(t, dtype=self.dtype)
+        shift = self.time_cond(time_cond.to(self.dtype))  # autocast may hand in half precision
+        return self.time_mlp(t, shift, self.dtype)
 
     def embed_conditions(
         self, batch: int, conditions: Conditions, drop: Mapping[str, Tensor]

@@ -180,7 +180,7 @@ def sample_steps(model: UNet, process: Diffusion, *, seeds: Sequence[int], **req
 
 def _run_batches(model: UNet, sampler: Sampler, request: SamplingRequest, shape: tuple[int, ...]) -> Iterator[Step]:
     """Run all batches with one sampler; a sample has shape `shape`."""
-    run, device = request.loop or denoise_steps, model.input_conv.weight.device
+    run, device = request.loop or denoise_steps, model.device
     with _evaluation_mode(model, request.guide):
         for first in range(0, len(request.seeds), request.batch_size):
             indices = slice(first, min(first + request.batch_size, len(request.seeds)))
@@ -203,8 +203,7 @@ def _make_guidance(model: UNet, sampler: Sampler, request: SamplingRequest, indi
     """Make the guidance of one batch, with networks that share work among the batch's calls."""
     config, process = request.config, sampler.process
     conditions, negative = (
-        values.rows(indices).to(model.input_conv.weight.device, model.dtype)
-        for values in (request.conditions, request.negative)
+        values.rows(indices).to(model.device, model.dtype) for values in (request.conditions, request.negative)
     )
     classifier, guided = request.classifier, request.guided
     if classifier is not None:  # conditions that the network was not built for are the classifier's alone

@@ -37,6 +37,15 @@ def full_precision(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if used else nullcontext()
 
 
+def compute_dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
+    """Return the dtype that a module computes in: that of its first parameter that is no storage format.
+
+    Quantised layers store integers, or no parameter at all; others store 8-bit floats and convert them in each call.
+    """
+    dtypes = (p.dtype for p in module.parameters())
+    return next((dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize > 1), default)
+
+
 def zero_init(module: nn.Module) -> nn.Module:
     """Zero the parameters, so that the residual branch that the module ends is zero at first (DDPM, ADM)."""
     for p in module.parameters():

@@ -73,7 +73,7 @@ def inpaint(
     images, mask = _expand_to_seeds("images", images, seeds), _expand_to_seeds("mask", mask, seeds).bool()
     if mask.shape[1] != 1 or mask.shape[2:] != images.shape[2:]:
         raise ValueError(f"mask has shape {tuple(mask.shape)}; images of {tuple(images.shape)} need one channel of it")
-    device = model.input_conv.weight.device
+    device = model.device
     images, mask = images.to(device), mask.to(device)
     if process.concat_channels(model.config) == images.shape[1] + 1:
         request.setdefault("concat", mask_images(images, mask))
@@ -140,7 +140,7 @@ def upscale(
     """
     if factor < 2:
         raise ValueError(f"factor={factor} must be at least 2")
-    images = _expand_to_seeds("images", images, seeds).to(model.input_conv.weight.device)
+    images = _expand_to_seeds("images", images, seeds).to(model.device)
     size = tuple(n * factor for n in images.shape[2:])
     if process.concat_channels(model.config) == images.shape[1]:
         return sample(model, process, seeds=seeds, concat=enlarge(images, size), **request)

@@ -17,7 +17,7 @@ from unet_denoiser.convert.checkpoint_files import find_weights
 from unet_denoiser.models.conditions import Conditions
 from unet_denoiser.models.input_checks import check_inputs
 from unet_denoiser.models.layers.attention import ContextAttention, SelfAttention, SpatialTransformer
-from unet_denoiser.models.layers.common import compute_dtype, full_precision, zero_init
+from unet_denoiser.models.layers.common import compute_dtype, full_precision, join_graph, zero_init
 from unet_denoiser.models.layers.context import Context, build_context
 from unet_denoiser.models.layers.conv import CONV, channels_last
 from unet_denoiser.models.layers.embeddings import ClassEmbedding, TimeMLP, VectorEmbedding
@@ -185,7 +185,8 @@ class UNet(Pretrained, nn.Module):
     def embed_time(self, t: Tensor, time_cond: Tensor | None = None) -> Tensor:
         """Embed timesteps (B,) as (B, time_dim), without the other conditions."""
         if self.time_cond is None or time_cond is None:
-            return self.time_mlp(t, dtype=self.dtype)
+            emb = self.time_mlp(t, dtype=self.dtype)
+            return emb if self.time_cond is None else join_graph(emb, self.time_cond.parameters())
         shift = self.time_cond(time_cond.to(self.dtype))  # autocast may hand in half precision
         return self.time_mlp(t, shift, self.dtype)
 
@@ -205,9 +206,11 @@ class UNet(Pretrained, nn.Module):
     def _embed(self, embedding: nn.Module, value: Tensor | None, null: Tensor | None, dropped: Tensor | None) -> Any:
         """Embed a condition: (B, D), with `null` (D,) at the `dropped` samples (B,) or, without a value, alone."""
         if value is None:
-            return null
+            return None if null is None else join_graph(null, embedding.parameters())
         embedded = embedding(value.to(self.dtype) if value.is_floating_point() else value)
-        return embedded if dropped is None or null is None else torch.where(dropped[:, None], null, embedded)
+        if dropped is None or null is None:
+            return join_graph(embedded, [null])
+        return torch.where(dropped[:, None], null, embedded)
 
     def encode_shallow(self, x: Tensor, emb: Tensor, context: Context | None, depth: int = 1) -> list[Tensor]:
         """Compute the first `depth` skips, which the decoder's last `depth` blocks take."""

@@ -1,6 +1,6 @@
 """Helpers that several layers share."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -44,6 +44,17 @@ def compute_dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
     """
     dtypes = (p.dtype for p in module.parameters())
     return next((dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize > 1), default)
+
+
+def join_graph(x: Tensor, parameters: Iterable[nn.Parameter | None]) -> Tensor:
+    """Return x, with parameters that it does not depend on in its graph: their gradient is zero instead of None.
+
+    DistributedDataParallel waits for a gradient of each parameter. A sum with 0 * p would carry NaN over to x.
+    """
+    for p in parameters if torch.is_grad_enabled() else ():
+        if p is not None and p.requires_grad and p.device == x.device:
+            x = torch.where(torch.zeros((), dtype=torch.bool, device=x.device), p.flatten()[0], x)
+    return x
 
 
 def zero_init(module: nn.Module) -> nn.Module:

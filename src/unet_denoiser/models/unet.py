@@ -17,7 +17,7 @@ from unet_denoiser.convert.checkpoint_files import find_weights
 from unet_denoiser.models.conditions import Conditions
 from unet_denoiser.models.input_checks import check_inputs
 from unet_denoiser.models.layers.attention import ContextAttention, SelfAttention, SpatialTransformer
-from unet_denoiser.models.layers.common import compute_dtype, full_precision, join_graph, zero_init
+from unet_denoiser.models.layers.common import full_precision, input_device, input_dtype, join_graph, zero_init
 from unet_denoiser.models.layers.context import Context, build_context
 from unet_denoiser.models.layers.conv import CONV, channels_last
 from unet_denoiser.models.layers.embeddings import ClassEmbedding, TimeMLP, VectorEmbedding
@@ -42,9 +42,8 @@ class UNet(Pretrained, nn.Module):
     @signature_of(UNetConfig)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
-        self.config = c = UNetConfig(*args, **kwargs)
-        self.gradient_checkpointing = False
-        build, last = _LayerBuilder(c), len(c.widths) - 1
+        self.config, self.gradient_checkpointing = UNetConfig(*args, **kwargs), False
+        c, build, last = self.config, _LayerBuilder(self.config), len(self.config.widths) - 1
 
         self.time_mlp = TimeMLP(c.model_channels, c.time_frequencies)
         self.time_cond = nn.Linear(c.time_cond_dim, c.model_channels, bias=False) if c.time_cond_dim else None
@@ -150,8 +149,9 @@ class UNet(Pretrained, nn.Module):
             added, attended = self.embed_conditions(t.shape[0], conditions, drop or {})
             emb = sum(added, start=emb)
 
-        # skips[0]: (B, stem_width, *spatial); h: (B, widths[0], *spatial)
-        skips = self.encode_shallow(x, emb, attended)
+        skips = self.encode_shallow(
+            x, emb, attended
+        )  # skips[0]: (B, stem_width, *spatial); h: (B, widths[0], *spatial)
         h = self.deep_features(skips[-1], emb, attended, **residuals)
         if skip_residuals is not None:
             skips = [skips[0] + skip_residuals[0]]
@@ -161,16 +161,12 @@ class UNet(Pretrained, nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """dtype of the input, and of the weights unless they are quantised, or stored in 8 bits."""
-        hooks = getattr(self, "_diffusers_hook", None)  # apply_layerwise_casting may store all weights in 8 bits
-        casting = hooks and hooks.get_hook("layerwise_casting")
-        return compute_dtype(self.input_conv, casting.compute_dtype if casting else compute_dtype(self, torch.float32))
+        return input_dtype(self, self.input_conv)
 
     @property
     def device(self) -> torch.device:
         """Device of the input, and of the weights unless accelerate offloads them."""
-        weight = next(self.parameters())
-        hook = getattr(self.input_conv, "_hf_hook", None) if weight.is_meta else None
-        return torch.device(getattr(hook, "execution_device", None) or weight.device)
+        return input_device(self, self.input_conv)
 
     def enable_gradient_checkpointing(self) -> None:
         """Keep only the blocks' inputs for the backward pass and compute the rest again: less memory, more time."""
@@ -186,9 +182,8 @@ class UNet(Pretrained, nn.Module):
         """Embed timesteps (B,) as (B, time_dim), without the other conditions."""
         if self.time_cond is None or time_cond is None:
             emb = self.time_mlp(t, dtype=self.dtype)
-            return emb if self.time_cond is None else join_graph(emb, self.time_cond.parameters())
-        shift = self.time_cond(time_cond.to(self.dtype))  # autocast may hand in half precision
-        return self.time_mlp(t, shift, self.dtype)
+            return join_graph(emb, [] if self.time_cond is None else self.time_cond.parameters())
+        return self.time_mlp(t, self.time_cond(time_cond.to(self.dtype)), self.dtype)  # autocast may give float16
 
     def embed_conditions(
         self, batch: int, conditions: Conditions, drop: Mapping[str, Tensor]
@@ -232,8 +227,7 @@ class UNet(Pretrained, nn.Module):
         """Compute the input of the decoder's last `depth` blocks from the last shallow skip: most of the work."""
         size, skips = h.shape[2:], []
         for block in list(self.encoder)[depth - 1 :]:
-            h = self._run(block, h, emb, context)
-            skips.append(h)
+            skips.append(h := self._run(block, h, emb, context))
         for block in self.bottleneck:  # h: (B, widths[-1], *coarsest)
             h = self._run(block, h, emb, context)
         if skip_residuals is not None:
@@ -278,7 +272,7 @@ class _LayerBuilder:
 
     def resblock(self, in_ch: int, out_ch: int, resample: Any = "none") -> ResBlock:
         c = self.config
-        options: dict[str, Any] = {"dims": c.dims, "modulation": c.modulation, "resample": resample, **self.norm}
+        options: Any = {"dims": c.dims, "modulation": c.modulation, "resample": resample, **self.norm}
         return ResBlock(in_ch, out_ch, c.time_dim, c.dropout, **options)
 
     def attention(self, level: int, always: bool = False) -> list[nn.Module]:

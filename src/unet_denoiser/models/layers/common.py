@@ -46,6 +46,20 @@ def compute_dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
     return next((dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize > 1), default)
 
 
+def input_dtype(network: nn.Module, first: nn.Module) -> torch.dtype:
+    """Return the dtype of the input of a network whose first layer is `first`."""
+    hooks = getattr(network, "_diffusers_hook", None)  # apply_layerwise_casting may store all weights in 8 bits
+    casting = hooks and hooks.get_hook("layerwise_casting")
+    return compute_dtype(first, casting.compute_dtype if casting else compute_dtype(network, torch.float32))
+
+
+def input_device(network: nn.Module, first: nn.Module) -> torch.device:
+    """Return the device of the input of a network whose first layer is `first`; accelerate may offload the weights."""
+    weight = next(network.parameters())
+    hook = getattr(first, "_hf_hook", None) if weight.is_meta else None
+    return torch.device(getattr(hook, "execution_device", None) or weight.device)
+
+
 def join_graph(x: Tensor, parameters: Iterable[nn.Parameter | None]) -> Tensor:
     """Return x, with parameters that it does not depend on in its graph: their gradient is zero instead of None.
 

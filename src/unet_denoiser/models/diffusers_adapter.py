@@ -110,7 +110,7 @@ class DiffusersUNet(nn.Module):
 
     def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
         """Write a folder that diffusers loads as its own class; pipelines call it."""
-        export_checkpoint(self.model.state_dict(), self.model.config, save_directory, "diffusers")
+        export_checkpoint(self.model.state_dict(), self.model.config, Path(save_directory), "diffusers")
 
     def __getattr__(self, name: str) -> Any:
         """Find parameters and modules; for what else diffusers' networks have, say what to do instead."""

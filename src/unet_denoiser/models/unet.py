@@ -149,9 +149,7 @@ class UNet(Pretrained, nn.Module):
             added, attended = self.embed_conditions(t.shape[0], conditions, drop or {})
             emb = sum(added, start=emb)
 
-        skips = self.encode_shallow(
-            x, emb, attended
-        )  # skips[0]: (B, stem_width, *spatial); h: (B, widths[0], *spatial)
+        skips = self.encode_shallow(x, emb, attended)  # (B, stem_width, *spatial) alone
         h = self.deep_features(skips[-1], emb, attended, **residuals)
         if skip_residuals is not None:
             skips = [skips[0] + skip_residuals[0]]
@@ -181,8 +179,8 @@ class UNet(Pretrained, nn.Module):
     def embed_time(self, t: Tensor, time_cond: Tensor | None = None) -> Tensor:
         """Embed timesteps (B,) as (B, time_dim), without the other conditions."""
         if self.time_cond is None or time_cond is None:
-            emb = self.time_mlp(t, dtype=self.dtype)
-            return join_graph(emb, [] if self.time_cond is None else self.time_cond.parameters())
+            unused = [] if self.time_cond is None else self.time_cond.parameters()
+            return join_graph(self.time_mlp(t, dtype=self.dtype), unused)
         return self.time_mlp(t, self.time_cond(time_cond.to(self.dtype)), self.dtype)  # autocast may give float16
 
     def embed_conditions(

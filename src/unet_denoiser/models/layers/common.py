@@ -60,7 +60,7 @@ def input_device(network: nn.Module, first: nn.Module) -> torch.device:
     return torch.device(getattr(hook, "execution_device", None) or weight.device)
 
 
-def join_graph(x: Tensor, parameters: Iterable[nn.Parameter | None]) -> Tensor:
+def join_graph(x: Tensor, parameters: Iterable[Tensor | None]) -> Tensor:
     """Return x, with parameters that it does not depend on in its graph: their gradient is zero instead of None.
 
     DistributedDataParallel waits for a gradient of each parameter. A sum with 0 * p would carry NaN over to x.

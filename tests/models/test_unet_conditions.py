@@ -12,6 +12,7 @@ from unet_denoiser.models.layers.context import Context
 
 NAMES = {"class_labels": "num_classes", "vector": "vector_dim", "context": "context_dim"}
 ATTENTION = ["plain", "transformer"]
+EVERY = (*NAMES, "time_cond")
 
 
 def conditioned(*names, **options):
@@ -276,3 +277,22 @@ def test_only_cross_attention_sees_no_other_position():
         moved = (block(changed, context) - block(tokens, context)).abs().amax(-1)[0]
         assert (moved[1:].max() < 1e-5) == cross_only
         assert moved[0] > 1e-2
+
+
+@pytest.mark.parametrize("given", [(), ("class_labels",), ("vector", "context"), ("context",), ("time_cond",), EVERY])
+@pytest.mark.parametrize("attention", ["plain", "transformer"])
+def test_every_parameter_gets_a_gradient_whatever_is_given(given, attention):
+    """DistributedDataParallel waits for all of them."""
+    model = small(**CONDITIONS, time_cond_dim=4, attention=attention)
+    args = inputs(model.config) | {"time_cond": torch.ones(2, 4)}
+    args = {name: value for name, value in args.items() if name in ("x", "t", *given)}
+    out = model(**args)
+    out.sum().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    with torch.no_grad():
+        assert relative_error(out, model(**args)) < 1e-6
+        if "class_labels" in given:
+            model.null_class.fill_(torch.nan)  # not used, so without effect
+            assert relative_error(out, model(**args)) < 1e-6
+    if "class_labels" in given:
+        assert relative_error(out, model(**args)) < 1e-6

@@ -4,7 +4,7 @@ import diffusers
 import pytest
 import torch
 
-from support.networks import randomise
+from support.networks import randomise, relative_error
 from unet_denoiser import DiffusersUNet, UNet
 
 pytestmark = pytest.mark.filterwarnings("ignore:norm_groups:UserWarning")
@@ -149,3 +149,69 @@ def test_arguments_without_a_counterpart_are_refused(tmp_path):
     with pytest.raises(ValueError, match="cross_attention_kwargs has no counterpart"):
         ours(x, 3, context, cross_attention_kwargs={"scale": 0.5})
     assert ours(x, 3, context, return_dict=False)[0].shape == x.shape
+
+
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        ({"image_embeds": torch.ones(1, 4)}, "added_cond_kwargs has 'image_embeds'; this network takes text_embeds"),
+        ({"text_embeds": torch.ones(1, 4)}, "added_cond_kwargs has text_embeds alone; this network takes"),
+    ],
+)
+def test_other_added_conditions_are_refused(tmp_path, added, message):
+    _, ours = peer_and_ours(tmp_path, **SHAPE | ADDED)
+    with pytest.raises(ValueError, match=message):
+        ours(torch.randn(1, 4, 8, 8), 3, torch.randn(1, 3, 24), added_cond_kwargs=added)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+def test_masks_equal_diffusers_where_a_row_has_no_one(tmp_path, dtype):
+    peer, ours = peer_and_ours(tmp_path, **SHAPE)
+    x, context = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 24)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0]]).to(dtype)
+    with torch.no_grad():
+        found, expected = (unet(x, 3, context, encoder_attention_mask=mask).sample for unet in (ours, peer))
+    assert relative_error(found, expected) < 1e-3  # diffusers adds -10000 to the scores, whose rounding that is
+
+
+NEEDED = [
+    "load_lora_adapter",
+    "load_attn_procs",
+    "attn_processors",
+    "enable_freeu",
+    "fuse_qkv_projections",
+    "set_attn_processor",
+    "_load_ip_adapter_weights",
+    "set_adapters",
+    "save_attn_procs",
+    "set_default_attn_processor",
+]
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_methods_of_diffusers_networks_say_what_to_do(tmp_path, name):
+    _, ours = peer_and_ours(tmp_path, **SHAPE)
+    with pytest.raises(AttributeError, match=rf"^DiffusersUNet has no {name}; .*(merge_lora|save_pretrained)\("):
+        getattr(ours, name)
+    assert not hasattr(ours, "text_encoder_hid_proj")
+
+
+def test_calls_of_pipelines(tmp_path):
+    _, ours = peer_and_ours(tmp_path, **SHAPE)
+    pipeline = stable_diffusion(ours)
+    with pytest.raises(AttributeError, match="merge_lora"):
+        pipeline.load_lora_weights({"unet.conv_in.lora_A.weight": torch.ones(1, 4, 3, 3)})
+    with pytest.raises(AttributeError, match="DiffusersUNet has no enable_freeu"):
+        pipeline.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    pipeline.enable_attention_slicing()
+    pipeline.unet.enable_gradient_checkpointing()
+    assert ours.model.gradient_checkpointing
+    pipeline.unet.disable_gradient_checkpointing()
+    pipeline.to(torch.float16)
+    assert ours.dtype == torch.float16
+    pipeline.to(torch.float32)
+    ours.save_pretrained(tmp_path / "saved")
+    again = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "saved")
+    x, context = torch.randn(1, 4, 8, 8), torch.randn(1, 3, 24)
+    with torch.no_grad():
+        assert relative_error(ours(x, 3, context).sample, again(x, 3, context).sample) < 1e-4

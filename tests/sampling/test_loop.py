@@ -1,6 +1,7 @@
 """The loop of the reverse process and `sample`: clipping, starting, editing, seeds and refusals."""
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -180,6 +181,77 @@ def test_a_sample_depends_on_its_seed_alone(sampler):
     assert_close(in_pairs, together, rtol=1e-4, atol=1e-4)
     assert_close(alone, together[3:4], rtol=1e-4, atol=1e-4)
     assert (together[0] - together[1]).abs().max() > 0.1
+
+
+LABELS = torch.tensor([2, 2])
+
+
+@pytest.mark.parametrize(
+    ("options", "plain"),
+    [
+        ({"seeds": 5}, {"seeds": [5]}),
+        ({"seeds": np.int64(5)}, {"seeds": [5]}),
+        ({"seeds": torch.tensor([3, 5])}, {"seeds": [3, 5]}),
+        ({"seeds": np.array([3, 5])}, {"seeds": [3, 5]}),
+        ({"seeds": (seed for seed in (3, 5))}, {"seeds": [3, 5]}),
+        ({"class_labels": [1, 2]}, {"class_labels": torch.tensor([1, 2])}),
+        ({"class_labels": np.array([1, 2])}, {"class_labels": torch.tensor([1, 2])}),
+        ({"class_labels": 2}, {"class_labels": torch.tensor([2, 2])}),
+        ({"class_labels": np.int32(2)}, {"class_labels": torch.tensor([2, 2])}),
+        ({"vector": [[1, 2, 3], [4, 5, 6]]}, {"vector": torch.tensor([[1.0, 2, 3], [4, 5, 6]])}),
+        ({"vector": np.ones((2, 3))}, {"vector": torch.ones(2, 3)}),
+        ({"config": {"num_inference_steps": 3}}, {"num_inference_steps": 3}),
+        ({"num_inference_steps": 3.0}, {"num_inference_steps": 3}),
+        ({"image_size": [8, np.int64(8)]}, {"image_size": 8}),
+        (
+            {"negative": {"class_labels": 1}, "class_labels": 2, "guidance_scale": 2},
+            {
+                "negative": {"class_labels": torch.tensor([1])},
+                "class_labels": torch.tensor([2, 2]),
+                "guidance_scale": 2.0,
+            },
+        ),
+    ],
+)
+def test_plain_meanings_are_taken(options, plain):
+    model, common = small(num_classes=5, vector_dim=3), {"seeds": [0, 1], "num_inference_steps": 2}
+    if "config" in options:
+        del common["num_inference_steps"]
+    assert torch.equal(sample(model, Diffusion(), **common | options), sample(model, Diffusion(), **common | plain))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seeds": [1.5]}, "seeds has 1.5; give ints"),
+        ({"seeds": np.array([1.5])}, "seeds has 1.5; give ints"),
+        ({"seeds": "12"}, "seeds='12' must be ints"),
+        ({"seeds": ["1"]}, "seeds has '1'; give ints"),
+        ({"seeds": [True]}, "seeds has True; give ints"),
+        ({"seeds": None}, "seeds=None must be ints"),
+        ({"seeds": 2.0}, "seeds=2.0 must be ints"),
+        ({"seeds": [2**64]}, "seeds has 18446744073709551616, which does not fit 64 bits"),
+        ({"class_labels": ["cat", "dog"]}, r"class_labels=\['cat', 'dog'\] must be a tensor, or numbers; a Pipeline"),
+        ({"class_labels": "cat"}, "class_labels='cat' must be a tensor, or numbers; a Pipeline turns names"),
+        ({"class_labels": [0.5, 1.0]}, "class_labels has dtype torch.float32; give int64"),
+        ({"class_labels": [9, 1]}, "class_labels has 9; valid are 0 to 4"),
+        ({"vector": {"a": 1}}, "vector={'a': 1} must be a tensor, or numbers"),
+        ({"vector": 3}, "vector=3 must have one sample per seed"),
+        ({"guidance_scale": "2"}, "guidance_scale='2' must be a number"),
+        ({"compile": "false"}, "compile='false' must be True or False"),
+        ({"config": 3}, "config is a int; give a SamplingConfig"),
+        ({"batch_size": "4"}, "batch_size='4' must be an int of at least 1"),
+        ({"image_size": "8"}, "image_size=8 must be a positive int, or 2 of them"),
+    ],
+)
+def test_other_types_are_refused(options, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        sample(small(num_classes=5, vector_dim=3), Diffusion(), **{"seeds": [0, 1], "num_inference_steps": 2} | options)
+
+
+def test_a_process_as_a_dict_is_refused():
+    with pytest.raises(TypeError, match=r"process is a dict; give a Diffusion, such as Diffusion\(\*\*options\)"):
+        sample(small(), {"prediction_type": "epsilon"}, seeds=[0])
 
 
 def test_sampling_leaves_the_model_and_the_random_state_alone():

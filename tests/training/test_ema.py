@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.testing import assert_close
 
@@ -118,3 +120,46 @@ def test_state_is_restored():
 def test_refuses(decay):
     with pytest.raises(ValueError, match=f"ema_decay={decay}"):
         EMA(net(), decay)
+
+
+def assign(model):
+    model.load_state_dict({name: value + 1 for name, value in model.state_dict().items()}, assign=True)
+
+
+CHANGES = {
+    "assigned weights": (assign, "0.weight and 3 more was replaced"),
+    "another module": (lambda model: model.__setitem__(1, nn.Linear(4, 2)), "1.weight and 1 more was replaced"),
+    "another parameter": (lambda model: setattr(model[0], "bias", nn.Parameter(torch.ones(4))), "0.bias was replaced"),
+    "weight norm": (lambda model: weight_norm(model[0]), "0.weight was replaced"),
+    "an added module": (lambda model: model.append(nn.Linear(2, 2)), "2.weight and 1 more was added or unfrozen"),
+    "an unfrozen weight": (lambda model: model[1].requires_grad_(True), "1.weight and 1 more was added or unfrozen"),
+    "a LoRA": (
+        lambda model: inject_adapter_in_model(LoraConfig(r=1, target_modules=["1"]), model),
+        "was (replaced|added or unfrozen)",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_refuses_other_parameters_than_those_of_the_start(change):
+    model = net()
+    model[1].requires_grad_(change != "an unfrozen weight")
+    ema = EMA(model, 0.9)
+    apply, message = CHANGES[change]
+    apply(model)
+    with pytest.raises(RuntimeError, match=message):
+        ema.update()
+    with pytest.raises(RuntimeError, match=message), ema.swapped():
+        pass
+    assert ema.updates == 0
+
+
+def test_parameters_may_be_frozen_and_converted_in_place():
+    model = net()
+    ema = EMA(model, 0.9)
+    model[0].requires_grad_(False)
+    model.double().load_state_dict({name: torch.ones_like(value) for name, value in model.state_dict().items()})
+    for _ in range(400):
+        ema.update()
+    with ema.swapped():
+        assert_close(model[1].weight, torch.ones_like(model[1].weight))

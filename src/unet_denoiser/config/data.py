@@ -1,11 +1,10 @@
 """The options of the dataset."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple, Self
 
-from unet_denoiser.config.base import check_choice, check_minimum
+from unet_denoiser.config.base import check_minimum, check_types
 from unet_denoiser.config.paths import expand_home
 
 ResizeMode = Literal["center_crop", "random_crop", "pad", "stretch"]
@@ -93,11 +92,10 @@ class DataConfig:
     concat: str | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("source", "text_encoder", "vae", "concat"):
             if (value := getattr(self, name)) is not None:
-                object.__setattr__(self, name, expand_home(os.fspath(value)))
-        check_choice("resize_mode", self.resize_mode, ResizeMode)
-        check_choice("on_bad", self.on_bad, OnBad)
+                object.__setattr__(self, name, expand_home(value))
         if not self.source:
             raise ValueError("source='' names no data; give 'digits', a folder or a file")
         sizes = self.image_size if isinstance(self.image_size, tuple) else (self.image_size or 1,)

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from unet_denoiser.config.base import BetaSchedule, PredictionType, VarianceType, check_choice, check_minimum
+from unet_denoiser.config.base import BetaSchedule, PredictionType, VarianceType, check_minimum, check_types
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,7 @@ class DiffusionConfig:
     self_conditioning: bool = False
 
     def __post_init__(self) -> None:
-        check_choice("beta_schedule", self.beta_schedule, BetaSchedule)
-        check_choice("prediction_type", self.prediction_type, PredictionType)
-        check_choice("variance_type", self.variance_type, VarianceType)
+        check_types(self)
         check_minimum(self, 1, "num_train_timesteps")
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(f"beta_start={self.beta_start} and beta_end={self.beta_end} must be 0 < start <= end < 1")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from unet_denoiser.config.base import check_minimum
+from unet_denoiser.config.base import check_minimum, check_types
 from unet_denoiser.config.paths import local_path
 
 # at most one of TASKS may be given
@@ -51,6 +51,7 @@ class EditingConfig:
     interpolate_captions: tuple[str, str] | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("image", "mask"):
             if (path := getattr(self, name)) is not None:
                 object.__setattr__(self, name, local_path(path))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from unet_denoiser.config.base import MixedPrecision, check_choice, check_minimum
+from unet_denoiser.config.base import MixedPrecision, check_minimum, check_types
 
 Sharding = Literal["none", "ddp", "fsdp"]
 
@@ -40,8 +40,7 @@ class MemoryConfig:
     ema: bool = True
 
     def __post_init__(self) -> None:
-        check_choice("mixed_precision", self.mixed_precision, MixedPrecision)
-        check_choice("sharding", self.sharding, Sharding)
+        check_types(self)
         check_minimum(self, 1, "batch_size", "gradient_accumulation_steps", "context_tokens", "num_processes")
         check_minimum(self, 0, "optimizer_states")
         if self.image_size is not None and min(self.image_size, default=0) < 1:

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from unet_denoiser.config.base import check_choice, check_minimum
+from unet_denoiser.config.base import check_minimum, check_types
 
 SamplerName = Literal[
     "ddpm", "ddim", "pndm", "ipndm", "dpm++", "dpm++3m", "dpm++2s", "dpm++3s", "dpm++sde", "unipc", "deis", "sa",
@@ -61,20 +61,17 @@ class SamplingConfig:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        check_choice("sampler", self.sampler, SamplerName)
+        check_types(self)
         check_minimum(self, 1, "num_inference_steps", "reuse")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta={self.eta} must be 0 (deterministic) to 1 (as random as ddpm)")
         if self.eta > 0 and self.sampler != "ddim":
             raise ValueError(f"eta={self.eta}: sampler={self.sampler!r} does not take it; use 'ddim', or leave it out")
-        check_choice("timestep_spacing", self.timestep_spacing, TimestepSpacing)
-        if self.sigma_schedule is not None:
-            check_choice("sigma_schedule", self.sigma_schedule, SigmaSchedule)
-            if self.timestep_spacing != "trailing":
-                raise ValueError(
-                    f"timestep_spacing={self.timestep_spacing!r} has no effect with sigma_schedule="
-                    f"{self.sigma_schedule!r}; leave out one of them"
-                )
+        if self.sigma_schedule is not None and self.timestep_spacing != "trailing":
+            raise ValueError(
+                f"timestep_spacing={self.timestep_spacing!r} has no effect with sigma_schedule="
+                f"{self.sigma_schedule!r}; leave out one of them"
+            )
         if not math.isfinite(self.guidance_scale):
             raise ValueError(f"guidance_scale={self.guidance_scale} must be a finite number; 1 is off")
         if self.guidance_interval is not None and not 0 <= self.guidance_interval[0] < self.guidance_interval[1]:

@@ -81,13 +81,9 @@ class TrainingConfig:
     track: base.TrackerName | None = None
 
     def __post_init__(self) -> None:
+        base.check_types(self)
         if self.num_workers is not None and self.num_workers > 1024:
             raise ValueError(f"num_workers={self.num_workers} must be at most 1024: each is a process")
-        base.check_choice("device", self.device, base.DeviceName)
-        base.check_choice("loss_weighting", self.loss_weighting, base.LossWeightingName)
-        base.check_choice("mixed_precision", self.mixed_precision, base.MixedPrecision)
-        if self.track is not None:
-            base.check_choice("track", self.track, base.TrackerName)
         base.check_minimum(self, 1, "steps", "batch_size", "gradient_accumulation_steps", "max_bad_steps", "keep_last")
         base.check_minimum(self, 1, "keep_every", "lora_rank")
         for name in ("checkpoint_every", "preview_every"):

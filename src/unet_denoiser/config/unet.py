@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, asdict, dataclass, fields
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
-from unet_denoiser.config.base import halve, per_axis
+from unet_denoiser.config.base import as_plain, halve, per_axis
 
 # each condition that can be dropped, and the option that builds a network for it
 CONDITIONS = {"class_labels": "num_classes", "vector": "vector_dim", "context": "context_dim"}
@@ -90,10 +90,10 @@ class UNetConfig:
     conventions: tuple[Convention, ...] = ()
 
     def __post_init__(self) -> None:
-        for field in fields(self):  # JSON has lists
-            value = getattr(self, field.name)
-            if isinstance(value, list):
-                object.__setattr__(self, field.name, tuple(value))
+        for field in fields(self):  # JSON has lists, numpy scalars and arrays
+            value = as_plain(getattr(self, field.name))
+            value = tuple(map(as_plain, value)) if isinstance(value, list | tuple) else value
+            object.__setattr__(self, field.name, value)
         self._check_values()
         mults = tuple(int(m) if m == int(m) else m for m in self.channel_mult)
         object.__setattr__(self, "channel_mult", mults)

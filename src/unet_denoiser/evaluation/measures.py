@@ -188,7 +188,7 @@ def measure_errors(model: UNet, process: Diffusion, batch: Batch) -> tuple[Tenso
     Returns:
         Errors (NUM_LEVELS, N); and (3 NUM_LEVELS, C, *spatial): x_t of one image at each level, its predicted x0, x0.
     """
-    device, errors, shown = model.input_conv.weight.device, [], []
+    device, errors, shown = model.device, [], []
     outputs: list[Tensor] = []
 
     def network(*args: Any, **inputs: Any) -> Tensor:
@@ -255,7 +255,7 @@ def averaged_over_raw(run: Run, model: UNet, errors: Tensor, batch: Batch) -> fl
     raw = {name.removeprefix("model."): tensors[name] for name in tensors if name.startswith("model.")}
     raw_model = UNet.from_config(model.config).eval()
     raw_model.load_state_dict(model.state_dict() | raw)
-    raw_model = raw_model.to(model.input_conv.weight.device)
+    raw_model = raw_model.to(model.device)
     raw_errors, _ = measure_errors(raw_model, run.process, first_items(batch, BATCH_SIZE))
     log_averaged, log_raw = (e[:, :BATCH_SIZE].mean(1).clamp_min(1e-12).log() for e in (errors, raw_errors))
     ratio = float((log_averaged - log_raw).mean().exp())

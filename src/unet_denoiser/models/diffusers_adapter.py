@@ -1,6 +1,7 @@
 """Our network inside diffusers' pipelines: the call, names and configuration of their U-Nets."""
 
 import inspect
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
+from unet_denoiser.convert.checkpoint import export_checkpoint
 from unet_denoiser.convert.diffusers_config import to_diffusers
 from unet_denoiser.convert.state_dict import swap_halves
 from unet_denoiser.models.layers.embeddings import SinusoidalPosEmb
@@ -59,14 +61,14 @@ class DiffusersUNet(nn.Module):
         for name, value in refused.items():
             if value is not None and len(value):
                 raise ValueError(f"{name} has no counterpart in this network")
-        mask, vector = encoder_attention_mask, self._vector(**added_cond_kwargs) if added_cond_kwargs else None
+        vector = self._vector(added_cond_kwargs) if added_cond_kwargs else None
         if self.config.get("class_embed_type") == "projection":
             class_labels, vector = None, class_labels
         out = self.model(
             sample,
             torch.as_tensor(timestep, device=sample.device).expand(len(sample)),
             encoder_hidden_states,
-            context_mask=None if mask is None else mask.bool(),
+            context_mask=_context_mask(encoder_attention_mask),
             class_labels=class_labels,
             vector=vector,
             time_cond=timestep_cond,
@@ -75,8 +77,13 @@ class DiffusersUNet(nn.Module):
         )
         return UNet2DConditionOutput(sample=out) if return_dict else (out,)
 
-    def _vector(self, text_embeds: Tensor, time_ids: Tensor) -> Tensor:
+    def _vector(self, added: dict[str, Tensor]) -> Tensor:
         """Join SDXL's pooled text and its sizes, each of 128 cosines and 128 sines: (B, vector_dim)."""
+        if set(added) != {"text_embeds", "time_ids"}:
+            other = [name for name in added if name not in ("text_embeds", "time_ids")]
+            found = f"has {other[0]!r}" if other else f"has {', '.join(added)} alone"
+            raise ValueError(f"added_cond_kwargs {found}; this network takes text_embeds with time_ids, or nothing")
+        text_embeds, time_ids = added["text_embeds"], added["time_ids"]
         sizes = self.embed_sizes(time_ids.flatten())  # (B * sizes, 256), sines first
         sizes = swap_halves(sizes, 1) if self.model.config.cosines_first else sizes
         sizes = sizes.reshape(len(time_ids), -1)
@@ -96,4 +103,42 @@ class DiffusersUNet(nn.Module):
     @property
     def device(self) -> torch.device:
         """Return the device of the weights."""
-        return self.model.input_conv.weight.device
+        return self.model.device
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Keep only the blocks' inputs for the backward pass."""
+        self.model.enable_gradient_checkpointing()
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Keep all activations for the backward pass."""
+        self.model.disable_gradient_checkpointing()
+
+    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
+        """Write a folder that diffusers loads as its own class; pipelines call it."""
+        export_checkpoint(self.model.state_dict(), self.model.config, Path(save_directory), "diffusers")
+
+    def __getattr__(self, name: str) -> Any:
+        """Find parameters and modules; for what else diffusers' networks have, say what to do instead."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if not hasattr(diffusers.UNet2DConditionModel, name):
+                raise
+            about = next((advice for key, advice in _ADVICE.items() if key in name), _OTHERWISE)
+            raise AttributeError(f"DiffusersUNet has no {name}; {about}") from None
+
+
+_OTHERWISE = "for this, load the weights into diffusers' own class: unet.save_pretrained(folder) writes them for it"
+_ADVICE = {
+    "lora": "merge_lora(unet.model, file) merges a LoRA into the weights",
+    "adapter": "merge_lora(unet.model, file) merges a LoRA into the weights; IP-Adapters are not supported",
+    "attn_procs": "merge_lora(unet.model, file) merges a LoRA into the weights",
+}
+
+
+def _context_mask(mask: Tensor | None) -> Tensor | None:
+    """Turn a mask of ones and zeros into bools; a sample of zeros alone attends to all tokens, as in diffusers."""
+    if mask is None:
+        return None
+    keep = mask.bool()
+    return keep | ~keep.any(dim=1, keepdim=True)

@@ -18,7 +18,7 @@ from unet_denoiser.models.conditions import Conditions
 from unet_denoiser.models.fetch import fetch
 from unet_denoiser.models.input_checks import check_inputs
 from unet_denoiser.models.layers.attention import ContextAttention, SelfAttention, SpatialTransformer
-from unet_denoiser.models.layers.common import full_precision, zero_init
+from unet_denoiser.models.layers.common import full_precision, input_device, input_dtype, join_graph, zero_init
 from unet_denoiser.models.layers.context import Context, build_context
 from unet_denoiser.models.layers.conv import CONV, channels_last
 from unet_denoiser.models.layers.embeddings import ClassEmbedding, TimeMLP, VectorEmbedding
@@ -42,9 +42,8 @@ class UNet(Pretrained, nn.Module):
     @signature_of(UNetConfig)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
-        self.config = c = UNetConfig(*args, **kwargs)
-        self.gradient_checkpointing = False
-        build, last = _LayerBuilder(c), len(c.widths) - 1
+        self.config, self.gradient_checkpointing = UNetConfig(*args, **kwargs), False
+        c, build, last = self.config, _LayerBuilder(self.config), len(self.config.widths) - 1
 
         self.time_mlp = TimeMLP(c.model_channels, c.time_frequencies)
         self.time_cond = nn.Linear(c.time_cond_dim, c.model_channels, bias=False) if c.time_cond_dim else None
@@ -152,8 +151,7 @@ class UNet(Pretrained, nn.Module):
             added, attended = self.embed_conditions(t.shape[0], conditions, drop or {})
             emb = sum(added, start=emb)
 
-        # skips[0]: (B, stem_width, *spatial); h: (B, widths[0], *spatial)
-        skips = self.encode_shallow(x, emb, attended)
+        skips = self.encode_shallow(x, emb, attended)  # (B, stem_width, *spatial) alone
         h = self.deep_features(skips[-1], emb, attended, **residuals)
         if skip_residuals is not None:
             skips = [skips[0] + skip_residuals[0]]
@@ -162,8 +160,13 @@ class UNet(Pretrained, nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """dtype of the weights, and of the input that goes with them."""
-        return self.input_conv.weight.dtype
+        """dtype of the input, and of the weights unless they are quantised, or stored in 8 bits."""
+        return input_dtype(self, self.input_conv)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the input, and of the weights unless accelerate offloads them."""
+        return input_device(self, self.input_conv)
 
     def enable_gradient_checkpointing(self) -> None:
         """Keep only the blocks' inputs for the backward pass and compute the rest again: less memory, more time."""
@@ -178,8 +181,9 @@ class UNet(Pretrained, nn.Module):
     def embed_time(self, t: Tensor, time_cond: Tensor | None = None) -> Tensor:
         """Embed timesteps (B,) as (B, time_dim), without the other conditions."""
         if self.time_cond is None or time_cond is None:
-            return self.time_mlp(t)
-        return self.time_mlp(t, self.time_cond(time_cond.to(self.dtype)))  # autocast may hand in half precision
+            unused = [] if self.time_cond is None else self.time_cond.parameters()
+            return join_graph(self.time_mlp(t, dtype=self.dtype), unused)
+        return self.time_mlp(t, self.time_cond(time_cond.to(self.dtype)), self.dtype)  # autocast may give float16
 
     def embed_conditions(
         self, batch: int, conditions: Conditions, drop: Mapping[str, Tensor]
@@ -197,9 +201,11 @@ class UNet(Pretrained, nn.Module):
     def _embed(self, embedding: nn.Module, value: Tensor | None, null: Tensor | None, dropped: Tensor | None) -> Any:
         """Embed a condition: (B, D), with `null` (D,) at the `dropped` samples (B,) or, without a value, alone."""
         if value is None:
-            return null
+            return None if null is None else join_graph(null, embedding.parameters())
         embedded = embedding(value.to(self.dtype) if value.is_floating_point() else value)
-        return embedded if dropped is None or null is None else torch.where(dropped[:, None], null, embedded)
+        if dropped is None or null is None:
+            return join_graph(embedded, [null])
+        return torch.where(dropped[:, None], null, embedded)
 
     def encode_shallow(self, x: Tensor, emb: Tensor, context: Context | None, depth: int = 1) -> list[Tensor]:
         """Compute the first `depth` skips, which the decoder's last `depth` blocks take."""
@@ -221,8 +227,7 @@ class UNet(Pretrained, nn.Module):
         """Compute the input of the decoder's last `depth` blocks from the last shallow skip: most of the work."""
         size, skips = h.shape[2:], []
         for block in list(self.encoder)[depth - 1 :]:
-            h = self._run(block, h, emb, context)
-            skips.append(h)
+            skips.append(h := self._run(block, h, emb, context))
         for block in self.bottleneck:  # h: (B, widths[-1], *coarsest)
             h = self._run(block, h, emb, context)
         if skip_residuals is not None:
@@ -267,7 +272,7 @@ class _LayerBuilder:
 
     def resblock(self, in_ch: int, out_ch: int, resample: Any = "none") -> ResBlock:
         c = self.config
-        options: dict[str, Any] = {"dims": c.dims, "modulation": c.modulation, "resample": resample, **self.norm}
+        options: Any = {"dims": c.dims, "modulation": c.modulation, "resample": resample, **self.norm}
         return ResBlock(in_ch, out_ch, c.time_dim, c.dropout, **options)
 
     def attention(self, level: int, always: bool = False) -> list[nn.Module]:

@@ -1,12 +1,13 @@
 """The arguments of `sample` as one record, checked before any work starts."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, Self
 
+import torch
 from torch import Tensor
 
-from unet_denoiser.config.base import per_axis
+from unet_denoiser.config.base import as_plain, per_axis
 from unet_denoiser.config.sampling import SamplingConfig
 from unet_denoiser.config.unet import UNetConfig
 from unet_denoiser.diffusion.process import Diffusion
@@ -48,11 +49,14 @@ class SamplingRequest:
     classifier_scale: float = 1.0
 
     @classmethod
-    def parse(cls, seeds: Sequence[int], options: Mapping[str, Any]) -> Self:
+    def parse(cls, seeds: Sequence[int] | int, options: Mapping[str, Any]) -> Self:
         """Sort the keywords of `sample` into configuration, conditions and the rest; ValueError for unknown ones."""
-        options, names = dict(options), Conditions.names()
+        options, names, seeds = dict(options), Conditions.names(), as_seeds(seeds)
         config = pop_config(options)
-        conditions = Conditions(**{name: options.pop(name) for name in names if name in options})
+        given = {name: options.pop(name) for name in names if name in options}
+        if isinstance(as_plain(given.get("class_labels")), int):  # one class for all samples
+            given["class_labels"] = torch.full((len(seeds),), given["class_labels"])
+        conditions = as_conditions("conditions", given)
         negative = as_conditions("negative", options.pop("negative", None)).expand(len(seeds))
         known = {field.name for field in fields(cls)} - {"conditions"}
         if unknown := [name for name in options if name not in known]:
@@ -71,8 +75,10 @@ class SamplingRequest:
         concat, count = self.conditions.concat, len(self.seeds)
         like = concat if concat is not None or self.start is None else self.start.x
         sizes = sample_sizes(model.config, self.image_size, like)
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size={self.batch_size} must be at least 1")
+        if not isinstance(process, Diffusion):
+            raise TypeError(f"process is a {type(process).__name__}; give a Diffusion, such as Diffusion(**options)")
+        if not isinstance(self.batch_size, int) or self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size!r} must be an int of at least 1")
         if not count:
             raise ValueError("seeds is empty; give one per sample")
         for prefix, conditions in (("", self.conditions), ("negative ", self.negative)):
@@ -105,9 +111,33 @@ class SamplingRequest:
         return process.check_channels(config, concat_channels=given)
 
 
+def as_seeds(seeds: Any) -> Sequence[int]:
+    """Return seeds as a sequence of ints; a single int is the one seed, and arrays, tensors and iterators are taken.
+
+    Raises:
+        TypeError, ValueError: values that are no ints, or that torch.Generator does not take.
+    """
+    plain = as_plain(seeds)
+    if isinstance(plain, range):
+        return plain
+    if isinstance(plain, str | bytes | Mapping) or not isinstance(plain, int | Iterable) or isinstance(plain, bool):
+        raise TypeError(f"seeds={seeds!r} must be ints, one per sample, for example range(4)")
+    values = [plain] if isinstance(plain, int) else [as_plain(seed) for seed in plain]
+    for seed in values:
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seeds has {seed!r}; give ints, one per sample, for example range(4)")
+        if not -(2**63) <= seed < 2**64:
+            raise ValueError(f"seeds has {seed}, which does not fit 64 bits")
+    return values
+
+
 def pop_config(options: dict[str, Any], **defaults: Any) -> SamplingConfig:
     """Take `config` (else `defaults`) and the fields of `SamplingConfig`, which override it, out of `options`."""
-    config = options.pop("config", None) or SamplingConfig(**defaults)
+    config = options.pop("config", None)
+    if config is None or isinstance(config, Mapping):
+        config = SamplingConfig(**defaults | dict(config or {}))
+    if not isinstance(config, SamplingConfig):
+        raise TypeError(f"config is a {type(config).__name__}; give a SamplingConfig")
     names = [field.name for field in fields(SamplingConfig) if field.name in options]
     return replace(config, **{name: options.pop(name) for name in names})
 

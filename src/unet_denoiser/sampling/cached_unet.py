@@ -35,7 +35,7 @@ def make_cached_unet(
     """
     has_own_forward = isinstance(model, UNet) and getattr(model.forward, "__func__", None) is UNet.forward
     if has_own_forward and not (
-        isinstance(model.input_conv.weight, DTensor) or has_hooks(model) or model._compiled_call_impl is not None
+        isinstance(next(model.parameters()), DTensor) or has_hooks(model) or model._compiled_call_impl is not None
     ):
         return CachedUNet(model, timesteps, reuse=reuse, compile=compile)
     for name, value in (("reuse", reuse), ("compile", compile)):
@@ -43,7 +43,7 @@ def make_cached_unet(
             raise ValueError(
                 f"{name}={value} needs a UNet with its own forward, neither sharded nor hooked nor compiled already"
             )
-    return lambda x, t, **inputs: model(x.to(model.input_conv.weight.dtype), t, **inputs).float()
+    return lambda x, t, **inputs: model(x.to(model.dtype), t, **inputs).float()
 
 
 class _Embedded(NamedTuple):
@@ -78,7 +78,7 @@ class CachedUNet:
         self.run_shallow: Callable[..., Any] = _compile(_run_shallow) if compile else _run_shallow
         self.num_calls, self.call = 0 if timesteps is None else len(timesteps), -1
         self.warm_up = round(WARM_UP_FRACTION * self.num_calls)
-        self.timesteps = None if timesteps is None else timesteps.unique().to(model.input_conv.weight.device)
+        self.timesteps = None if timesteps is None else timesteps.unique().to(model.device)
         if self.timesteps is not None:
             with torch.no_grad():
                 self.time_embeddings = model.embed_time(self.timesteps)  # (distinct timesteps, time_dim)

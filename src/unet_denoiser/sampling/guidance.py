@@ -138,13 +138,33 @@ class Guidance:
         return guided if self.channels is None else torch.cat([guided, output[:, count:]], dim=1)
 
 
-def as_conditions(name: str, given: Conditions | Mapping[str, Tensor | None] | None) -> Conditions:
-    """Return conditions as a record; ValueError, with the argument's name, for one that does not exist."""
+def as_conditions(name: str, given: Conditions | Mapping[str, Any] | None) -> Conditions:
+    """Return conditions as a record of tensors; lists and arrays become tensors.
+
+    Raises:
+        ValueError, TypeError: a condition that does not exist, or that is no numbers, with the argument's name.
+    """
     if isinstance(given, Conditions):
         return given
     if unknown := [key for key in given or {} if key not in Conditions.names()]:
         raise ValueError(f"{name} has {unknown[0]!r}; conditions are {', '.join(Conditions.names())}")
-    return Conditions(**(given or {}))
+    return Conditions(**{key: _as_tensor(key, value) for key, value in (given or {}).items()})
+
+
+def _as_tensor(name: str, value: Any) -> Tensor | None:
+    """Turn the value of a condition into a tensor; TypeError for one that is no numbers."""
+    if value is None or isinstance(value, Tensor):
+        return value
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        hint = "; a Pipeline turns names into labels: pipeline.labels(count, names)" * (name == "class_labels")
+        raise TypeError(f"{name}={value!r} must be a tensor, or numbers{hint}") from None
+    if name == "class_labels":
+        return tensor if tensor.ndim else tensor.reshape(1)
+    if not tensor.ndim:
+        raise ValueError(f"{name}={value!r} must have one sample per seed")
+    return tensor.bool() if name == "context_mask" else tensor.float()
 
 
 def _select_guided(

@@ -129,7 +129,7 @@ def sample(
     model: UNet,
     process: Diffusion,
     *,
-    seeds: Sequence[int],
+    seeds: Sequence[int] | int,
     on_step: Callable[[Step], object] | None = None,
     **request: Any,
 ) -> Tensor:
@@ -137,11 +137,11 @@ def sample(
 
     Args:
         model: runs in evaluation mode and is left in the mode it was in.
-        seeds: any integers that torch.Generator takes; noise is drawn on the CPU in float32.
+        seeds: any integers that torch.Generator takes, or a single one; noise is drawn on the CPU in float32.
         on_step: called after every step of every batch, for progress bars and previews.
         config: how to sample; fields of `SamplingConfig` given as keywords override it.
         class_labels, vector, context, context_mask, time_cond, concat: the conditions, see `Conditions`, with one
-            sample per seed, or None.
+            sample per seed, or None. Lists and arrays are taken too, and a single label for all samples.
         image_size: size of the samples, one int or one per axis (default: the size of `concat`, else of `start`, else
             the network's).
         batch_size: samples per network call.
@@ -166,7 +166,7 @@ def sample(
     return torch.cat(list(results.values()))
 
 
-def sample_steps(model: UNet, process: Diffusion, *, seeds: Sequence[int], **request: Any) -> Iterator[Step]:
+def sample_steps(model: UNet, process: Diffusion, *, seeds: Sequence[int] | int, **request: Any) -> Iterator[Step]:
     """Yield the steps of `sample`, batch after batch; `indices` tells which samples they are.
 
     Raises:
@@ -180,7 +180,7 @@ def sample_steps(model: UNet, process: Diffusion, *, seeds: Sequence[int], **req
 
 def _run_batches(model: UNet, sampler: Sampler, request: SamplingRequest, shape: tuple[int, ...]) -> Iterator[Step]:
     """Run all batches with one sampler; a sample has shape `shape`."""
-    run, device = request.loop or denoise_steps, model.input_conv.weight.device
+    run, device = request.loop or denoise_steps, model.device
     with _evaluation_mode(model, request.guide):
         for first in range(0, len(request.seeds), request.batch_size):
             indices = slice(first, min(first + request.batch_size, len(request.seeds)))
@@ -203,8 +203,7 @@ def _make_guidance(model: UNet, sampler: Sampler, request: SamplingRequest, indi
     """Make the guidance of one batch, with networks that share work among the batch's calls."""
     config, process = request.config, sampler.process
     conditions, negative = (
-        values.rows(indices).to(model.input_conv.weight.device, model.dtype)
-        for values in (request.conditions, request.negative)
+        values.rows(indices).to(model.device, model.dtype) for values in (request.conditions, request.negative)
     )
     classifier, guided = request.classifier, request.guided
     if classifier is not None:  # conditions that the network was not built for are the classifier's alone

@@ -23,6 +23,10 @@ class EMA:
     Args:
         model: the module; its parameters that need no gradient are not averaged.
         decay: in [0, 1), otherwise ValueError; 0.9999 averages over about 10,000 updates.
+
+    Raises:
+        RuntimeError: in `update` and `swapped`, if the model's parameters are not those of the start, for example
+            after `load_state_dict(assign=True)`, after adding a LoRA, or after unfreezing weights.
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.999) -> None:
@@ -38,6 +42,7 @@ class EMA:
         """Move the averages towards the current parameters; call once after each optimizer step."""
         if self._is_swapped:
             raise RuntimeError("EMA.update() inside `with ema.swapped()`: the model has the averages now")
+        self._check_parameters()
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         averages = [_local(average) for average in self._averages.values()]
@@ -49,6 +54,7 @@ class EMA:
         """Give the model the averages; on leaving, its training weights return bit-equal, exceptions included."""
         if self._is_swapped:
             raise RuntimeError("`with ema.swapped()` inside itself")
+        self._check_parameters()
         weights = {name: p.detach().clone() for name, p in self._parameters.items()}
         self._is_swapped = True
         try:
@@ -57,6 +63,22 @@ class EMA:
         finally:
             self._set(weights)
             self._is_swapped = False
+
+    def _check_parameters(self) -> None:
+        """Raise RuntimeError unless the averaged parameters, and no other trained ones, are in the model."""
+        now = dict(self._model.named_parameters())
+        # FSDP exchanges its shards for whole parameters and back
+        replaced = [
+            name for name, p in self._parameters.items() if now.get(name) is not p and not isinstance(p, DTensor)
+        ]
+        new = [name for name, p in now.items() if p.requires_grad and name not in self._parameters]
+        for names, what in ((replaced, "replaced"), (new, "added or unfrozen")):
+            if names:
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                raise RuntimeError(
+                    f"{names[0]}{more} was {what} after the EMA was made, which averages other weights; "
+                    "make a new EMA after such a change"
+                )
 
     @torch.no_grad()
     def _set(self, values: dict[str, Tensor]) -> None:

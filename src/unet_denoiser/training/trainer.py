@@ -79,7 +79,8 @@ class Trainer:
     ValueError if the network does not fit the data.
     """
 
-    def __init__(self, model: UNet, process: Diffusion, data: Any, config: TrainingConfig) -> None:
+    def __init__(self, model: UNet, process: Diffusion, data: Any, config: TrainingConfig | Mapping[str, Any]) -> None:
+        config = config if isinstance(config, TrainingConfig) else TrainingConfig(**config)
         given, model, data = model, unwrap(model), as_dataset(data)
         _check_fit(model.config, process, data)
         self.process, self.data, self.config = process, data, config

@@ -1,5 +1,6 @@
 """Winograd's filtering against torch's convolution and autograd, in double precision, for any size and layout."""
 
+import math
 from unittest.mock import patch
 
 import pytest
@@ -11,7 +12,7 @@ from torch.autograd import gradcheck
 from torch.library import opcheck
 
 from support.networks import relative_error
-from unet_denoiser.models.layers import winograd
+from unet_denoiser.models.layers import conv, winograd
 from unet_denoiser.models.layers.conv import conv3x3, conv3x3_backward
 from unet_denoiser.models.layers.winograd import convolve, transform_weight, weight_gradient
 
@@ -38,6 +39,12 @@ LAYOUTS = {
         1:-1, 3:-1, 2:-1, 1 : x.shape[3] + 1
     ],
 }
+
+
+@pytest.fixture(autouse=True)
+def _winograd_always(monkeypatch):
+    """The operator uses Winograd's filtering at these small sizes too."""
+    monkeypatch.setattr(conv, "_MAX_TIME_RATIO", math.inf)
 
 
 @st.composite

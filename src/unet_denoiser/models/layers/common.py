@@ -1,6 +1,6 @@
 """Helpers that several layers share."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -35,6 +35,40 @@ def full_precision(device: str) -> AbstractContextManager[Any]:
     """Switch autocast off, which would compute the embeddings' matrix products in half precision."""
     used = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if used else nullcontext()
+
+
+def compute_dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
+    """Return the dtype that a module computes in: that of its first parameter that is no storage format.
+
+    Quantised layers store integers, or no parameter at all; others store 8-bit floats and convert them in each call.
+    """
+    dtypes = (p.dtype for p in module.parameters())
+    return next((dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize > 1), default)
+
+
+def input_dtype(network: nn.Module, first: nn.Module) -> torch.dtype:
+    """Return the dtype of the input of a network whose first layer is `first`."""
+    hooks = getattr(network, "_diffusers_hook", None)  # apply_layerwise_casting may store all weights in 8 bits
+    casting = hooks and hooks.get_hook("layerwise_casting")
+    return compute_dtype(first, casting.compute_dtype if casting else compute_dtype(network, torch.float32))
+
+
+def input_device(network: nn.Module, first: nn.Module) -> torch.device:
+    """Return the device of the input of a network whose first layer is `first`; accelerate may offload the weights."""
+    weight = next(network.parameters())
+    hook = getattr(first, "_hf_hook", None) if weight.is_meta else None
+    return torch.device(getattr(hook, "execution_device", None) or weight.device)
+
+
+def join_graph(x: Tensor, parameters: Iterable[Tensor | None]) -> Tensor:
+    """Return x, with parameters that it does not depend on in its graph: their gradient is zero instead of None.
+
+    DistributedDataParallel waits for a gradient of each parameter. A sum with 0 * p would carry NaN over to x.
+    """
+    for p in parameters if torch.is_grad_enabled() else ():
+        if p is not None and p.requires_grad and p.device == x.device:
+            x = torch.where(torch.zeros((), dtype=torch.bool, device=x.device), p.flatten()[0], x)
+    return x
 
 
 def zero_init(module: nn.Module) -> nn.Module:

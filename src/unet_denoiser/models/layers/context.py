@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from unet_denoiser.models.layers.common import join_graph
+
 
 class Context(NamedTuple):
     """The tokens that cross-attention attends to, with their mask.
@@ -43,7 +45,7 @@ def build_context(
         assert null is not None  # check_inputs
         return Context(null.expand(batch, 1, -1))
     if mask is None and drop is None:
-        return Context(tokens)
+        return Context(join_graph(tokens, [null]))
     keep = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if mask is None else mask  # (B, S)
     if drop is not None:
         keep = keep & ~drop[:, None]

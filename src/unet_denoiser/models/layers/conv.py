@@ -1,8 +1,8 @@
 """The convolutions of a `UNet`: torch's, or on a CPU Winograd's filtering and matrix products if these are faster."""
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -70,6 +70,11 @@ class Conv2d(nn.Conv2d):
         """Convolve x; in `training` the weights change after each call, so nothing is cached."""
         if requires_plain() or not is_on_cpu(x) or x.ndim != 4:
             return super().forward(x)
+        if torch.compiler.is_compiling() and not _has_static_shape(x):
+            # each decision by size would be a guard, and each side of it another graph: the operator decides
+            if _is_winograd_kind(self, x):
+                return conv3x3(x, self.weight, self.bias, not training)
+            return super().forward(x)
         if winograd_pays(self, x, training):
             if torch.compiler.is_compiling() or torch.is_grad_enabled():
                 return conv3x3(x, self.weight, self.bias, not training)
@@ -102,14 +107,28 @@ def winograd_pays(conv: nn.Conv2d, x: Tensor, training: bool) -> bool:
     Never for strides and other kernels; nor in other precisions, where its rounding matters; nor on other devices,
     whose libraries have it.
     """
+    return _is_winograd_kind(conv, x) and _is_winograd_faster(conv.weight, x, cache=not training)
+
+
+def _is_winograd_kind(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Return True if a convolution of x is one that Winograd's filtering computes, whatever its size."""
     if conv.kernel_size != (3, 3) or not conv.stride == conv.padding == conv.dilation == (1, 1):
         return False
     if conv.groups != 1 or conv.padding_mode != "zeros" or not is_on_cpu(x):
         return False
-    if torch.is_autocast_enabled("cpu") or not x.dtype == conv.weight.dtype == torch.float32:
-        return False
-    cached = not training and _fits_cache(conv.weight)
-    return bool(winograd_time_ratio(conv.in_channels, conv.out_channels, x.shape, cached) <= _MAX_TIME_RATIO)
+    return not torch.is_autocast_enabled("cpu") and x.dtype == conv.weight.dtype == torch.float32
+
+
+def _is_winograd_faster(weight: Tensor, x: Tensor, cache: bool) -> bool:
+    out_ch, in_ch = weight.shape[:2]
+    return bool(winograd_time_ratio(in_ch, out_ch, x.shape, cache and _fits_cache(weight)) <= _MAX_TIME_RATIO)
+
+
+def _has_static_shape(x: Tensor) -> bool:
+    """Return True if the compiler knows each axis of x as a number; asking adds no guard."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # loads sympy
+
+    return all(statically_known_true(n < 2**48) for n in x.shape)
 
 
 def winograd_time_ratio(in_ch: int, out_ch: int, shape: Sequence[int], cached: bool) -> float:
@@ -130,11 +149,11 @@ def winograd_time_ratio(in_ch: int, out_ch: int, shape: Sequence[int], cached: b
 
 
 class _CachedWeight(NamedTuple):
-    """Transformed weights (36, C, K), with the version and a sample of the original ones, to notice changes."""
+    """Transformed weights (36, C, K); the version and a projection (K,) of the original ones tell of changes."""
 
     weight: Tensor
     version: int
-    sample: Tensor
+    projection: Tensor
 
 
 _weight_cache: Any = WeakTensorKeyDictionary()
@@ -148,23 +167,39 @@ def _fits_cache(weight: Tensor) -> bool:
         return False  # an inference tensor has no version
     if weight in _weight_cache:
         return True
-    return sum(cached.weight.nbytes for cached in _weight_cache.values()) + 4 * weight.nbytes <= _MAX_CACHED_BYTES
+    held = [*_weight_cache.data.values()]  # at once: other threads may add weights, or drop them
+    return sum(cached.weight.nbytes for cached in held) + 4 * weight.nbytes <= _MAX_CACHED_BYTES
 
 
 def _transform_cached(weight: Tensor, pixels: int) -> Tensor:
     """Transform weights, or take them from the cache, which is for few pixels: there it saves a share of the time."""
     if pixels > _MAX_CACHED_PIXELS or not _fits_cache(weight):
         return transform_weight(weight, scratch=True)
+    version, projection = weight._version, _project(weight.detach())
     cached = _weight_cache.get(weight)
-    # a change through .data leaves the version as it is, but seldom all of 1024 values from all channels
-    step = max(1, weight.numel() // 1024)
-    while math.gcd(step, 9 * weight.shape[1]) > 1:
-        step += 1
-    sample = weight.detach().flatten()[::step].clone()
-    if cached is None or cached.version != weight._version or not torch.equal(cached.sample, sample):
+    # bits, since NaN is not equal to itself
+    if cached is None or cached.version != version or not torch.equal(cached.projection, projection):
         transformed = transform_weight(weight.detach()).contiguous()
-        cached = _weight_cache[weight] = _CachedWeight(transformed, weight._version, sample)
+        cached = _weight_cache[weight] = _CachedWeight(transformed, version, projection)
     return cached.weight
+
+
+def _project(weight: Tensor) -> Tensor:
+    """Return the bits (K,) of each output channel's weighted sum, a tenth of the time of a convolution or less.
+
+    All weights enter it, with different factors, so it also tells apart what `.data`, a numpy array or another process
+    has exchanged or changed; the version of a tensor does not count those. It rounds as a convolution does.
+    """
+    last = weight.is_contiguous(memory_format=torch.channels_last)
+    rows = (weight.permute(0, 2, 3, 1) if last else weight).flatten(1)  # (K, 9 C)
+    return (rows @ _projection_factors(rows.shape[1]).to(rows.dtype)).view(torch.int32)
+
+
+@cache
+def _projection_factors(count: int) -> Tensor:
+    """Draw factors in [0.5, 1.5) for the weights of one output channel: (count,)."""
+    with torch.inference_mode(False):
+        return torch.rand(count, generator=torch.Generator().manual_seed(0)) + 0.5
 
 
 def convolve_3x3(x: Tensor, weight: Tensor, bias: Tensor | None, *, cache: bool = False) -> Tensor:
@@ -186,8 +221,10 @@ def convolve_3x3_backward(
 
 @torch.library.custom_op("unet_denoiser::conv3x3", mutates_args=())
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, cache: bool) -> Tensor:
-    """Convolve as one operator, which torch.compile does not look into."""
-    return convolve_3x3(x, weight, bias, cache=cache)
+    """Convolve as one operator, which torch.compile does not look into; for any size, by what is faster for it."""
+    if _is_winograd_faster(weight, x, cache):
+        return convolve_3x3(x, weight, bias, cache=cache)
+    return F.conv2d(x, weight, bias, padding=1).contiguous(memory_format=torch.channels_last)
 
 
 @conv3x3.register_fake
@@ -198,6 +235,10 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, cache: bool) -> Tensor:
 @torch.library.custom_op("unet_denoiser::conv3x3_backward", mutates_args=())
 def conv3x3_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of input, weights and bias as one operator."""
+    if not _is_winograd_faster(weight, x, cache=False):
+        options = [[1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, True]]
+        dx, dw, db = torch.ops.aten.convolution_backward(grad, x, weight, [len(weight)], *options)
+        return dx.contiguous(memory_format=torch.channels_last), dw.contiguous(), db
     return convolve_3x3_backward(grad, x, weight, (True, True, True))  # type: ignore[return-value]
 
 

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unet_denoiser.models.layers.common import compute_dtype
+
 Frequencies = Literal["endpoint", "half"]
 
 
@@ -39,16 +41,19 @@ class SinusoidalPosEmb(nn.Module):
 
 
 class TimeMLP(nn.Sequential):
-    """Embeds timesteps (B,) as (B, 4 * dim): sinusoids, plus `shift` (B, dim) if given, Linear, SiLU, Linear."""
+    """Embeds timesteps (B,) as (B, 4 * dim): sinusoids, plus `shift` (B, dim) if given, Linear, SiLU, Linear.
+
+    `dtype` is that of the input of layers which do not show theirs, such as quantised ones.
+    """
 
     def __init__(self, dim: int, frequencies: Frequencies = "endpoint") -> None:
         super().__init__(
             SinusoidalPosEmb(dim, frequencies), nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, 4 * dim)
         )
 
-    def forward(self, t: Tensor, shift: Tensor | None = None) -> Tensor:
+    def forward(self, t: Tensor, shift: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
         sinusoids, linear1, act, linear2 = self
-        h = sinusoids(t).to(linear1.weight.dtype)
+        h = sinusoids(t).to(compute_dtype(linear1, dtype))
         return linear2(act(linear1(h if shift is None else h + shift)))
 
 

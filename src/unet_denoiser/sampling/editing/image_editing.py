@@ -15,7 +15,7 @@ from torch import Tensor
 from unet_denoiser.data.wrappers.concat import enlarge, mask_images
 from unet_denoiser.diffusion.process import Diffusion
 from unet_denoiser.models.unet import UNet
-from unet_denoiser.sampling.arguments import Start, pop_config
+from unet_denoiser.sampling.arguments import Start, as_seeds, pop_config
 from unet_denoiser.sampling.guidance import Guidance
 from unet_denoiser.sampling.loop import Edit, Step, denoise_step, sample
 from unet_denoiser.sampling.samplers import MEMORYLESS, Sampler
@@ -38,6 +38,7 @@ def image_to_image(
     """
     if not 0 < strength <= 1:
         raise ValueError(f"strength={strength} must be above 0 and at most 1")
+    seeds = as_seeds(seeds)
     config, images = pop_config(request), _expand_to_seeds("images", images, seeds)
     first = config.num_inference_steps - max(1, round(strength * config.num_inference_steps))
     start = Start(images, first) if first else None
@@ -70,10 +71,11 @@ def inpaint(
     Raises:
         ValueError: as `sample`, and for a mask of another size, or a sampler that cannot resample.
     """
+    seeds = as_seeds(seeds)
     images, mask = _expand_to_seeds("images", images, seeds), _expand_to_seeds("mask", mask, seeds).bool()
     if mask.shape[1] != 1 or mask.shape[2:] != images.shape[2:]:
         raise ValueError(f"mask has shape {tuple(mask.shape)}; images of {tuple(images.shape)} need one channel of it")
-    device = model.input_conv.weight.device
+    device = model.device
     images, mask = images.to(device), mask.to(device)
     if process.concat_channels(model.config) == images.shape[1] + 1:
         request.setdefault("concat", mask_images(images, mask))
@@ -140,7 +142,8 @@ def upscale(
     """
     if factor < 2:
         raise ValueError(f"factor={factor} must be at least 2")
-    images = _expand_to_seeds("images", images, seeds).to(model.input_conv.weight.device)
+    seeds = as_seeds(seeds)
+    images = _expand_to_seeds("images", images, seeds).to(model.device)
     size = tuple(n * factor for n in images.shape[2:])
     if process.concat_channels(model.config) == images.shape[1]:
         return sample(model, process, seeds=seeds, concat=enlarge(images, size), **request)

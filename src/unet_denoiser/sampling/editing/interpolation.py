@@ -10,7 +10,7 @@ from torch import Tensor
 from unet_denoiser.diffusion.process import Diffusion
 from unet_denoiser.models.conditions import Conditions
 from unet_denoiser.models.unet import UNet
-from unet_denoiser.sampling.arguments import Start, sample_sizes
+from unet_denoiser.sampling.arguments import Start, as_seeds, sample_sizes
 from unet_denoiser.sampling.guidance import as_conditions
 from unet_denoiser.sampling.loop import sample
 from unet_denoiser.utils.broadcasting import append_dims
@@ -30,10 +30,11 @@ def interpolate(model: UNet, process: Diffusion, *, seeds: tuple[int, int], coun
     Returns:
         (count, C, *spatial).
     """
-    if count < 2 or len(seeds) != 2:
-        raise ValueError(f"count={count} must be at least 2, and seeds={tuple(seeds)} two of them")
+    both = as_seeds(seeds)
+    if count < 2 or len(both) != 2:
+        raise ValueError(f"count={count} must be at least 2, and seeds={tuple(both)} two of them")
     weights, num_classes = torch.linspace(0, 1, count), model.config.num_classes
-    ends = Conditions.select(request, Conditions.names()).given()
+    ends = as_conditions("conditions", {name: request[name] for name in Conditions.names() if name in request}).given()
     request |= {name: interpolate_condition(name, value, weights, num_classes) for name, value in ends.items()}
     classes, negative = request.get("class_labels"), as_conditions("negative", request.get("negative"))
     if classes is not None and classes.is_floating_point() and negative.class_labels is not None:
@@ -41,9 +42,9 @@ def interpolate(model: UNet, process: Diffusion, *, seeds: tuple[int, int], coun
         request["negative"] = replace(negative, class_labels=_to_class_weights(negative.class_labels, num_classes))
     sizes = sample_sizes(model.config, request.get("image_size"), request.get("concat"))
     shape = (process.data_channels(model.config), *sizes)
-    first, last = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds)
+    first, last = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in both)
     start = Start(torch.stack([slerp(first, last, float(weight)) for weight in weights]), add_noise=False)
-    later_seeds = [*[seeds[0]] * (count - 1), seeds[1]]  # for noise that samplers draw on the way, as at both ends
+    later_seeds = [*[both[0]] * (count - 1), both[1]]  # for noise that samplers draw on the way, as at both ends
     return sample(model, process, seeds=later_seeds, start=start, **request)
 
 

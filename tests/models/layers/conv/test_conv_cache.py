@@ -1,6 +1,8 @@
 """The cache of transformed weights: never stale, never larger than it may be."""
 
 import gc
+import sys
+import threading
 
 import pytest
 import torch
@@ -31,6 +33,14 @@ def new_parameter(layer):
     layer.weight = nn.Parameter(2 * layer.weight.detach())
 
 
+def exchange(values, i, j):
+    values[[i, j]] = values[[j, i]]
+
+
+def change_numpy_view(layer):
+    layer.weight.detach().numpy()[5, 6, 1, 1] += 3
+
+
 CHANGES = {
     "in place": in_place(lambda weight: weight.mul_(2)),
     "the same values in another order": in_place(lambda weight: weight.copy_(weight.flip(0))),
@@ -39,6 +49,15 @@ CHANGES = {
     "an input channel through .data": lambda layer: layer.weight.data[:, 5].zero_(),
     "an output channel through .data": lambda layer: layer.weight.data[5].zero_(),
     "a place of the kernel through .data": lambda layer: layer.weight.data[..., 1, 1].zero_(),
+    "two input channels exchanged through .data": lambda layer: exchange(layer.weight.data.transpose(0, 1), 3, 9),
+    "two output channels exchanged through .data": lambda layer: exchange(layer.weight.data, 3, 9),
+    "two places of the kernel exchanged through .data": lambda layer: exchange(
+        layer.weight.data.flatten(2).movedim(2, 0), 0, 8
+    ),
+    "two signs through .data": lambda layer: layer.weight.data[:, 7, 0, ::2].neg_(),
+    "a numpy view": change_numpy_view,
+    "a spectral norm's step through .data": lambda layer: layer.weight.data.div_(1.001),
+    "other memory": in_place(lambda weight: weight.set_(weight + 1)),
     "other .data": lambda layer: setattr(layer.weight, "data", 2 * layer.weight.data),
     "an optimizer's step": step,
     "load_state_dict": lambda layer: layer.load_state_dict(Conv2d(64, 64, 3, padding=1).state_dict()),
@@ -65,6 +84,45 @@ def test_changed_weights_are_transformed_again(calls, change, mode):
         after = layer(x)
         assert relative_error(after, F.conv2d(x, layer.weight, layer.bias, padding=1)) < 1e-5
     assert relative_error(after, before) > 1e-4
+
+
+@pytest.mark.usefixtures("cache", "default_thresholds")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("width", [320, 512, 768])
+def test_a_change_of_any_channel_through_data_is_noticed(width, layout):
+    layer, x = Conv2d(width, 32, 3, padding=1).to(memory_format=layout), torch.randn(1, width, 4, 4)
+    channels = torch.randperm(width)[:60].tolist()
+    with torch.no_grad():
+        for channel in channels:
+            before = conv._project(layer.weight.detach())
+            layer.weight.data[:, channel] *= 1.01
+            assert not torch.equal(conv._project(layer.weight.detach()), before), channel
+            assert torch.equal(conv._transform_cached(layer.weight, 16), conv.transform_weight(layer.weight))
+        assert relative_error(layer(x), F.conv2d(x, layer.weight, layer.bias, padding=1)) < 1e-5
+
+
+def test_threads_share_the_cache(cache):
+    """Free-threaded Python switches threads anywhere; here, every few instructions."""
+    weights, failures, interval = [torch.zeros(4, 4, 3, 3) for _ in range(300)], [], sys.getswitchinterval()
+
+    def run(mine):
+        try:
+            for weight in mine:
+                conv._transform_cached(weight, 16)
+        except RuntimeError as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, args=[weights[i::6]]) for i in range(6)]
+    try:
+        sys.setswitchinterval(1e-6)
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not failures
+    assert len(cache) == len(weights)
 
 
 def test_inference_tensors_are_not_cached(calls, cache):

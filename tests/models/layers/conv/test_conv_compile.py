@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
-from support.convolutions import SHALLOW, assert_same, gradients, make_wide_unet, run_plain
+from support.convolutions import SHALLOW, assert_same, gradients, make_block, make_wide_unet, run_plain
 from support.networks import relative_error
 from unet_denoiser.models.layers.conv import Conv2d
 
@@ -51,3 +52,20 @@ def test_an_exported_network_has_only_torch_operators():
     assert any("conv2d" in target for target in targets)
     with torch.no_grad():
         assert relative_error(program.module()(**args), model(**args)) < 1e-5
+
+
+@pytest.mark.usefixtures("_fresh_compiler", "default_thresholds")
+@pytest.mark.parametrize("training", [False, True])
+def test_sizes_share_graphs(training):
+    """Sizes lie on both sides of each decision: Winograd or not, few pixels or many, cached weights or not."""
+    block, _, _ = make_block(128, 128, (8, 8), torch.float32, norm_groups=32)
+    counter = CompileCounter()
+    compiled = torch.compile(block, backend=counter, fullgraph=True, dynamic=True)
+    with torch.set_grad_enabled(training):
+        for batch, height, width in [(2, 32, 32), (3, 24, 40), (2, 8, 12), (5, 4, 6), (2, 9, 7)]:
+            x, emb = torch.randn(batch, 128, height, width), torch.randn(batch, 8)
+            out = compiled(x, emb)
+            assert relative_error(out, block(x, emb)) < 1e-5
+            if training:
+                out.sum().backward()
+    assert counter.frame_count <= 3

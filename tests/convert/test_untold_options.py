@@ -87,7 +87,7 @@ def test_a_config_of_other_weights_is_refused(change, folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | change))
     for source in (folder, folder / "diffusion_pytorch_model.safetensors"):
-        with pytest.raises(ValueError, match=f"config.json has {next(iter(change))}=.*, and the weights have"):
+        with pytest.raises(ValueError, match=f"{next(iter(change))}=.* in config.json, but the weights have"):
             UNet.from_pretrained(source)
 
 

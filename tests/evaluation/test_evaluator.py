@@ -139,7 +139,7 @@ def test_refusals():
         evaluate(random_images(9, 0, 5), TRAIN, **OPTIONS)
     with pytest.raises(ValueError, match=r"held_out has images of shape \(1, 5, 5\)"):
         evaluate(NEW, TRAIN, **OPTIONS | {"held_out": random_images(9, 0, 5)})
-    with pytest.raises(ValueError, match="data is a stream"):
+    with pytest.raises(TypeError, match="data is a list_iterator, which can be read only once"):
         evaluate(NEW, iter([{"image": torch.zeros(1, 6, 6)}] * 2), **OPTIONS)
     data = ArrayDataset(TRAIN, np.arange(300) % 2)
     with pytest.raises(ValueError, match="labels has 3 entries for 200 samples"):

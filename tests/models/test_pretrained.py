@@ -167,7 +167,7 @@ def test_damaged_files_are_named(saved, damage, error, message):
         UNet.from_pretrained(directory)
 
 
-@pytest.mark.parametrize("name", ["missing", "./a/b", "/no/such", "a/b/c", "~/x", "a/", "a b/c"])
+@pytest.mark.parametrize("name", ["missing", "./a/b", "/no/such", "a/b/c", "a b/c"])
 def test_neither_a_directory_nor_a_hub_name(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(

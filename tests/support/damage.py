@@ -104,7 +104,7 @@ def make_targets(folder: Path) -> list[Target]:
     np.save(folder / "images.npy", images)
     return [
         Target("model", folder / "model", open_model),
-        Target("diffusers folder", folder / "diffusers", open_model),
+        Target("diffusers folder", folder / "diffusers", open_model, header_only=True),  # has no digest
         Target("run", folder / "run", resume),
         Target("stored.npz", folder / "stored.npz", open_arrays),
         Target("packed.npz", folder / "packed.npz", open_arrays),
@@ -116,7 +116,11 @@ def damage(file: Path, draw: Random, header_only: bool) -> str:
     """Damage a file; return how."""
     content = bytearray(file.read_bytes())
     kinds = ["bits", "truncated", "zeros", "edited"] if file.suffix in JSON else ["bits", "truncated", "zeros"]
-    kind, length = draw.choice(kinds), min(len(content), 128) if header_only else len(content)
+    kind, length = draw.choice(kinds), len(content)
+    if header_only and file.suffix == ".safetensors":
+        length = 8 + int.from_bytes(content[:8], "little")
+    elif header_only and file.suffix == ".npy":
+        length = 128
     if kind == "edited":
         return edit_json(file, draw)
     if kind == "bits":

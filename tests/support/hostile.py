@@ -213,6 +213,7 @@ def open_in_process(name: str, command: list[str], marker: Path, log: Path) -> O
             with log.open("w") as file:
                 os.dup2(file.fileno(), 1)
                 os.dup2(file.fileno(), 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")  # pytest replaces them
             signal.alarm(10 * MAX_SECONDS)
             main(command)
             code = 0

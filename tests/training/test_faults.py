@@ -366,7 +366,9 @@ def put_nan(path):
 
 
 @pytest.mark.parametrize(
-    "damage", [put_nan, flip_a_bit, lambda p: p.write_bytes(b""), lambda p: os.truncate(p, 9000)], ids=str
+    "damage",
+    [put_nan, flip_a_bit, lambda p: p.write_bytes(b""), lambda p: os.truncate(p, 9000)],
+    ids=["NaN", "a bit", "empty", "cut off"],
 )
 def test_a_damaged_checkpoint_is_passed_over_and_kept(trained, damage):
     straight, path = files(trained), trained.checkpoints.find("6")

@@ -30,7 +30,6 @@ from unet_denoiser.evaluation.measures import (
     training_progress,
 )
 from unet_denoiser.evaluation.memorization import NUM_PAIRS, compare_without_held_out
-from unet_denoiser.models.unet import UNet
 from unet_denoiser.sampling.loop import sample
 from unet_denoiser.sampling.pipeline.pipeline import Pipeline
 from unet_denoiser.training.run import Run
@@ -86,16 +85,14 @@ def diagnose(
         raise ValueError(f"{run.path} was trained on a stream, which cannot be searched; give data that can be indexed")
     count = min(MAX_IMAGES, MAX_VALUES // (data.channels * math.prod(data.image_size)))
     batch = _read_batch(data, max(num_images, num_samples, count))
-    measures, pictures = _measure_run(run, pipeline.model, data, batch), []
-    if not measures.bad_weights:
-        measures, denoising = _measure_losses(run, pipeline, first_items(batch, num_images), measures)
-        x = _make_samples(pipeline, first_items(batch, num_samples))
-        measures, neighbours = _measure_samples(pipeline, x, data, measures, run.path / "doctor" / "neighbours.png")
-        pictures = [denoising, *neighbours]
+    measures = _measure_run(run, data, batch)
+    measures, denoising = _measure_losses(run, pipeline, first_items(batch, num_images), measures)
+    x = _make_samples(pipeline, first_items(batch, num_samples))
+    measures, neighbours = _measure_samples(pipeline, x, data, measures, run.path / "doctor" / "neighbours.png")
     findings = find_problems(measures)
     report = {"likely_cause": likely_cause(findings), "findings": [f._asdict() for f in findings]}
     write_json(run.path / "doctor" / "report.json", report | {"measures": measures.to_dict()})
-    return Diagnosis(measures, findings, pictures)
+    return Diagnosis(measures, findings, [denoising, *neighbours])
 
 
 def _read_batch(data: ImageDataset, count: int) -> Batch:
@@ -107,14 +104,13 @@ def _read_batch(data: ImageDataset, count: int) -> Batch:
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
-def _measure_run(run: Run, model: UNet, data: ImageDataset, batch: Batch) -> Measures:
+def _measure_run(run: Run, data: ImageDataset, batch: Batch) -> Measures:
     """Measure all that needs no call of the network."""
     return Measures(
         run=str(run.path),
         data_range=run.process.data_range,
         timesteps=run.process.num_train_timesteps,
         signal_at_end=float(run.process.alphas[-1]),
-        bad_weights=[name for name, p in model.state_dict().items() if not torch.isfinite(p).all()],
         data=image_statistics(batch["image"], run.process.data_range),
         training=training_progress(run, len(data)),
         curve=loss_curve(run.path / "metrics.jsonl"),

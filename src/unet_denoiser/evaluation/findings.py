@@ -26,7 +26,7 @@ class Finding(NamedTuple):
 def find_problems(measures: Measures) -> list[Finding]:
     """List all findings, the most severe first; of equal ones causes before symptoms."""
     checks = (
-        *(_check_weights, _check_data, _check_schedule, _check_youth, _check_noise_levels, _check_averages),
+        *(_check_data, _check_schedule, _check_youth, _check_noise_levels, _check_averages),
         *(_check_length, _check_loss_curve, _check_neighbours, _check_samples),
     )
     findings = [finding for check in checks for finding in check(measures)]
@@ -45,12 +45,6 @@ def likely_cause(findings: list[Finding]) -> str:
         return f"Contrast, grain and colours of the samples are like the data's; but look at: {causes[0].name}."
     seen = f"The samples are {' and '.join(symptoms)}"
     return f"{seen}; the likely cause: {causes[0].name}." if causes else f"{seen}; no cause was found."
-
-
-def _check_weights(m: Measures) -> Iterator[Finding]:
-    if m.bad_weights:
-        text = f"weights are not finite numbers, first {m.bad_weights[0]} ({len(m.bad_weights)} tensors)"
-        yield Finding("error", "bad weights", text, "go on from an earlier checkpoint, with a lower learning_rate")
 
 
 def _check_data(m: Measures) -> Iterator[Finding]:

@@ -87,7 +87,6 @@ class Measures:
     data_range: tuple[float, float] | None  # that the process expects; None for unbounded data
     timesteps: int  # T of the process
     signal_at_end: float  # alpha of the last timestep
-    bad_weights: list[str]  # names of tensors with NaN or infinity
     data: ImageStatistics
     training: TrainingProgress
     curve: LossCurve

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from unet_denoiser.config.base import check_names
 from unet_denoiser.config.paths import local_path
+from unet_denoiser.convert.checkpoint import FOREIGN_OPTIONS
 from unet_denoiser.convert.checkpoint_files import (
     CONFIG_NAME,
     OWN_CONFIG_KEY,
@@ -111,13 +112,17 @@ class Pretrained:
         hub = {"force_download": force_download, "token": token, "cache_dir": cache_dir, "revision": revision}
         hub |= {"local_files_only": local_files_only, "subfolder": model_kwargs.pop("subfolder", None)}
         source = local_path(pretrained_model_name_or_path)
-        config_path = find_config(source) if source.is_file() else fetch(source, CONFIG_NAME, hub)
+        # a Path forgets the "./" that tells a directory from the hub's owner/name
+        name = pretrained_model_name_or_path if str(pretrained_model_name_or_path).startswith(".") else source
+        config_path = find_config(source) if source.is_file() else fetch(name, CONFIG_NAME, hub)
         with _pause_garbage_collection():
             return cls._load(source, config_path, hub, model_kwargs).eval()  # type: ignore[attr-defined]
 
     @classmethod
     def _load(cls, source: str | Path, config_path: Path | None, hub: dict[str, Any], options: dict[str, Any]) -> Self:
         """Load the network of a directory, repository or file; a file has its architecture in itself or beside it."""
+        if unused := [name for name in FOREIGN_OPTIONS if options.pop(name, None)]:
+            raise ValueError(f"{source} is this library's own, which tells all; leave out {', '.join(unused)}")
         torch_dtype = options.pop("torch_dtype", None)
         check_names("U-Net option", options, [*cls.config_class().to_dict(), "torch_dtype", "subfolder"])
         path = Path(source)

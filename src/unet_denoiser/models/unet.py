@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from unet_denoiser.config.base import signature_of
 from unet_denoiser.config.presets import preset
 from unet_denoiser.config.unet import UNetConfig
-from unet_denoiser.convert.checkpoint import FOREIGN_OPTIONS, ForeignCheckpoint
+from unet_denoiser.convert.checkpoint import ForeignCheckpoint
 from unet_denoiser.convert.checkpoint_files import find_weights
 from unet_denoiser.models.conditions import Conditions
 from unet_denoiser.models.fetch import fetch
@@ -102,10 +102,7 @@ class UNet(Pretrained, nn.Module):
     @classmethod
     def _load(cls, source: str | Path, config_path: Path | None, hub: dict[str, Any], options: dict[str, Any]) -> Self:
         """Load our own format, or one that `ForeignCheckpoint` opens; `options` state what such a file leaves open."""
-        path = Path(source)
-        if is_own(path, config_path):
-            if unused := [name for name in FOREIGN_OPTIONS if options.pop(name, None)]:
-                raise ValueError(f"{source} is this library's own, which tells all; leave out {', '.join(unused)}")
+        if is_own(path := Path(source), config_path):
             return super()._load(source, config_path, hub, options)
         if not path.is_file():
             path = find_weights(lambda name: fetch(source, name, hub), options.get("variant"))[0].parent

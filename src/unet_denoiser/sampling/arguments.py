@@ -54,8 +54,9 @@ class SamplingRequest:
         options, names, seeds = dict(options), Conditions.names(), as_seeds(seeds)
         config = pop_config(options)
         given = {name: options.pop(name) for name in names if name in options}
-        if isinstance(as_plain(given.get("class_labels")), int):  # one class for all samples
-            given["class_labels"] = torch.full((len(seeds),), given["class_labels"])
+        label = given.get("class_labels")
+        if getattr(label, "ndim", 0) == 0 and isinstance(label := as_plain(label), int):  # one class for all samples
+            given["class_labels"] = torch.full((len(seeds),), label)
         conditions = as_conditions("conditions", given)
         negative = as_conditions("negative", options.pop("negative", None)).expand(len(seeds))
         known = {field.name for field in fields(cls)} - {"conditions"}

@@ -144,7 +144,7 @@ def test_refusals():
     data = ArrayDataset(TRAIN, np.arange(300) % 2)
     with pytest.raises(ValueError, match="labels has 3 entries for 200 samples"):
         evaluate(NEW, data, labels=torch.zeros(3), extractor="pixels", allow_few=True)
-    with pytest.raises(ValueError, match=r"images go from 0 to 255; floats must be in \[-1, 1\]"):
+    with pytest.raises(ValueError, match=r"images of the arrays go from 0 to 255; floats must be in \[-1, 1\]"):
         evaluate(np.arange(512, dtype=np.float32).reshape(8, 1, 8, 8) % 256, TRAIN, **OPTIONS)
     with pytest.raises(ValueError, match="samples are not finite"):
         evaluate(BadSamples(), TRAIN, **OPTIONS)

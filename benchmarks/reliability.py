@@ -99,7 +99,7 @@ def damage_files(folder: Path, count: int, draw_seed: int) -> int:
     """Damage model folders, runs and arrays `count` times; each is put right or refused in one line."""
     with silence():
         outcomes = damage.run(folder, count, draw_seed)
-    results = ["refused", "equal", "as edited", "silent", "traceback"]
+    results = ["refused", "equal", "warned", "as edited", "silent", "traceback"]
     counts = Counter((outcome.target, outcome.result) for outcome in outcomes)
     rows = [[name, *(str(counts[name, r]) for r in results)] for name in dict.fromkeys(o.target for o in outcomes)]
     print("\n" + format_table(["damaged", *results], rows))

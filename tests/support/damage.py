@@ -3,6 +3,7 @@
 Every outcome but "silent" and "traceback" is right:
 
     equal       nothing changed: the damage was put right, passed over with a warning, or did not matter
+    warned      something is missing, and a warning says so
     as edited   the edited value is a valid one, and is what was used
     refused     one line
 """
@@ -20,16 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from support.kills import NETWORK
 from support.networks import SMALL, randomise
 from unet_denoiser import Diffusion, Run, UNet, load_data
-from unet_denoiser.cli.app import main
 from unet_denoiser.convert import export_checkpoint
 from unet_denoiser.training.checkpoints import read_checkpoint
-from unet_denoiser.training.launch import TrainRequest, resume_run
+from unet_denoiser.training.launch import TrainRequest, resume_run, start_run
 from unet_denoiser.training.loop import train
 
-STEPS, RESUMED = 4, 6
+STOPPED, STEPS = 4, 6
 JSON = (".json", ".jsonl")
 VALUES = (None, True, -1, 0, 3, 2.5, 1e400, 10**400, "", "x", [], [1, 2], {}, {"a": 1}, math.nan)
 
@@ -69,10 +68,10 @@ def open_model(path: Path) -> str:
 
 
 def resume(path: Path) -> str:
-    """Sample from a run's weights, then resume it for two steps; return the weights, before and after."""
+    """Load a run's weights, then resume it for its last two steps; return the weights, before and after."""
     pipeline = Run.load(path).load_pipeline()
     before = describe_tensors(pipeline.model.state_dict())
-    run, trainer = resume_run(path, TrainRequest(training={"steps": RESUMED}), str)
+    run, trainer = resume_run(path, TrainRequest(), str)
     for _ in train(run, trainer):
         pass
     tensors, metadata = read_checkpoint(Run.load(path).checkpoints.find("latest"))
@@ -96,8 +95,12 @@ def make_targets(folder: Path) -> list[Target]:
     model.save_pretrained(folder / "model")
     Diffusion().save_pretrained(folder / "model")
     export_checkpoint(model.state_dict(), model.config, folder / "diffusers", "diffusers")
-    saving = ["--checkpoint-every", "2", "--preview-every", "1000", "--num-workers", "0", "--batch-size", "8"]
-    main(["train", "digits", "--out", str(folder / "run"), "--steps", str(STEPS), *NETWORK, *saving])
+    training = {"steps": STEPS, "checkpoint_every": 2, "preview_every": 1000, "num_workers": 0, "batch_size": 8}
+    network = {"model_channels": 8, "num_res_blocks": 1, "channel_mult": (1,)}
+    run, trainer = start_run(TrainRequest("digits", folder / "run", training=training, model=network), str)
+    for step in train(run, trainer):
+        if step.step == STOPPED:
+            break
     images, labels = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8), np.arange(6) % 2
     np.savez(folder / "stored.npz", images=images, labels=labels)
     np.savez_compressed(folder / "packed.npz", images=images, labels=labels)
@@ -190,10 +193,10 @@ def try_once(target: Target, truth: str, draw: Random, work: Path) -> Outcome:
         except Exception as error:  # the command would print a traceback
             got, result, message = None, "traceback", f"{type(error).__name__}: {error}"
     if got is not None:
-        warned = [str(w.message) for w in seen]
+        warned = [str(w.message) for w in seen if issubclass(w.category, UserWarning)]
         message = "; ".join(warned)
         unchanged = got == truth or (file.exists() and file.read_bytes() == before)
-        result = "equal" if unchanged else "as edited" if edited else "silent"
+        result = "equal" if unchanged else "as edited" if edited else "warned" if warned else "silent"
     return Outcome(target.name, str(file.relative_to(work)), how, result, message)
 
 

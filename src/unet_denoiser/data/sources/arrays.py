@@ -135,7 +135,7 @@ class ArrayDataset(ImageDataset):
 def load_npz(path: Path, config: DataConfig) -> ArrayDataset:
     """Load an .npz file with the array `images`, and optionally `labels`, `class_names`, `captions` and `vectors`.
 
-    Other arrays are not read.
+    Other arrays are not read, and named in a warning.
     """
     arrays = _read_npz(path, ("images", "labels", "class_names", "captions", "vectors"))
     images = _move_channels_first(arrays["images"], f"'images' in {path}")
@@ -155,6 +155,8 @@ def _read_npz(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
             members = {info.filename.removesuffix(".npy"): info for info in file.infolist()}
             wanted = [name for name in names if name in members]
             if names[0] in wanted:
+                if unused := ", ".join(name for name in members if name not in names):
+                    warnings.warn(f"{path}: not used: {unused}; arrays that are: {', '.join(names)}", stacklevel=4)
                 return {name: _read_member(file, members[name]) for name in wanted}
     except Exception as error:  # of many types: damaged, encrypted, or compressed in an unknown way
         raise ValueError(f"{path} is not a readable .npz file: {error}") from None

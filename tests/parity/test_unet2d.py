@@ -8,6 +8,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 
 from support.networks import inputs, randomise, relative_error
 from unet_denoiser import UNet
+from unet_denoiser.convert import export_checkpoint
 
 COMMON = {"model_channels": 16, "channel_mult": (1, 2, 3), "num_res_blocks": 2, "image_size": 16, "norm_groups": 4}
 COMMON |= {"attention_resolutions": (8,), "num_heads": None, "head_dim": 8, "context_dim": None, "dropout": 0.0}
@@ -125,3 +126,21 @@ def test_odd_sizes_equal_the_conditional_model():
     for size in [(15, 9), (7, 10), (1, 5), (3, 2)]:
         out, expected = call("text", model, peer, inputs(model.config, size=size))
         assert relative_error(out, expected) < 2e-6
+
+
+@pytest.mark.parametrize("widths", [(32, 64), (32, 32, 64)])
+def test_heads_wider_than_levels_without_attention(widths, tmp_path):
+    """Their number there would be zero; no layer asks for it."""
+    plain = ["DownBlock2D"] * (len(widths) - 1), ["UpBlock2D"] * (len(widths) - 1)
+    options = {"block_out_channels": widths, "attention_head_dim": 64, "sample_size": 16, "layers_per_block": 1}
+    blocks = {"down_block_types": (*plain[0], "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", *plain[1])}
+    peer = randomise(UNet2DModel(**options, **blocks)).eval()
+    peer.save_pretrained(tmp_path / "theirs")
+    model = UNet.from_pretrained(tmp_path / "theirs")
+    model.save_pretrained(tmp_path / "ours")
+    export_checkpoint(model.state_dict(), model.config, tmp_path / "exported", "diffusers")
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([10, 700])
+    with torch.no_grad():
+        expected = peer(x, t).sample
+        assert relative_error(UNet.from_pretrained(tmp_path / "ours")(x, t), expected) < 1e-5
+        assert relative_error(UNet2DModel.from_pretrained(tmp_path / "exported")(x, t).sample, expected) < 1e-5

@@ -304,5 +304,7 @@ def test_damaged_runs_are_one_line(run, capsys, tmp_path):
 
 def test_an_existing_run_is_not_overwritten(run, capsys):
     before = (run / "config.json").read_text()
-    assert "already holds a run: train --resume" in error(capsys, "train", "digits", "--out", run, *TINY)
+    assert "already holds a run, which unet-denoiser train --resume" in error(
+        capsys, "train", "digits", "--out", run, *TINY
+    )
     assert (run / "config.json").read_text() == before

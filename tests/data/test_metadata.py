@@ -262,6 +262,7 @@ def test_columns_that_are_not_used_are_named(folder, header, message):
     data, said = load_with_warnings(folder)
     assert (data.class_names, data.captions) == (None, None)
     assert message in said
+    assert " | " not in said  # one warning
     assert re.search("used", load_with_warnings(folder, vector_columns=(header,))[1]) is None
 
 

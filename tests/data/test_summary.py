@@ -41,7 +41,7 @@ def test_where_classes_captions_and_numbers_come_from():
     data.origins = {"class_labels": "array labels", "caption": "array captions", "vector": "array vectors"}
     assert describe_data(DataConfig("x.npz"), data) == (
         "x.npz: 12 images of 8x8, 1 channel; 7 classes (ape, bee, cat, dog, elk, ...) from array labels; "
-        "captions from array captions; vectors of 2 numbers from array vectors"
+        "captions from array captions (not learned without a text_encoder); vectors of 2 numbers from array vectors"
     )
 
 

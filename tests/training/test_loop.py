@@ -98,7 +98,7 @@ def test_a_failed_save_leaves_the_last_checkpoint(run, monkeypatch):
 
 
 def test_a_directory_with_a_run_is_refused(run):
-    with pytest.raises(FileExistsError, match="already holds a run: train --resume"):
+    with pytest.raises(FileExistsError, match="already holds a run, which unet-denoiser train --resume"):
         check_new(run.path)
 
 

@@ -33,14 +33,16 @@ def pick_column(names: set[str], option: str, given: str | None, defaults: Seque
     return given
 
 
-def warn_unused(columns: Iterable[str], label: str | None, caption: str | None, where: str) -> None:
-    """Warn of columns that look like labels or captions, if no column is used as that."""
-    names = list(map(str, columns))
+def warn_unused(columns: Iterable[str], label: str | None, caption: str | None, where: str) -> bool:
+    """Warn of columns that look like labels or captions, if no column is used as that; return True if there are any."""
+    warned, names = False, list(map(str, columns))
     for option, used, alike in (("label_column", label, LABEL_LIKE), ("caption_column", caption, CAPTION_LIKE)):
         if used or not (found := [name for name in names if not alike.isdisjoint(_split_words(name))]):
             continue
         what = f"the column {found[0]!r}, which is" if len(found) == 1 else f"the columns {', '.join(found)}, which are"
         warnings.warn(f"{where} has {what} not used; {option}={found[0]!r} would use it", stacklevel=3)
+        warned = True
+    return warned
 
 
 def _split_words(name: str) -> list[str]:

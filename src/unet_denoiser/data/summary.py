@@ -33,7 +33,8 @@ def describe_data(config: DataConfig, data: ImageDataset | StreamDataset) -> str
     else:
         parts.append("no classes")
     if data.captions is not None or "caption" in data.origins:
-        parts.append(f"captions{_origin(data, 'caption')}")
+        unused = "" if config.text_encoder else " (not learned without a text_encoder)"
+        parts.append(f"captions{_origin(data, 'caption')}{unused}")
     if data.vector_dim:
         parts.append(f"vectors of {_number(data.vector_dim, 'number')}{_origin(data, 'vector')}")
     return f"{config.source}: {'; '.join(parts)}"

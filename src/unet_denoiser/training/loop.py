@@ -33,7 +33,7 @@ from unet_denoiser.training.trainer import Trainer, TrainingStep
 from unet_denoiser.utils.files import remove_leftovers, write_json
 from unet_denoiser.utils.images import save_grid
 from unet_denoiser.utils.signals import TrainingInterrupted, watch_signals
-from unet_denoiser.utils.terminal import quote
+from unet_denoiser.utils.terminal import command
 
 PREVIEW_SAMPLES = 16  # where classes do not decide the number
 PREVIEW_STEPS = 25
@@ -45,7 +45,8 @@ def check_new(path: Path) -> None:
         raise FileExistsError(f"out={path} is a file; give a directory")
     if (path / "config.json").exists():
         raise FileExistsError(
-            f"{path} already holds a run: train --resume {quote(path)} goes on with it; for a new one give another out"
+            f"{path} already holds a run, which {command('train', '--resume', path)} goes on with; for a new one give "
+            "another out"
         )
     if found := [name for name in ("checkpoints", "init", "model", "metrics.jsonl") if (path / name).exists()]:
         raise FileExistsError(f"{path} has {found[0]}, which a run would overwrite; give another out")

@@ -120,8 +120,8 @@ def read_columns(metadata: Metadata, files: Sequence[str], config: DataConfig) -
     labels = captions = vectors = None
     label = metadata.find_column("label_column", config.label_column, LABEL_COLUMNS)
     caption = metadata.find_column("caption_column", config.caption_column, CAPTION_COLUMNS)
-    warn_unused(sorted(metadata.names - {*numbers}), label, caption, where)
-    if metadata.names and not (label or caption or numbers):
+    named = warn_unused(sorted(metadata.names - {*numbers}), label, caption, where)
+    if metadata.names and not (named or label or caption or numbers):
         found = f"no column of {where} is used: {walk.name_some(sorted(metadata.names))}"
         warnings.warn(f"{found}; label_column, caption_column or vector_columns would use them", stacklevel=3)
     if label:

@@ -181,7 +181,8 @@ class Pipeline:
             return save_grid(images, path, columns, self.image_range)
         names = list(names or self.class_names or [])[: len(images)]
         columns = max(1, -(-len(images) // len(names)))
-        blank = torch.full_like(images[:1], float(images.min()) if self.image_range is None else self.image_range[0])
+        grey = float(images.min()) if self.image_range is None else sum(self.image_range) / 2  # as between the images
+        blank = torch.full_like(images[:1], grey)
         rows = [images[i :: len(names)] for i in range(len(names))]
         by_class = torch.cat([part for row in rows for part in (row, *[blank] * (columns - len(row)))])
         return save_grid(by_class, path, columns, self.image_range, names)

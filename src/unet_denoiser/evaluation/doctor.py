@@ -50,8 +50,8 @@ class Diagnosis:
 
     def text(self) -> str:
         """Return a few lines to read: the likely cause, the findings, the loss at each noise level."""
-        lines = [likely_cause(self.findings), ""]
-        for f in self.findings:
+        lines = [cause := likely_cause(self.findings), ""]
+        for f in [finding for finding in self.findings if finding.text not in cause]:
             lines += [f"{f.severity}: {f.name}: {f.text}", f"    -> {f.advice}"]
         if self.measures.levels:
             lines += ["", "noise level  loss     that of a trivial guess"]

@@ -58,7 +58,7 @@ class UNet(Pretrained, nn.Module):
         self.encoder = nn.ModuleList()
         for level, width in enumerate(c.widths):
             for _ in range(c.num_res_blocks):
-                self.encoder.append(Block([build.resblock(ch, width), *build.attention(level)]))
+                self.encoder.append(Block(build.resblock(ch, width), *build.attention(level)))
                 ch = width
             if level < last:
                 self.encoder.append(build.downsample(ch))
@@ -69,7 +69,7 @@ class UNet(Pretrained, nn.Module):
         self.decoder = nn.ModuleList()
         for level, width in reversed(list(enumerate(c.widths))):
             for j in range(c.num_res_blocks + 1):
-                block = Block([build.resblock(ch + skips.pop(), width), *build.attention(level)])
+                block = Block(build.resblock(ch + skips.pop(), width), *build.attention(level))
                 ch = width
                 if level > 0 and j == c.num_res_blocks:
                     block.append(build.upsample(ch))

@@ -33,7 +33,9 @@ def _may_overwrite_output(source: nn.Module) -> bool:
 
 def full_precision(device: str) -> AbstractContextManager[Any]:
     """Switch autocast off, which would compute the embeddings' matrix products in half precision."""
-    used = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # the compiler of torch 2.11 stops at the first of these two questions
+    is_known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    used = is_known and torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if used else nullcontext()
 
 

@@ -85,10 +85,15 @@ class ResBlock(nn.Module):
         return h if mask is None else torch.where(mask, h, 0.0).div_(1 - _to_fifteen_bits(self.dropout.p) / 2**15)
 
 
-class Block(nn.ModuleList):
-    """Layers that run one after the other: one entry of the encoder or decoder."""
+class Block(nn.Sequential):
+    """Layers that run one after the other: one entry of the encoder or decoder.
 
-    def forward(self, x: Tensor, emb: Tensor, context: Context | None = None, size: Size = None) -> Tensor:
+    No nn.ModuleList, which FSDP2 of torch 2.11 and earlier refuses to shard.
+    """
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, emb: Tensor, context: Context | None = None, size: Size = None
+    ) -> Tensor:
         for layer in self:
             x = layer(x, emb, context, size)
         return x

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from unet_denoiser import Diffusion, Trainer, TrainingConfig, UNet, load_data, preset, sample, save_grid
 from unet_denoiser.config.unet import UNetConfig
 from unet_denoiser.convert import export_checkpoint
-from unet_denoiser.models.layers.conv import plain_convolutions
 
 BATCHES = {"ddpm-cifar10": 128, "adm-64-cond": 32, "sd-1.5": 8}
 SIZES = {"ddpm-cifar10": 32, "adm-64-cond": 64, "sd-1.5": 64}
@@ -246,19 +245,6 @@ def measure_training(
     return batch / measure(train), peak_gib(train)
 
 
-def compare_recomputing() -> Iterator[Row]:
-    """training step in bfloat16: recomputing norms and activations in the backward pass, or keeping them"""
-    yield ["network", "recomputed: images/s, GiB", "kept: images/s, GiB"]
-    for name, full in BATCHES.items():
-        model, batch = make_pair(name)[0].train(), 2 if options.quick else full
-        inputs, cells = make_inputs(name, batch), []
-        for context in (nullcontext, plain_convolutions):
-            with context():
-                speed, gib = measure_training(model, lambda m=model, i=inputs: m(**i), "bfloat16", batch)
-            cells.append(f"{speed:.0f}, {gib:.1f}")
-        yield [name, *cells]
-
-
 def compare_sampling() -> Iterator[Row]:
     """50 steps of ddim with guidance 2 and 64 images, class-conditional network of ddpm-cifar10's size, bfloat16"""
     yield ["way", "images/s"]
@@ -345,7 +331,6 @@ def train_digits() -> Iterator[Row]:
 PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     "parity": compare_outputs,
     "speed": compare_speed,
-    "recomputing": compare_recomputing,
     "sharding": compare_sharding,
     "training": train_digits,
     "sampling": compare_sampling,

@@ -97,4 +97,4 @@ def test_block_runs_its_layers_in_order():
     layers = [randomise(Downsample(4), 1), randomise(ResBlock(4, 6, 8, norm_groups=2), 2).eval(), TransposedUpsample(6)]
     x, emb = torch.randn(2, 4, 5, 5), torch.randn(2, 8)
     expected = layers[2](layers[1](layers[0](x), emb), size=(5, 6))
-    assert_close(Block(layers)(x, emb, None, (5, 6)), expected)
+    assert_close(Block(*layers)(x, emb, None, (5, 6)), expected)

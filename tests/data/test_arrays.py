@@ -83,7 +83,7 @@ def test_labels_with_large_gaps(tmp_path):
     images = np.zeros((4, 8, 8), np.uint8)
     np.savez(tmp_path / "years.npz", images=images, labels=[7, 8, 9, 9])
     with pytest.warns(
-        UserWarning, match="3 of its 10 classes, none of 0, 1, 2, 3, 4 and 2 more; its labels begin at 7"
+        UserWarning, match="3 of its 10 classes, none of 0, 1, 2, 3, 4, and 2 more; its labels begin at 7"
     ):
         load_data(tmp_path / "years.npz")
     np.savez(tmp_path / "ids.npz", images=images, labels=[7, 8, 9, 10**8])

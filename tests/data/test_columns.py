@@ -108,7 +108,7 @@ def test_classes_without_images():
     with pytest.warns(UserWarning, match="t has images of 3 of its 4 classes, none of 0; its labels begin at 1"):
         warn_empty_classes(torch.tensor([1, 2, 3]), list("0123"), "t")
     with pytest.warns(
-        UserWarning, match="3 of its 10 classes, none of 0, 1, 2, 3, 4 and 2 more; its labels begin at 7"
+        UserWarning, match="3 of its 10 classes, none of 0, 1, 2, 3, 4, and 2 more; its labels begin at 7"
     ):
         warn_empty_classes(torch.tensor([7, 8, 9, 9]), list("0123456789"), "t")
     with pytest.warns(UserWarning, match="1 of its 2 classes, none of dog; .* leave them out of class_names"):

@@ -21,9 +21,6 @@ def one_line_errors(
     except MemoryError as error:
         _exit(f"error: out of memory: {error}", 2)
     except RuntimeError as error:
-        if "shared memory" in str(error) or "</torch_" in str(error):  # torch's files in it
-            advice = "docker's --shm-size 2g, for one, gives more; --num-workers 0 needs none"
-            _exit(f"error: the shared memory (/dev/shm) is too small for the data's workers; {advice}", 2)
         if "memory" not in str(error) or "alloc" not in str(error):
             raise
         advice = "a smaller batch_size, image_size or network, or gradient_accumulation_steps in training needs less"

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unet_denoiser.utils.finite import is_finite
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # dtypes that torch stores and does not compute with
 _STORAGE_ONLY = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
@@ -76,16 +78,8 @@ def unify_dtypes(tensors: Mapping[str, Tensor], source: object, torch_dtype: Any
 def _convert(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """Return a tensor in a dtype; ValueError if it holds values that are not finite, or that the dtype cannot hold."""
     converted = tensor.to(dtype)
-    if tensor.dtype in DTYPES and not _is_finite(tensor):
+    if tensor.dtype in DTYPES and not is_finite(tensor):
         raise ValueError(f"{name} has values that are not finite: the file is damaged, or its training diverged")
-    if converted is not tensor and not _is_finite(converted):
+    if converted is not tensor and not is_finite(converted):
         raise ValueError(f"{name} has values that {dtype} cannot hold")
     return converted
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """Return True if no value is NaN or infinite; a sum tells it twenty times as quickly as a test of each value."""
-    if tensor.is_meta:
-        return True
-    wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    return bool(tensor.sum(dtype=wide).isfinite()) or bool(tensor.isfinite().all())

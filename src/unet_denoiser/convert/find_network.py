@@ -26,7 +26,7 @@ _LORA = re.compile(r"\.lora_[AB]\.|\.lora_(down|up)\.|[._]lora\.(down|up)\.|_lor
 
 
 class Place(NamedTuple):
-    """Where a network lies: the path and prefix before its names, and its tensors by the rest of their names.
+    """A network in a file: the path and prefix before its names, and its tensors by the rest of their names.
 
     marks: names among `PROCESS_MARKS` that lie beside it.
     """

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unet_denoiser.utils.terminal import name_some
+
 LABEL_COLUMNS = ("label", "labels")
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")
 # of columns that are not taken by themselves, yet look as if they were meant to be
 LABEL_LIKE = {*LABEL_COLUMNS, "breed", "category", "class", "classes", "classname", "species", "tag", "tags", "target"}
 CAPTION_LIKE = {*CAPTION_COLUMNS, "description", "prompts", "sentence", "sentences", "texts", "title"}
-MAX_NAMED = 5  # classes in a message
 INTEGER = re.compile(r"-?(0|[1-9][0-9]*)")
 NUMBER = re.compile(rf"{INTEGER.pattern}(\.[0-9]*)?([eE][-+]?[0-9]+)?")
 
@@ -146,12 +147,11 @@ def warn_empty_classes(labels: Tensor, class_names: Sequence[str], where: str) -
     empty = [name for name, count in zip(class_names, counts, strict=True) if not count]
     if not empty:
         return
-    more = f" and {len(empty) - MAX_NAMED} more" if len(empty) > MAX_NAMED else ""
     present = f"{len(class_names) - len(empty)} of its {len(class_names)} classes"
     numbered = list(class_names) == list(map(str, range(len(class_names))))
     begins = f"; its labels begin at {counts.index(next(filter(None, counts)))}" if empty[0] == "0" and numbered else ""
     remedy = "number the classes from 0 without gaps, or give names" if numbered else "leave them out of class_names"
-    found = f"{where} has images of {present}, none of {', '.join(empty[:MAX_NAMED])}{more}{begins}"
+    found = f"{where} has images of {present}, none of {name_some(empty)}{begins}"
     warnings.warn(f"{found}; samples are made of classes without images, too: {remedy}", stacklevel=3)
 
 

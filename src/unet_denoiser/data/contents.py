@@ -1,8 +1,7 @@
 """The contents of a dataset in a few short digests, to notice at a resume that the data changed."""
 
-import hashlib
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from unet_denoiser.data.sources.arrays import ArrayDataset
 from unet_denoiser.data.sources.huggingface import HubStream
 from unet_denoiser.data.sources.image_folder import ImageFolder
 from unet_denoiser.data.wrappers.concat import ConcatConditionDataset
+from unet_denoiser.utils.cache import digest
 
 MAX_READ_BYTES, MAX_MAPPED_IMAGES = 2**28, 256  # of images in memory; of a mapped file
 WORDS = {
@@ -38,9 +38,9 @@ def describe_contents(data: ImageDataset | StreamDataset) -> dict[str, Any]:
         if isinstance(data, ConcatConditionDataset) and isinstance(data.paired, ImageFolder):
             found |= {f"paired {name}": value for name, value in _describe_folder(data.paired).items()}
         data = data.data
-    found["class_names"] = _digest(data.class_names or ())
+    found["class_names"] = digest(data.class_names or ())
     if isinstance(data, HubStream):
-        return found | {"images": _digest(map(str, data.headers))}
+        return found | {"images": digest(map(str, data.headers))}
     if isinstance(data, StreamDataset):
         return found
     found["items"] = len(data)
@@ -49,11 +49,11 @@ def describe_contents(data: ImageDataset | StreamDataset) -> dict[str, Any]:
     if isinstance(data, ArrayDataset):
         found["images"] = _digest_arrays(data)
     elif hasattr(data, "headers"):
-        found.setdefault("images", _digest(map(str, data.headers)))
+        found.setdefault("images", digest(map(str, data.headers)))
     labels, vectors = data.labels, data.vectors
     found["labels"] = None if labels is None else zlib.crc32(labels.numpy().tobytes())
     found["vectors"] = None if vectors is None else zlib.crc32(vectors.numpy().tobytes())
-    found["captions"] = None if data.captions is None else _digest(data.captions)
+    found["captions"] = None if data.captions is None else digest(data.captions)
     return found
 
 
@@ -67,7 +67,7 @@ def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str |
 
 def _describe_folder(data: ImageFolder) -> dict[str, str]:
     sizes = (Path(data.source(i)).stat().st_size if Path(data.source(i)).exists() else -1 for i in range(len(data)))
-    return {"names": _digest(data.files), "images": _digest(map(str, sizes))}
+    return {"names": digest(data.files), "images": digest(map(str, sizes))}
 
 
 def _digest_arrays(data: ArrayDataset) -> int:
@@ -77,10 +77,3 @@ def _digest_arrays(data: ArrayDataset) -> int:
     for i in np.unique(np.linspace(0, len(array) - 1, min(most, len(array))).astype(int)):
         checksum = zlib.crc32(np.ascontiguousarray(array[i]).tobytes(), checksum)
     return checksum
-
-
-def _digest(parts: Iterable[str]) -> str:
-    sha = hashlib.sha256()
-    for part in parts:
-        sha.update(part.encode(errors="surrogateescape") + b"\0")
-    return sha.hexdigest()[:16]

@@ -3,6 +3,7 @@
 from unet_denoiser.config.data import DataConfig
 from unet_denoiser.data.dataset import DatasetWrapper, ImageDataset, StreamDataset
 from unet_denoiser.data.sources.encoded_images import EncodedImages
+from unet_denoiser.utils.terminal import count_of
 
 SHOWN_NAMES = 5  # of classes, the first ones
 
@@ -21,11 +22,11 @@ def describe_data(config: DataConfig, data: ImageDataset | StreamDataset) -> str
         parts[0] = f"{count} of about {_times(source.image_size)} in several shapes"
     if config.image_size is None and isinstance(source, EncodedImages):
         parts[0] += " (chosen; --image-size changes it)"
-    parts[0] += f", {_number(source.channels, 'channel')}"
+    parts[0] += f", {count_of(source.channels, 'channel')}"
     if config.vae is not None:
-        parts[0] += f", as latents of {_times(data.image_size)}, {_number(data.channels, 'channel')}"
+        parts[0] += f", as latents of {_times(data.image_size)}, {count_of(data.channels, 'channel')}"
     if data.concat_channels:
-        parts.append(f"with {_number(data.concat_channels, 'channel')} of another image ({config.concat})")
+        parts.append(f"with {count_of(data.concat_channels, 'channel')} of another image ({config.concat})")
     if data.class_names:
         names = data.class_names[:SHOWN_NAMES] + ["..."] * (len(data.class_names) > SHOWN_NAMES)
         label = "class" if len(data.class_names) == 1 else "classes"
@@ -36,16 +37,12 @@ def describe_data(config: DataConfig, data: ImageDataset | StreamDataset) -> str
         unused = "" if config.text_encoder else " (not learned without a text_encoder)"
         parts.append(f"captions{_origin(data, 'caption')}{unused}")
     if data.vector_dim:
-        parts.append(f"vectors of {_number(data.vector_dim, 'number')}{_origin(data, 'vector')}")
+        parts.append(f"vectors of {count_of(data.vector_dim, 'number')}{_origin(data, 'vector')}")
     return f"{config.source}: {'; '.join(parts)}"
 
 
 def _origin(data: ImageDataset | StreamDataset, name: str) -> str:
     return f" from {data.origins[name]}" if name in data.origins else ""
-
-
-def _number(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def _times(size: tuple[int, ...]) -> str:

@@ -26,7 +26,7 @@ from unet_denoiser.diffusion.process import Diffusion
 from unet_denoiser.models.pretrained import write_pretrained
 from unet_denoiser.models.unet import UNet
 from unet_denoiser.sampling.pipeline.pipeline import find_scheduler_config
-from unet_denoiser.training.finetuning import guess_process, load_matching, with_image_size
+from unet_denoiser.training.finetuning import LoadReport, guess_process, load_matching, with_image_size
 from unet_denoiser.training.loop import check_new, load_trainer
 from unet_denoiser.training.run import Run
 from unet_denoiser.training.trainer import Trainer
@@ -85,23 +85,28 @@ def start_run(request: TrainRequest, say: Say) -> tuple[Run, Trainer]:
         run, seconds = _choose_steps(run, data, say)
     if initial.network is None:
         trainer = load_trainer(run, data)
-        _introduce(run, trainer, say, seconds)
-        return run, trainer
-    model = UNet.from_config(config)
-    report = load_matching(model, initial.network)
-    if training.lora_rank and (changed := report.widened + report.missed):
+    else:
+        trainer, report = _load_initialized(run, data, initial.network)
+        for message in (*initial.messages, f"{request.init}: {report}"):
+            say(message)
+    _introduce(run, trainer, say, seconds)
+    return run, trainer
+
+
+def _load_initialized(run: Run, data: ImageDataset | StreamDataset, network: UNet) -> tuple[Trainer, LoadReport]:
+    """Return a trainer that starts from a network's weights, which are kept in init/, and what did not fit."""
+    model = UNet.from_config(run.model)
+    report = load_matching(model, network)
+    if run.training.lora_rank and (changed := report.widened + report.missed):
         raise ValueError(
-            f"lora_rank={training.lora_rank}: a LoRA would leave {changed[0]} untrained; use data that fit the "
+            f"lora_rank={run.training.lora_rank}: a LoRA would leave {changed[0]} untrained; use data that fit the "
             "checkpoint, or train all weights"
         )
     weights = {name: t.clone() for name, t in model.state_dict().items()}  # training changes the network's
     trainer = load_trainer(run, data, model)
     if trainer.accelerator.is_main_process:
-        write_pretrained(out / "init", config.to_dict(), weights)
-    for message in (*initial.messages, f"{request.init}: {report}"):
-        say(message)
-    _introduce(run, trainer, say, seconds)
-    return run, trainer
+        write_pretrained(run.path / "init", run.model.to_dict(), weights)
+    return trainer, report
 
 
 def resume_run(path: Path, request: TrainRequest, say: Say) -> tuple[Run, Trainer]:

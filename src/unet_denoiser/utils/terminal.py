@@ -3,8 +3,10 @@
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+MAX_NAMED = 5  # names in a message
 
 
 class _LastingStream:
@@ -68,3 +70,14 @@ def quote(argument: object) -> str:
         return shlex.quote(text)
     escaped = (chr(b) if 32 <= b < 127 and b not in b"'\\" else f"\\x{b:02x}" for b in os.fsencode(text))
     return f"$'{''.join(escaped)}'"
+
+
+def count_of(count: int, noun: str) -> str:
+    """Return "1 file" or "2 files"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def name_some(names: Sequence[str]) -> str:
+    """Return the first names and the number of the others."""
+    more = [f"and {len(names) - MAX_NAMED:,} more"] if len(names) > MAX_NAMED else []
+    return ", ".join([*names[:MAX_NAMED], *more])

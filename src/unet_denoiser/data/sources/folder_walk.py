@@ -12,6 +12,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from unet_denoiser.data.transforms import SUFFIXES
+from unet_denoiser.utils.terminal import count_of, name_some
 
 METADATA_FILES = ("metadata.csv", "metadata.jsonl")
 METADATA_WORD = re.compile("annotations?|captions?|class(es)?|dataset|labels?|metadata|prompts?")
@@ -27,7 +28,6 @@ SPLIT = re.compile(
     "((data|images?|imgs)[ _-]?)?(train|training|test|testing|val|valid|validation|dev|eval)"
     "([ _-]?(data|images?|imgs|set|split|[ab]|[0-9]+))?"
 )
-MAX_NAMED = 5  # files or folders in a warning
 
 
 class FolderContents(NamedTuple):
@@ -182,17 +182,6 @@ def check_encoding(path: str, kind: str) -> None:
     except UnicodeEncodeError:
         shown = path.encode(errors="surrogateescape").decode(errors="backslashreplace")
         raise ValueError(f"the name of {kind} is no UTF-8: {shown}; rename it") from None
-
-
-def count_of(count: int, noun: str) -> str:
-    """Return "1 file" or "2 files"."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def name_some(names: Sequence[str]) -> str:
-    """Return the first names and the number of the others."""
-    more = [f"and {len(names) - MAX_NAMED:,} more"] if len(names) > MAX_NAMED else []
-    return ", ".join([*names[:MAX_NAMED], *more])
 
 
 def _is_image(path: Path) -> bool:

@@ -26,6 +26,7 @@ from unet_denoiser.data.sources import folder_walk as walk
 from unet_denoiser.data.sources.encoded_images import EncodedImages, check_config, split_usable
 from unet_denoiser.data.sources.metadata import Cell, Metadata
 from unet_denoiser.data.sources.verification import MISSING, Header, verify_images
+from unet_denoiser.utils.terminal import name_some
 
 SUB_FOLDERS = "its sub-folders"
 
@@ -74,7 +75,7 @@ class ImageFolder(EncodedImages):
             refuse_options(config, ("label_column", "caption_column", "vector_columns"), "a folder without metadata")
         elif left_out := sorted(set(contents.images) - set(files)):
             found = f"{len(left_out)} images in {folder} are not in its metadata and are left out"
-            warnings.warn(f"{found}: {walk.name_some(left_out)}", stacklevel=2)
+            warnings.warn(f"{found}: {name_some(left_out)}", stacklevel=2)
         # before the images are verified, which may take minutes
         columns = Columns() if metadata is None else read_columns(metadata, files, config)
         headers, config = split_usable(self._verify(files, metadata), config, str(self.folder))
@@ -122,7 +123,7 @@ def read_columns(metadata: Metadata, files: Sequence[str], config: DataConfig) -
     caption = metadata.find_column("caption_column", config.caption_column, CAPTION_COLUMNS)
     named = warn_unused(sorted(metadata.names - {*numbers}), label, caption, where)
     if metadata.names and not (named or label or caption or numbers):
-        found = f"no column of {where} is used: {walk.name_some(sorted(metadata.names))}"
+        found = f"no column of {where} is used: {name_some(sorted(metadata.names))}"
         warnings.warn(f"{found}; label_column, caption_column or vector_columns would use them", stacklevel=3)
     if label:
         labels, origins["class_labels"] = metadata.read_column(label, files), metadata.describe(label)

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from unet_denoiser.data.columns import is_absent, pick_column
-from unet_denoiser.data.sources.folder_walk import FolderContents, name_some
+from unet_denoiser.data.sources.folder_walk import FolderContents
+from unet_denoiser.utils.terminal import name_some
 
 
 class Row(NamedTuple):

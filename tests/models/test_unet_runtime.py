@@ -239,3 +239,53 @@ def test_fractional_timesteps():
     x, t = inputs(model.config)["x"], torch.tensor([3.0, 500.0])
     assert_close(model(x, t), model(x, t.long()))
     assert relative_error(model(x, t + 0.5), model(x, t)) > 1e-3
+
+
+# ---- strides of the inputs -----------------------------------------------------------------------------------------
+
+
+def sliced(t):
+    """The tensor as every second value of a larger one, with an offset."""
+    large = torch.zeros([2 * n + 1 for n in t.shape], dtype=t.dtype)
+    view = large[tuple(slice(1, None, 2) for _ in t.shape)]
+    return view.copy_(t)
+
+
+LAYOUTS = {
+    "transposed": lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2) if t.ndim > 1 else t,
+    "reversed axes": lambda t: t.permute(*reversed(range(t.ndim))).contiguous().permute(*reversed(range(t.ndim))),
+    "sliced": sliced,
+    "batch last": lambda t: t.movedim(0, -1).contiguous().movedim(-1, 0),
+    "channels last": lambda t: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t,
+    "in a larger batch": lambda t: torch.cat([t, t])[len(t) :],
+}
+
+
+@pytest.mark.parametrize(
+    "options", [{"dims": 1}, {"dims": 2}, {"dims": 3}, {"model_channels": 128, "image_size": 32}], ids=str
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides_of_the_inputs_change_nothing(layout, options):
+    model = small(**CONDITIONS | options)
+    # 128 channels of 32x32 go through Winograd's filtering
+    args = inputs(model.config, size=(32, 32) if "model_channels" in options else None)
+    args["context_mask"] = torch.tensor([[True, False, True], [True, True, False]])
+    strided = {name: LAYOUTS[layout](value) for name, value in args.items()}
+    assert all(torch.equal(strided[name], args[name]) for name in args)
+    results = []
+    for given in (args, strided):
+        x = given["x"].detach().requires_grad_()
+        out = model(**given | {"x": x})
+        results.append((out, *torch.autograd.grad(out.square().sum(), x)))
+        with torch.no_grad():
+            assert relative_error(model(**given), out) < 1e-4
+    for actual, expected in zip(results[1], results[0], strict=True):
+        assert relative_error(actual, expected) < 1e-4
+
+
+def test_repeated_samples_may_share_their_memory():
+    model = small(**CONDITIONS)
+    args = {name: value[:1].expand(3, *value.shape[1:]) for name, value in inputs(model.config).items()}
+    copies = {name: value.clone() for name, value in args.items()}
+    with torch.no_grad():
+        assert relative_error(model(**args), model(**copies)) < 1e-4

@@ -31,7 +31,9 @@ def stack_images(data: ImageDataset, indices: np.ndarray) -> Tensor:
 def progress_bar(total: int, name: str, unit_scale: float = 1) -> Any:
     """Return a bar that counts images; work of less than two seconds shows none, and log files get a line seldom."""
     interval = 0.1 if sys.stderr.isatty() else 10  # seconds
-    return tqdm(total=total, desc=name, unit="img", unit_scale=unit_scale, mininterval=interval, delay=2)
+    shape = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}]"  # whole images
+    options = {"unit": "img", "unit_scale": unit_scale, "bar_format": shape}
+    return tqdm(total=total, desc=name, mininterval=interval, delay=2, **options)
 
 
 def image_batches(data: ImageDataset, indices: np.ndarray, progress: str | None = None) -> Iterator[Tensor]:

@@ -261,10 +261,10 @@ def test_stopping_is_safe_however_long_a_step_takes(tmp_path):
         time.sleep(0.3)
         assert len(left_in_group(process.pid)) >= 3
         os.killpg(process.pid, signal.SIGTERM) if name != "killed" else process.kill()
-    begun = time.monotonic()
-    time.sleep(0.5)
-    os.killpg(running["again"].pid, signal.SIGTERM)
-    assert running["again"].wait(timeout=10) == 143
+        if name == "again":  # here, since the others may take longer to start than its step
+            time.sleep(0.5)
+            os.killpg(process.pid, signal.SIGTERM)
+            assert process.wait(timeout=10) == 143
     steps = {"fork": 2, "forkserver": 2, "preview": 2, "again": 1, "killed": 1}
     for name, process in running.items():
         errors = process.communicate(timeout=60)[1]
@@ -276,7 +276,9 @@ def test_stopping_is_safe_however_long_a_step_takes(tmp_path):
         while left_in_group(process.pid) and time.monotonic() < end:
             time.sleep(0.05)
         assert not left_in_group(process.pid)
-    assert time.monotonic() - begun > 13
+    for name in ("fork", "forkserver"):  # the step was not cut short
+        written = (tmp_path / name / "run" / "checkpoints" / "step-00000002.safetensors").stat().st_mtime
+        assert written - (tmp_path / name / "slow").stat().st_mtime > 14
     assert not (tmp_path / "preview" / "run" / "samples").exists()
 
 

@@ -2,13 +2,17 @@
 
 from collections.abc import Iterator
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unet_denoiser.models.layers.common import Emb, Size, zero_init
 from unet_denoiser.models.layers.context import Context
+from unet_denoiser.models.layers.conv import is_on_cpu, requires_plain
 from unet_denoiser.models.layers.norm import group_norm
 from unet_denoiser.models.layers.recompute import recompute_input
+
+_MAX_SCORES = 2**22
 
 
 def to_tokens(x: Tensor) -> Tensor:
@@ -60,7 +64,7 @@ class CrossAttention(nn.Module):
         q = self._split_heads(self.to_q(x))  # (B, heads, N, head_dim)
         k, v = projected or self.keys_and_values(x if context is None else context)  # (B, heads, S, head_dim)
         mask = None if mask is None else mask[:, None, None]  # (B, 1, 1, S)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        out = attend(q, k, v, mask)  # (B, heads, N, head_dim)
         return self.to_out(out.transpose(1, 2).flatten(2))
 
     def keys_and_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,6 +74,27 @@ class CrossAttention(nn.Module):
     def _split_heads(self, x: Tensor) -> Tensor:
         """Reshape (B, N, heads * head_dim) to (B, heads, N, head_dim)."""
         return x.view(*x.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Compute softmax(q k^T / sqrt(head_dim)) v; q (B, heads, N, head_dim), mask (B, 1, 1, S) bool."""
+    if not products_pay(q, k):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, heads, N, S)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1).to(v.dtype) @ v
+
+
+def products_pay(q: Tensor, k: Tensor) -> bool:
+    """Return True if two products and a softmax are faster than torch's fused attention: bfloat16 on a CPU.
+
+    The fused one of torch 2.13 takes 1.3 to 2 times as long there, its backward pass 2 to 5 times, until the scores no
+    longer fit the cache (docs/results/performance.md).
+    """
+    is_bf16 = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else q.dtype
+    few = not torch.compiler.is_compiling() and q.shape[:-1].numel() * k.shape[-2] <= _MAX_SCORES
+    return is_bf16 is torch.bfloat16 and few and is_on_cpu(q) and not requires_plain()
 
 
 class SelfAttention(nn.Module):

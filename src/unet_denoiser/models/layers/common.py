@@ -15,17 +15,12 @@ Size = Sequence[int] | None
 Emb = Tensor | None
 
 
-def silu_inplace(x: Tensor, source: nn.Module) -> Tensor:
-    """Apply SiLU to the output x of `source`, which nothing else needs: in place if that is safe."""
-    return F.silu(x, inplace=_may_overwrite_output(source))
-
-
 def add_inplace(x: Tensor, y: Tensor, source: nn.Module) -> Tensor:
     """Add y to the output x of `source`, which nothing else needs: in place if that is safe."""
-    return x.add_(y) if _may_overwrite_output(source) and x.dtype == y.dtype else x + y
+    return x.add_(y) if may_overwrite_output(source) and x.dtype == y.dtype else x + y
 
 
-def _may_overwrite_output(source: nn.Module) -> bool:
+def may_overwrite_output(source: nn.Module) -> bool:
     """Return True if the module allocates its output, and neither autograd nor a hook keeps it."""
     allocates = isinstance(source, (nn.GroupNorm, *CONV.values()))
     return allocates and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or has_hooks(source))

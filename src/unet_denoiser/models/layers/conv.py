@@ -83,7 +83,8 @@ class Conv2d(nn.Conv2d):
         if pointwise and is_channels_last(x):
             return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
         if x.shape[0] * x.shape[2] * x.shape[3] <= 256 and self.weight.numel() >= 128 * 128 * 9:
-            x = x.contiguous()  # channels last would reorder the weights, which takes longer than these few pixels
+            # channels last would reorder the weights, which takes longer than these few pixels
+            return channels_last(super().forward(x.contiguous()))
         return super().forward(x)
 
 

@@ -1,15 +1,29 @@
-"""GroupNorm (Wu and He 2018, arXiv 1803.08494) for inputs that torch's own refuses or crashes on."""
+"""GroupNorm (Wu and He 2018, arXiv 1803.08494), alone or with what follows it: modulation, SiLU, dropout."""
+
+import ctypes
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unet_denoiser.models.layers.common import may_overwrite_output
+from unet_denoiser.models.layers.conv import is_channels_last, is_on_cpu, requires_plain
+from unet_denoiser.models.layers.kernels import Problem, load_kernels
+from unet_denoiser.models.layers.recompute import has_hooks
+from unet_denoiser.utils.broadcasting import append_dims
+
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+_MIN_NUMEL_PER_THREAD = 2**14  # waking a thread costs as much as this many values
 
 
 class GroupNorm(nn.GroupNorm):
     """nn.GroupNorm that also accepts a single value per group (one sample of one position)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if _has_kernel(self, x, ()):
+            return _fused(self, x, Modulation(), Activation(used=False))
         trained = torch.is_grad_enabled() and (self.weight.requires_grad or self.bias.requires_grad)
         last = _CHANNELS_LAST.get(x.ndim)
         if trained and not x.requires_grad and x.device.type == "cpu" and last and x.is_contiguous(memory_format=last):
@@ -25,3 +39,133 @@ def group_norm(channels: int, groups: int = 32, eps: float = 1e-5) -> GroupNorm:
     Outputs of trained networks depend on this rule; a test pins it.
     """
     return GroupNorm(max(g for g in range(1, min(groups, channels) + 1) if channels % g == 0), channels, eps=eps)
+
+
+class Modulation(NamedTuple):
+    """The embedding (N, C) of a residual block, added before its norm (`pre`) or as scale and shift after it."""
+
+    pre: Tensor | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+
+    @classmethod
+    def of(cls, first: Tensor, second: Tensor | None = None) -> Self:
+        """Return the modulation by one tensor, `pre`, or by two, scale and shift."""
+        return cls(first) if second is None else cls(None, first, second)
+
+
+class Activation(NamedTuple):
+    """SiLU, if `used`, then dropout: `keep` (bool, of the input's shape) has the values to keep, times `keep_scale`."""
+
+    used: bool = True
+    keep: Tensor | None = None
+    keep_scale: float = 1.0
+
+
+def norm_act(
+    norm: nn.GroupNorm, x: Tensor, modulation: Modulation = Modulation(), activation: Activation = Activation()
+) -> Tensor:
+    """Compute norm, modulation and activation: in one step on a CPU, where norm_kernels.cpp can be compiled."""
+    if _has_kernel(norm, x, modulation):
+        return _fused(norm, x, modulation, activation)
+    return _separate(norm, x, modulation, activation, inplace=may_overwrite_output(norm))
+
+
+def _separate(
+    norm: Callable[[Tensor], Tensor], x: Tensor, modulation: Modulation, activation: Activation, inplace: bool = False
+) -> Tensor:
+    """Compute norm, modulation and activation by torch's operations."""
+    pre, scale, shift = (None if t is None else append_dims(t, x.ndim) for t in modulation)
+    h = norm(x if pre is None else x + pre)
+    if scale is not None and shift is not None:
+        h = torch.addcmul(shift, h, 1 + scale)
+    h = F.silu(h, inplace=inplace) if activation.used else h
+    return h if activation.keep is None else torch.where(activation.keep, h, 0.0).mul_(activation.keep_scale)
+
+
+def _has_kernel(norm: nn.GroupNorm, x: Tensor, modulation: tuple[Tensor | None, ...]) -> bool:
+    """Return True if norm_kernels.cpp computes a norm of x: on a CPU, channels last, in float32 or bfloat16."""
+    return (
+        (x.dtype is torch.float32 or x.dtype is torch.bfloat16)
+        and is_channels_last(x)
+        and is_on_cpu(x)
+        and not torch.compiler.is_compiling()
+        and not requires_plain()
+        and x.numel() > 0
+        and type(norm) is GroupNorm
+        and type(x) is Tensor  # no fake one, no part of a sharded one
+        and type(norm.weight) is type(norm.bias) is nn.Parameter
+        and norm.weight.dtype in (x.dtype, torch.float32)
+        and all(t is None or (t.dtype == x.dtype and t.stride(1) == 1) for t in modulation)
+        and not has_hooks(norm)
+        and load_kernels() is not None
+    )
+
+
+def _fused(norm: nn.GroupNorm, x: Tensor, modulation: Modulation, activation: Activation) -> Tensor:
+    call = _Call(norm.num_groups, norm.eps, activation)
+    if torch.is_grad_enabled():
+        return _FusedNorm.apply(call, x, norm.weight, norm.bias, *modulation)
+    return call.forward(x, norm.weight, norm.bias, *modulation)[0]
+
+
+class _Call(NamedTuple):
+    """A call of norm_kernels.cpp."""
+
+    groups: int
+    eps: float
+    activation: Activation
+
+    def forward(self, x: Tensor, *vectors: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the output, and mean and inverse standard deviation (2, N, groups)."""
+        y, statistics = torch.empty_like(x), x.new_empty((2, len(x), self.groups), dtype=torch.float32)
+        problem = self._pose(x, vectors)
+        load_kernels().norm_forward(problem, x.data_ptr(), y.data_ptr(), statistics.data_ptr())
+        return y, statistics
+
+    def backward(self, x: Tensor, dy: Tensor, statistics: Tensor, *vectors: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the gradients of x and, in (2 + 2 N, C), of weight, bias, and pre or scale and shift."""
+        dx, gradients = torch.empty_like(x), x.new_empty((2 + 2 * len(x), x.shape[1]), dtype=torch.float32)
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        pointers = [t.data_ptr() for t in (x, dy, statistics, dx, gradients)]
+        load_kernels().norm_backward(self._pose(x, vectors), *pointers)
+        return dx, gradients
+
+    def _pose(self, x: Tensor, vectors: tuple[Tensor | None, ...]) -> Any:
+        samples, channels, height, width = x.shape
+        weight, keep = vectors[0], self.activation.keep
+        row = next((t.stride(0) for t in vectors[2:] if t is not None), 0)
+        threads = max(1, min(torch.get_num_threads(), x.numel() // _MIN_NUMEL_PER_THREAD))
+        flags = (x.dtype is torch.bfloat16, weight.dtype is torch.bfloat16, self.activation.used)
+        sizes = (samples, height * width, channels, self.groups, threads, row)
+        pointers = [None if t is None else t.data_ptr() for t in (*vectors, keep)]
+        return ctypes.byref(Problem(*sizes, *flags, self.eps, self.activation.keep_scale, *pointers))
+
+
+class _FusedNorm(torch.autograd.Function):
+    """The autograd step of `norm_act` by norm_kernels.cpp: it keeps x and two numbers per group."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, x: Tensor, *vectors: Tensor | None) -> Tensor:
+        y, statistics = call.forward(x, *vectors)
+        ctx.call = call
+        ctx.save_for_backward(x, statistics, *vectors)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, statistics, weight, bias, *modulation = ctx.saved_tensors
+        if torch.is_grad_enabled():  # second derivatives: differentiable operations only
+            groups, eps, activation = ctx.call
+            norm = lambda x: torch.group_norm(x, groups, weight, bias, eps)  # noqa: E731
+            inputs = (x, weight, bias, *modulation)
+            y = _separate(norm, x, Modulation(*modulation), activation)
+            wanted = [t for t in inputs if t is not None and t.requires_grad]
+            found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+            return None, *(next(found) if t is not None and t.requires_grad else None for t in inputs)
+        dx, gradients = ctx.call.backward(x, dy, statistics, weight, bias, *modulation)
+        dweight, dbias = (row.to(weight.dtype) for row in gradients[:2])
+        first, second = gradients[2:].to(x.dtype).split(len(x))
+        pre, scale, shift = modulation
+        more = (None if pre is None else first, None if scale is None else first, None if shift is None else second)
+        return None, dx, dweight, dbias, *more

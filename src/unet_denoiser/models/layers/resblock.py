@@ -14,13 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unet_denoiser.models.layers.common import Size, add_inplace, silu_inplace, zero_init
+from unet_denoiser.models.layers.common import Size, add_inplace, zero_init
 from unet_denoiser.models.layers.context import Context
 from unet_denoiser.models.layers.conv import CONV, is_channels_last
-from unet_denoiser.models.layers.norm import group_norm
+from unet_denoiser.models.layers.norm import Activation, Modulation, group_norm, norm_act
 from unet_denoiser.models.layers.recompute import recompute_input
 from unet_denoiser.models.layers.resampling import average_pool, identity, upsample_nearest
-from unet_denoiser.utils.broadcasting import append_dims
 
 
 class ResBlock(nn.Module):
@@ -63,26 +62,20 @@ class ResBlock(nn.Module):
         self.skip = nn.Identity() if in_ch == out_ch else CONV[dims](in_ch, out_ch, 1)
 
     def forward(self, x: Tensor, emb: Tensor, context: Context | None = None, size: Size = None) -> Tensor:
-        emb = append_dims(self.time_mlp(F.silu(emb)), x.ndim)  # (B, out_ch or 2 out_ch, 1, ...)
+        emb = self.time_mlp(F.silu(emb))  # (B, out_ch or 2 out_ch)
         h = recompute_input(
-            lambda x: self.resample(silu_inplace(self.norm1(x), self.norm1), size), self.conv1, x, norm=self.norm1
+            lambda x: self.resample(norm_act(self.norm1, x), size), self.conv1, x, norm=self.norm1
         )  # (B, out_ch, *spatial)
-        if self.scale_shift:
-            scale, shift = emb.chunk(2, dim=1)
-        else:
-            h, scale, shift = add_inplace(h, emb, self.conv1), None, None
         # drawn here and not in `_activate`, which the backward pass calls again
         mask = draw_dropout_mask(h, self.dropout.p) if self.training and self.dropout.p else None
-        h = recompute_input(self._activate, self.conv2, h, scale, shift, mask, norm=self.norm2)
+        modulation = emb.chunk(2, dim=1) if self.scale_shift else (emb,)
+        h = recompute_input(self._activate, self.conv2, h, mask, *modulation, norm=self.norm2)
         return add_inplace(h, self.skip(self.resample(x, size)), self.conv2)
 
-    def _activate(self, h: Tensor, scale: Tensor | None, shift: Tensor | None, mask: Tensor | None) -> Tensor:
-        """Compute conv2's input: norm, modulation, SiLU, dropout."""
-        h = self.norm2(h)
-        if scale is not None and shift is not None:
-            h = torch.addcmul(shift, h, 1 + scale)
-        h = silu_inplace(h, self.norm2)
-        return h if mask is None else torch.where(mask, h, 0.0).div_(1 - _to_fifteen_bits(self.dropout.p) / 2**15)
+    def _activate(self, h: Tensor, mask: Tensor | None, *modulation: Tensor) -> Tensor:
+        """Compute conv2's input: modulation, norm, SiLU, dropout."""
+        kept = 1 - _to_fifteen_bits(self.dropout.p) / 2**15
+        return norm_act(self.norm2, h, Modulation.of(*modulation), Activation(keep=mask, keep_scale=1 / kept))
 
 
 class Block(nn.Sequential):

@@ -1,0 +1,66 @@
+"""The functions of norm_kernels.cpp, compiled when they are first needed and kept on disk.
+
+They need a C++ compiler with OpenMP. Without one, or with one that fails, the layers compute by torch's own operations.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+_SOURCE = Path(__file__).with_name("norm_kernels.cpp")
+_FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
+# with them, clamps are single instructions; what NaN and infinity become does not depend on them in this code
+_MATH_FLAGS = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-ffinite-math-only")
+
+
+class Problem(ctypes.Structure):
+    """The arguments that norm_kernels.cpp has in common for both directions; its struct has the same fields."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("samples", "pixels", "channels", "groups", "threads", "row")),
+        *((name, ctypes.c_int64) for name in ("is_bf16", "weight_is_bf16", "act")),
+        *((name, ctypes.c_double) for name in ("eps", "keep_scale")),
+        *((name, ctypes.c_void_p) for name in ("weight", "bias", "pre", "scale", "shift", "keep")),
+    ]
+
+
+@cache
+def load_kernels() -> ctypes.CDLL | None:
+    """Return the compiled library, or None if there is no compiler or it fails."""
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
+    if compiler is None or not _SOURCE.is_file():
+        return None
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "unet-denoiser")
+    path = folder / f"norm-{_fingerprint(compiler)}.so"
+    try:
+        if not path.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:  # other processes may compile too
+                built = Path(scratch, "norm.so")
+                command = [compiler, *_FLAGS, *_MATH_FLAGS, str(_SOURCE), "-o", str(built)]
+                subprocess.run(command, check=True, capture_output=True, timeout=120)
+                os.replace(built, path)
+        library = ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError):
+        return None
+    for function, pointers in ((library.norm_forward, 3), (library.norm_backward, 5)):
+        function.argtypes, function.restype = [ctypes.POINTER(Problem), *[ctypes.c_void_p] * pointers], None
+    return library
+
+
+def _fingerprint(compiler: str) -> str:
+    """Return a digest of all that the compiled code depends on: a home directory may serve different machines."""
+    try:
+        processor = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+    except (OSError, StopIteration):
+        processor = platform.processor()
+    parts = (_SOURCE.read_text(), compiler, *_FLAGS, *_MATH_FLAGS, platform.platform(), processor, torch.__version__)
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

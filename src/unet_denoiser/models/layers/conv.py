@@ -2,18 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from unet_denoiser.models.layers import weight_cache
 from unet_denoiser.models.layers.winograd import convolve, first_block_only, transform_weight, weight_gradient
 
-_MAX_CACHED_BYTES = 2**30  # of transformed weights, in inference
 _MAX_TIME_RATIO = 0.95  # Winograd's filtering is used up to this ratio of its time to torch's
 _MAX_CACHED_PIXELS = 4096  # with more pixels, transforming the weights takes a small share of the convolution's time
 _plain = False
@@ -115,6 +113,8 @@ def _is_winograd_kind(conv: nn.Conv2d, x: Tensor) -> bool:
     """Return True if a convolution of x is one that Winograd's filtering computes, whatever its size."""
     if conv.kernel_size != (3, 3) or not conv.stride == conv.padding == conv.dilation == (1, 1):
         return False
+    if _least_time_ratio(conv.in_channels, conv.out_channels) > _MAX_TIME_RATIO:
+        return False
     if conv.groups != 1 or conv.padding_mode != "zeros" or not is_on_cpu(x):
         return False
     return not torch.is_autocast_enabled("cpu") and x.dtype == conv.weight.dtype == torch.float32
@@ -145,62 +145,31 @@ def winograd_time_ratio(in_ch: int, out_ch: int, shape: Sequence[int], cached: b
     """
     images, _, height, width = shape
     pixels, in_tiles = images * height * width, images * 16 * -(-height // 4) * -(-width // 4)
-    arithmetic = (in_tiles / pixels) ** 1.5 * (0.28 + 24 / in_ch + 24 / out_ch)
+    arithmetic = (in_tiles / pixels) ** 1.5 * _least_time_ratio(in_ch, out_ch)
     return arithmetic + (60 if cached else 220) / pixels + 1.2e6 / (pixels * in_ch * out_ch)
 
 
-class _CachedWeight(NamedTuple):
-    """Transformed weights (36, C, K); the version and a projection (K,) of the original ones tell of changes."""
-
-    weight: Tensor
-    version: int
-    projection: Tensor
-
-
-_weight_cache: Any = WeakTensorKeyDictionary()
+def _least_time_ratio(in_ch: int, out_ch: int) -> float:
+    """Return the time ratio of many pixels in whole tiles."""
+    return 0.28 + 24 / in_ch + 24 / out_ch
 
 
 def _fits_cache(weight: Tensor) -> bool:
     """Return True if the transformed weights, which are four times as large, are in the cache or fit into it."""
     if torch.compiler.is_compiling():
         return weight.numel() <= 2**22  # a graph cannot ask the cache; the operator does, and may transform again
-    if weight.is_inference():
-        return False  # an inference tensor has no version
-    if weight in _weight_cache:
-        return True
-    held = [*_weight_cache.data.values()]  # at once: other threads may add weights, or drop them
-    return sum(cached.weight.nbytes for cached in held) + 4 * weight.nbytes <= _MAX_CACHED_BYTES
+    return weight_cache.can_keep(weight, 4 * weight.nbytes)
 
 
 def _transform_cached(weight: Tensor, pixels: int) -> Tensor:
     """Transform weights, or take them from the cache, which is for few pixels: there it saves a share of the time."""
     if pixels > _MAX_CACHED_PIXELS or not _fits_cache(weight):
         return transform_weight(weight, scratch=True)
-    version, projection = weight._version, _project(weight.detach())
-    cached = _weight_cache.get(weight)
-    # bits, since NaN is not equal to itself
-    if cached is None or cached.version != version or not torch.equal(cached.projection, projection):
-        transformed = transform_weight(weight.detach()).contiguous()
-        cached = _weight_cache[weight] = _CachedWeight(transformed, version, projection)
-    return cached.weight
+    return weight_cache.keep(weight, _transform)
 
 
-def _project(weight: Tensor) -> Tensor:
-    """Return the bits (K,) of each output channel's weighted sum, a tenth of the time of a convolution or less.
-
-    All weights enter it, with different factors, so it also tells apart what `.data`, a numpy array or another process
-    has exchanged or changed; the version of a tensor does not count those. It rounds as a convolution does.
-    """
-    last = weight.is_contiguous(memory_format=torch.channels_last)
-    rows = (weight.permute(0, 2, 3, 1) if last else weight).flatten(1)  # (K, 9 C)
-    return (rows @ _projection_factors(rows.shape[1]).to(rows.dtype)).view(torch.int32)
-
-
-@cache
-def _projection_factors(count: int) -> Tensor:
-    """Draw factors in [0.5, 1.5) for the weights of one output channel: (count,)."""
-    with torch.inference_mode(False):
-        return torch.rand(count, generator=torch.Generator().manual_seed(0)) + 0.5
+def _transform(weight: Tensor) -> Tensor:
+    return transform_weight(weight).contiguous()
 
 
 def convolve_3x3(x: Tensor, weight: Tensor, bias: Tensor | None, *, cache: bool = False) -> Tensor:

@@ -1,4 +1,4 @@
-"""The functions of norm_kernels.cpp, compiled when they are first needed and kept on disk.
+"""The functions of kernels.cpp, compiled when they are first needed and kept on disk.
 
 They need a C++ compiler with OpenMP. Without one, or with one that fails, the layers compute by torch's own operations.
 """
@@ -15,14 +15,14 @@ from pathlib import Path
 
 import torch
 
-_SOURCE = Path(__file__).with_name("norm_kernels.cpp")
+_SOURCE = Path(__file__).with_name("kernels.cpp")
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
 # with them, clamps are single instructions; what NaN and infinity become does not depend on them in this code
 _MATH_FLAGS = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-ffinite-math-only")
 
 
 class Problem(ctypes.Structure):
-    """The arguments that norm_kernels.cpp has in common for both directions; its struct has the same fields."""
+    """The arguments that kernels.cpp has in common for both directions; its struct has the same fields."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("samples", "pixels", "channels", "groups", "threads", "row")),
@@ -39,12 +39,12 @@ def load_kernels() -> ctypes.CDLL | None:
     if compiler is None or not _SOURCE.is_file():
         return None
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "unet-denoiser")
-    path = folder / f"norm-{_fingerprint(compiler)}.so"
+    path = folder / f"kernels-{_fingerprint(compiler)}.so"
     try:
         if not path.is_file():
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as scratch:  # other processes may compile too
-                built = Path(scratch, "norm.so")
+                built = Path(scratch, "kernels.so")
                 command = [compiler, *_FLAGS, *_MATH_FLAGS, str(_SOURCE), "-o", str(built)]
                 subprocess.run(command, check=True, capture_output=True, timeout=120)
                 os.replace(built, path)
@@ -53,6 +53,7 @@ def load_kernels() -> ctypes.CDLL | None:
         return None
     for function, pointers in ((library.norm_forward, 3), (library.norm_backward, 5)):
         function.argtypes, function.restype = [ctypes.POINTER(Problem), *[ctypes.c_void_p] * pointers], None
+    library.digest.argtypes, library.digest.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p], None
     return library
 
 

@@ -15,7 +15,7 @@ from unet_denoiser.models.layers.recompute import has_hooks
 from unet_denoiser.utils.broadcasting import append_dims
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-_MIN_NUMEL_PER_THREAD = 2**14  # waking a thread costs as much as this many values
+_MIN_NUMEL_FOR_THREADS = 2**11  # few, since torch's next operation would find the values in one core's cache
 
 
 class GroupNorm(nn.GroupNorm):
@@ -65,7 +65,7 @@ class Activation(NamedTuple):
 def norm_act(
     norm: nn.GroupNorm, x: Tensor, modulation: Modulation = Modulation(), activation: Activation = Activation()
 ) -> Tensor:
-    """Compute norm, modulation and activation: in one step on a CPU, where norm_kernels.cpp can be compiled."""
+    """Compute norm, modulation and activation: in one step on a CPU, where kernels.cpp can be compiled."""
     if _has_kernel(norm, x, modulation):
         return _fused(norm, x, modulation, activation)
     return _separate(norm, x, modulation, activation, inplace=may_overwrite_output(norm))
@@ -84,21 +84,22 @@ def _separate(
 
 
 def _has_kernel(norm: nn.GroupNorm, x: Tensor, modulation: tuple[Tensor | None, ...]) -> bool:
-    """Return True if norm_kernels.cpp computes a norm of x: on a CPU, channels last, in float32 or bfloat16."""
+    """Return True if kernels.cpp computes a norm of x: on a CPU, channels last, in float32 or bfloat16."""
+    weight, bias = norm.weight, norm.bias
     return (
-        (x.dtype is torch.float32 or x.dtype is torch.bfloat16)
+        load_kernels() is not None
+        and (x.dtype is torch.float32 or x.dtype is torch.bfloat16)
+        and type(x) is Tensor  # no fake one, no part of a sharded one
         and is_channels_last(x)
         and is_on_cpu(x)
-        and not torch.compiler.is_compiling()
-        and not requires_plain()
         and x.numel() > 0
         and type(norm) is GroupNorm
-        and type(x) is Tensor  # no fake one, no part of a sharded one
-        and type(norm.weight) is type(norm.bias) is nn.Parameter
-        and norm.weight.dtype in (x.dtype, torch.float32)
-        and all(t is None or (t.dtype == x.dtype and t.stride(1) == 1) for t in modulation)
+        and type(weight) is type(bias) is nn.Parameter
+        and (weight.dtype is torch.float32 or weight.dtype is x.dtype)
+        and all(t is None or (t.dtype is x.dtype and t.stride(1) == 1) for t in modulation)
+        and not torch.compiler.is_compiling()
+        and not requires_plain()
         and not has_hooks(norm)
-        and load_kernels() is not None
     )
 
 
@@ -110,7 +111,7 @@ def _fused(norm: nn.GroupNorm, x: Tensor, modulation: Modulation, activation: Ac
 
 
 class _Call(NamedTuple):
-    """A call of norm_kernels.cpp."""
+    """A call of kernels.cpp."""
 
     groups: int
     eps: float
@@ -135,7 +136,7 @@ class _Call(NamedTuple):
         samples, channels, height, width = x.shape
         weight, keep = vectors[0], self.activation.keep
         row = next((t.stride(0) for t in vectors[2:] if t is not None), 0)
-        threads = max(1, min(torch.get_num_threads(), x.numel() // _MIN_NUMEL_PER_THREAD))
+        threads = torch.get_num_threads() if x.numel() >= _MIN_NUMEL_FOR_THREADS else 1
         flags = (x.dtype is torch.bfloat16, weight.dtype is torch.bfloat16, self.activation.used)
         sizes = (samples, height * width, channels, self.groups, threads, row)
         pointers = [None if t is None else t.data_ptr() for t in (*vectors, keep)]
@@ -143,7 +144,7 @@ class _Call(NamedTuple):
 
 
 class _FusedNorm(torch.autograd.Function):
-    """The autograd step of `norm_act` by norm_kernels.cpp: it keeps x and two numbers per group."""
+    """The autograd step of `norm_act` by kernels.cpp: it keeps x and two numbers per group."""
 
     @staticmethod
     def forward(ctx: Any, call: _Call, x: Tensor, *vectors: Tensor | None) -> Tensor:

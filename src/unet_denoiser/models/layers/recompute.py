@@ -37,13 +37,13 @@ def recompute_input(
         layer: a convolution or a linear layer.
         norm: the module that `input_fn` calls, if any.
     """
+    # compiled, sizes would be guards
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or x.numel() < _MIN_RECOMPUTE_NUMEL:
+        return layer(input_fn(x, *more))
     modules = [layer] if norm is None else [layer, norm]
     plain = (
-        not torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or requires_plain()
+        requires_plain()
         or not is_on_cpu(x)
-        or x.numel() < _MIN_RECOMPUTE_NUMEL
         or any(map(has_hooks, modules))
         or type(layer) not in (nn.Linear, *CONV.values())
         or getattr(layer, "padding_mode", "zeros") != "zeros"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from unet_denoiser.models.layers import conv, recompute
+from unet_denoiser.models.layers import conv, recompute, weight_cache
 
 MAX_TIME_RATIO, MIN_RECOMPUTE_NUMEL = conv._MAX_TIME_RATIO, recompute._MIN_RECOMPUTE_NUMEL
 
@@ -49,8 +49,8 @@ def calls(monkeypatch):
 @pytest.fixture
 def cache(monkeypatch):
     """The cache of transformed weights, empty."""
-    monkeypatch.setattr(conv, "_weight_cache", WeakTensorKeyDictionary())
-    return conv._weight_cache
+    monkeypatch.setattr(weight_cache, "_kept", WeakTensorKeyDictionary())
+    return weight_cache._kept
 
 
 @pytest.fixture

@@ -134,7 +134,7 @@ def test_winograd_pays(options, size, training, pays):
 def test_few_pixels_pay_only_with_cached_weights(monkeypatch):
     layer, few, many = Conv2d(128, 128, 3, padding=1), torch.empty(1, 128, 16, 32), torch.empty(1, 128, 32, 32)
     for room in (0, 1):
-        monkeypatch.setattr(conv, "_MAX_CACHED_BYTES", 4 * 128 * 128 * 36 - 1 + room)
+        monkeypatch.setattr(weight_cache, "_MAX_BYTES", 4 * 128 * 128 * 36 - 1 + room)
         assert winograd_pays(layer, few, training=False) is bool(room)
         assert winograd_pays(layer, many, training=False)
 

@@ -94,9 +94,9 @@ def test_a_change_of_any_channel_through_data_is_noticed(width, layout):
     channels = torch.randperm(width)[:60].tolist()
     with torch.no_grad():
         for channel in channels:
-            before = conv._project(layer.weight.detach())
+            before = weight_cache.digest_of(layer.weight.detach())
             layer.weight.data[:, channel] *= 1.01
-            assert not torch.equal(conv._project(layer.weight.detach()), before), channel
+            assert weight_cache.digest_of(layer.weight.detach()) != before, channel
             assert torch.equal(conv._transform_cached(layer.weight, 16), conv.transform_weight(layer.weight))
         assert relative_error(layer(x), F.conv2d(x, layer.weight, layer.bias, padding=1)) < 1e-5
 
@@ -161,7 +161,7 @@ def test_cache_is_freed_with_the_network(cache):
     with torch.no_grad():
         model(**args)
         assert len(cache) > 0
-        held = sum(kept.weight.untyped_storage().nbytes() for kept in cache.values())
+        held = sum(kept.prepared.untyped_storage().nbytes() for kept in cache.values())
         assert held == 4 * sum(weight.untyped_storage().nbytes() for weight in cache)  # no more than the docstring says
     del model
     gc.collect()
@@ -169,7 +169,7 @@ def test_cache_is_freed_with_the_network(cache):
 
 
 def test_cache_size_is_limited(monkeypatch, calls, cache):
-    monkeypatch.setattr(conv, "_MAX_CACHED_BYTES", 2 * 4 * 64 * 64 * 36)  # of two layers
+    monkeypatch.setattr(weight_cache, "_MAX_BYTES", 2 * 4 * 64 * 64 * 36)  # of two layers
     layers, x = [Conv2d(64, 64, 3, padding=1) for _ in range(3)], torch.randn(1, 64, 32, 32)
     with torch.no_grad():
         for layer in layers * 2:

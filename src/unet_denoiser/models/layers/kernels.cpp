@@ -1,3 +1,5 @@
+// The CPU's kernels that torch lacks.
+//
 // GroupNorm, modulation, SiLU and dropout in one step, for activations with the channels last: (N, pixels, C).
 //
 //     z = x + pre                                   pre, scale, shift: (N, C), each optional
@@ -167,17 +169,28 @@ void apply(const Problem& p, const Part& part, const T* x, T* y) {
     }
 }
 
+// Run part(0), ..., part(count - 1), by several threads if it pays. No clause of OpenMP may say how many, or that it is
+// one: a team of another size than torch's ends torch's threads, and its next operation starts them again.
+template <typename F>
+void run_parts(const Problem& p, int64_t count, F part) {
+    if (p.threads == 1) {
+        for (int64_t index = 0; index < count; ++index) part(index);
+        return;
+    }
+#pragma omp parallel for schedule(static)
+    for (int64_t index = 0; index < count; ++index) part(index);
+}
+
 template <typename T>
 void forward(const Problem& p, const T* x, T* y, float* mean, float* inverse) {
     const int64_t blocks = p.blocks();
-#pragma omp parallel for num_threads(p.threads) schedule(static) if (p.threads > 1)
-    for (int64_t index = 0; index < p.samples * blocks; ++index) {
+    run_parts(p, p.samples * blocks, [&](int64_t index) {
         statistics(p, x, index, blocks, mean, inverse);
         const Part part(p, index, blocks, mean, inverse);
         if (p.act && p.keep) apply<T, true, true>(p, part, x, y);
         else if (p.act) apply<T, true, false>(p, part, x, y);
         else apply<T, false, false>(p, part, x, y);
-    }
+    });
 }
 
 // d/du of the activation, times the incoming gradient
@@ -264,13 +277,12 @@ void backward(const Problem& p, const T* x, const T* dy, const float* mean, cons
     const int64_t blocks = p.blocks(), size = p.samples * p.channels;
     std::vector<float> sums(3 * size);
     float *f = sums.data(), *s = f + size, *t = s + size;
-#pragma omp parallel for num_threads(p.threads) schedule(static) if (p.threads > 1)
-    for (int64_t index = 0; index < p.samples * blocks; ++index) {
+    run_parts(p, p.samples * blocks, [&](int64_t index) {
         const Part part(p, index, blocks, mean, inverse);
         if (p.act && p.keep) backward_part<T, true, true>(p, part, x, dy, dx, f, s, t);
         else if (p.act) backward_part<T, true, false>(p, part, x, dy, dx, f, s, t);
         else backward_part<T, false, false>(p, part, x, dy, dx, f, s, t);
-    }
+    });
     const Vector weight{p.weight, p.weight_is_bf16 != 0}, bias{p.bias, p.weight_is_bf16 != 0};
     float *dweight = gradients, *dbias = gradients + p.channels, *first = gradients + 2 * p.channels;
     std::fill(gradients, first, 0.0f);
@@ -288,6 +300,22 @@ void backward(const Problem& p, const T* x, const T* dy, const float* mean, cons
 }  // namespace
 
 extern "C" {
+
+// 8 bytes that change with each of `nbytes` bytes: 256 sums of words times powers of an odd number, then mixed
+void digest(const void* data, int64_t nbytes, void* out) {
+    constexpr int kLanes = 256;
+    uint32_t lanes[kLanes] = {};
+    const uint8_t* bytes = static_cast<const uint8_t*>(data);
+    for (; nbytes > 0; bytes += 4 * kLanes, nbytes -= 4 * kLanes) {
+        uint32_t words[kLanes] = {};
+        std::memcpy(words, bytes, std::min<int64_t>(nbytes, 4 * kLanes));
+        for (int i = 0; i < kLanes; ++i) lanes[i] = lanes[i] * 0x9E3779B1u + words[i];
+    }
+    uint64_t mixed = 0xcbf29ce484222325u;
+    for (uint32_t lane : lanes) mixed = (mixed ^ lane) * 0x100000001b3u;
+    std::memcpy(out, &mixed, 8);
+}
+
 
 // y (N, pixels, C); statistics: mean and inverse standard deviation (2, N, groups)
 void norm_forward(const Problem* p, const void* x, void* y, float* statistics) {

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from measure import measure_seconds
 from torch import Tensor
 
-from unet_denoiser.models.layers.conv import convolve_3x3, convolve_3x3_backward, winograd_time_ratio
+from unet_denoiser.models.layers.conv import convolve_3x3, convolve_3x3_backward
+from unet_denoiser.models.layers.rules import winograd_time_ratio
 
 # batch size, input channels, output channels, image size
 SHAPES = (

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from unet_denoiser import UNet, UNetConfig
 from unet_denoiser.cli.app import main
 from unet_denoiser.config.memory import MemoryConfig
-from unet_denoiser.models.layers.conv import plain_convolutions
+from unet_denoiser.models.layers.rules import plain_convolutions
 from unet_denoiser.models.memory_estimate import estimate
 
 PLAIN = UNetConfig(

@@ -9,7 +9,7 @@ from support.networks import CONDITIONS, inputs, randomise, small
 from unet_denoiser import Diffusion, UNet
 from unet_denoiser.models.conditions import Conditions
 from unet_denoiser.models.layers.attention import CrossAttention
-from unet_denoiser.models.layers.conv import plain_convolutions
+from unet_denoiser.models.layers.rules import plain_convolutions
 from unet_denoiser.sampling import cached_unet as module
 from unet_denoiser.sampling.cached_unet import CachedUNet, make_cached_unet
 from unet_denoiser.sampling.loop import sample

@@ -9,8 +9,8 @@ from torch import nn
 
 from support.networks import SMALL, inputs, randomise
 from unet_denoiser import ResBlock, UNet
-from unet_denoiser.models.layers.conv import plain_convolutions
 from unet_denoiser.models.layers.recompute import recompute_input
+from unet_denoiser.models.layers.rules import plain_convolutions
 
 # options of networks whose first level is large enough for Winograd's filtering, by the layers of the presets
 WIDE = SMALL | {"model_channels": 64, "norm_groups": 32, "image_size": 32, "attention_resolutions": (16,)}

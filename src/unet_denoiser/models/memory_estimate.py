@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from unet_denoiser.config.base import per_axis
 from unet_denoiser.config.memory import MemoryConfig
 from unet_denoiser.config.unet import UNetConfig
-from unet_denoiser.models.layers.conv import convolutions_as_on
+from unet_denoiser.models.layers.rules import convolutions_as_on
 from unet_denoiser.models.summary import count_flops, example_inputs
 from unet_denoiser.models.unet import UNet
 

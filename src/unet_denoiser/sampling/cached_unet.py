@@ -18,7 +18,7 @@ from unet_denoiser.models.input_checks import check_inputs
 from unet_denoiser.models.layers.attention import project_context
 from unet_denoiser.models.layers.common import full_precision
 from unet_denoiser.models.layers.context import Context
-from unet_denoiser.models.layers.recompute import has_hooks
+from unet_denoiser.models.layers.rules import has_hooks
 from unet_denoiser.models.unet import UNet
 
 SHALLOW_BLOCKS = 1  # decoder blocks that run in every call: with more the error shrinks less than the time grows

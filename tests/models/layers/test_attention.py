@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from support import specification
 from support.networks import as_multihead, randomise, relative_error
 from unet_denoiser import CrossAttention, SelfAttention
-from unet_denoiser.models.layers import recompute
+from unet_denoiser.models.layers import rules
 from unet_denoiser.models.layers.attention import (
     ContextAttention,
     FeedForward,
@@ -22,7 +22,7 @@ from unet_denoiser.models.layers.attention import (
     to_tokens,
 )
 from unet_denoiser.models.layers.context import Context
-from unet_denoiser.models.layers.conv import plain_convolutions
+from unet_denoiser.models.layers.rules import plain_convolutions
 
 SIZES = [(1,), (7,), (1, 1), (4, 3), (2, 3, 5)]
 
@@ -157,7 +157,7 @@ def test_a_new_layer_is_the_identity(layer):
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_feed_forward_recomputes_its_gate(autocast, monkeypatch):
-    monkeypatch.setattr(recompute, "_MIN_RECOMPUTE_NUMEL", 0)
+    monkeypatch.setattr(rules, "_MIN_RECOMPUTE_NUMEL", 0)
     layer = randomise(FeedForward(8))
     x, weights = torch.randn(2, 5, 8, requires_grad=True), torch.randn(2, 5, 8)
 
@@ -178,6 +178,6 @@ def test_feed_forward_recomputes_its_gate(autocast, monkeypatch):
 
 
 def test_second_derivatives_of_the_feed_forward_layer(monkeypatch):
-    monkeypatch.setattr(recompute, "_MIN_RECOMPUTE_NUMEL", 0)
+    monkeypatch.setattr(rules, "_MIN_RECOMPUTE_NUMEL", 0)
     layer = randomise(FeedForward(3)).double()
     assert gradgradcheck(layer, torch.randn(1, 2, 3, dtype=torch.float64, requires_grad=True))

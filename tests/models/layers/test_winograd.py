@@ -12,7 +12,7 @@ from torch.autograd import gradcheck
 from torch.library import opcheck
 
 from support.networks import relative_error
-from unet_denoiser.models.layers import conv, winograd
+from unet_denoiser.models.layers import rules, winograd
 from unet_denoiser.models.layers.conv import conv3x3, conv3x3_backward
 from unet_denoiser.models.layers.winograd import convolve, transform_weight, weight_gradient
 
@@ -44,7 +44,7 @@ LAYOUTS = {
 @pytest.fixture(autouse=True)
 def _winograd_always(monkeypatch):
     """The operator uses Winograd's filtering at these small sizes too."""
-    monkeypatch.setattr(conv, "_MAX_TIME_RATIO", math.inf)
+    monkeypatch.setattr(rules, "_MAX_TIME_RATIO", math.inf)
 
 
 @st.composite

@@ -8,11 +8,9 @@ from torch import Tensor, nn
 
 from unet_denoiser.models.layers.common import Emb, Size, zero_init
 from unet_denoiser.models.layers.context import Context
-from unet_denoiser.models.layers.conv import is_on_cpu, requires_plain
 from unet_denoiser.models.layers.norm import group_norm
 from unet_denoiser.models.layers.recompute import recompute_input
-
-_MAX_SCORES = 2**22
+from unet_denoiser.models.layers.rules import products_pay
 
 
 def to_tokens(x: Tensor) -> Tensor:
@@ -84,17 +82,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     return scores.softmax(-1).to(v.dtype) @ v
-
-
-def products_pay(q: Tensor, k: Tensor) -> bool:
-    """Return True if two products and a softmax are faster than torch's fused attention: bfloat16 on a CPU.
-
-    The fused one of torch 2.13 takes 1.3 to 2 times as long there, its backward pass 2 to 5 times, until the scores no
-    longer fit the cache (docs/results/performance.md).
-    """
-    is_bf16 = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else q.dtype
-    few = not torch.compiler.is_compiling() and q.shape[:-1].numel() * k.shape[-2] <= _MAX_SCORES
-    return is_bf16 is torch.bfloat16 and few and is_on_cpu(q) and not requires_plain()
 
 
 class SelfAttention(nn.Module):

@@ -5,11 +5,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unet_denoiser.models.layers.conv import CONV
-from unet_denoiser.models.layers.recompute import has_hooks
+from unet_denoiser.models.layers.rules import has_hooks
 
 Size = Sequence[int] | None
 Emb = Tensor | None

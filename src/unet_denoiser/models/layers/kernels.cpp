@@ -301,7 +301,7 @@ void backward(const Problem& p, const T* x, const T* dy, const float* mean, cons
 
 extern "C" {
 
-// 8 bytes that change with each of `nbytes` bytes: 256 sums of words times powers of an odd number, then mixed
+// 8 bytes that change with each of `nbytes` bytes: 256 lanes of 32 bits, which take a word in turn, then mixed
 void digest(const void* data, int64_t nbytes, void* out) {
     constexpr int kLanes = 256;
     uint32_t lanes[kLanes] = {};
@@ -309,7 +309,10 @@ void digest(const void* data, int64_t nbytes, void* out) {
     for (; nbytes > 0; bytes += 4 * kLanes, nbytes -= 4 * kLanes) {
         uint32_t words[kLanes] = {};
         std::memcpy(words, bytes, std::min<int64_t>(nbytes, 4 * kLanes));
-        for (int i = 0; i < kLanes; ++i) lanes[i] = lanes[i] * 0x9E3779B1u + words[i];
+        for (int i = 0; i < kLanes; ++i) {
+            const uint32_t mixed = (lanes[i] ^ words[i]) * 0x9E3779B1u;
+            lanes[i] = mixed ^ (mixed >> 15);  // without it, the signs of two values would cancel
+        }
     }
     uint64_t mixed = 0xcbf29ce484222325u;
     for (uint32_t lane : lanes) mixed = (mixed ^ lane) * 0x100000001b3u;

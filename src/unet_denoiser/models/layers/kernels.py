@@ -59,9 +59,13 @@ def load_kernels() -> ctypes.CDLL | None:
 
 def _fingerprint(compiler: str) -> str:
     """Return a digest of all that the compiled code depends on: a home directory may serve different machines."""
+    parts = (_SOURCE.read_text(), compiler, *_FLAGS, *_MATH_FLAGS, platform.platform(), _read_processor())
+    return hashlib.sha256("\n".join([*parts, torch.__version__]).encode()).hexdigest()[:16]
+
+
+def _read_processor() -> str:
     try:
-        processor = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features")))
     except (OSError, StopIteration):
-        processor = platform.processor()
-    parts = (_SOURCE.read_text(), compiler, *_FLAGS, *_MATH_FLAGS, platform.platform(), processor, torch.__version__)
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+        return platform.processor()

@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unet_denoiser.models.layers.common import may_overwrite_output
-from unet_denoiser.models.layers.conv import is_channels_last, is_on_cpu, requires_plain
 from unet_denoiser.models.layers.kernels import Problem, load_kernels
-from unet_denoiser.models.layers.recompute import has_hooks
+from unet_denoiser.models.layers.rules import has_norm_kernel
 from unet_denoiser.utils.broadcasting import append_dims
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -22,7 +21,7 @@ class GroupNorm(nn.GroupNorm):
     """nn.GroupNorm that also accepts a single value per group (one sample of one position)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if _has_kernel(self, x, ()):
+        if has_norm_kernel(self, x, ()):
             return _fused(self, x, Modulation(), Activation(used=False))
         trained = torch.is_grad_enabled() and (self.weight.requires_grad or self.bias.requires_grad)
         last = _CHANNELS_LAST.get(x.ndim)
@@ -62,11 +61,14 @@ class Activation(NamedTuple):
     keep_scale: float = 1.0
 
 
+_NO_MODULATION, _SILU = Modulation(), Activation()
+
+
 def norm_act(
-    norm: nn.GroupNorm, x: Tensor, modulation: Modulation = Modulation(), activation: Activation = Activation()
+    norm: nn.GroupNorm, x: Tensor, modulation: Modulation = _NO_MODULATION, activation: Activation = _SILU
 ) -> Tensor:
     """Compute norm, modulation and activation: in one step on a CPU, where kernels.cpp can be compiled."""
-    if _has_kernel(norm, x, modulation):
+    if type(norm) is GroupNorm and has_norm_kernel(norm, x, modulation):
         return _fused(norm, x, modulation, activation)
     return _separate(norm, x, modulation, activation, inplace=may_overwrite_output(norm))
 
@@ -83,27 +85,9 @@ def _separate(
     return h if activation.keep is None else torch.where(activation.keep, h, 0.0).mul_(activation.keep_scale)
 
 
-def _has_kernel(norm: nn.GroupNorm, x: Tensor, modulation: tuple[Tensor | None, ...]) -> bool:
-    """Return True if kernels.cpp computes a norm of x: on a CPU, channels last, in float32 or bfloat16."""
-    weight, bias = norm.weight, norm.bias
-    return (
-        load_kernels() is not None
-        and (x.dtype is torch.float32 or x.dtype is torch.bfloat16)
-        and type(x) is Tensor  # no fake one, no part of a sharded one
-        and is_channels_last(x)
-        and is_on_cpu(x)
-        and x.numel() > 0
-        and type(norm) is GroupNorm
-        and type(weight) is type(bias) is nn.Parameter
-        and (weight.dtype is torch.float32 or weight.dtype is x.dtype)
-        and all(t is None or (t.dtype is x.dtype and t.stride(1) == 1) for t in modulation)
-        and not torch.compiler.is_compiling()
-        and not requires_plain()
-        and not has_hooks(norm)
-    )
-
-
 def _fused(norm: nn.GroupNorm, x: Tensor, modulation: Modulation, activation: Activation) -> Tensor:
+    if activation.keep is not None:
+        activation = activation._replace(keep=activation.keep.contiguous(memory_format=torch.channels_last))
     call = _Call(norm.num_groups, norm.eps, activation)
     if torch.is_grad_enabled():
         return _FusedNorm.apply(call, x, norm.weight, norm.bias, *modulation)

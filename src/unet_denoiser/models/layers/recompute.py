@@ -8,20 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.stateless import _reparametrize_module
 
-from unet_denoiser.models.layers.conv import (
-    CONV,
-    Conv2d,
-    convolve_3x3_backward,
-    is_on_cpu,
-    requires_plain,
-    winograd_pays,
-)
-
-# recomputing less than half a MiB costs up to a fifth of the step, by the number of calls, and saves little
-_MIN_RECOMPUTE_NUMEL = 2**17
+from unet_denoiser.models.layers.conv import CONV, Conv2d, convolve_3x3_backward
+from unet_denoiser.models.layers.rules import has_hooks, recomputing_pays, requires_plain, winograd_pays
 
 
 def recompute_input(
@@ -29,21 +19,19 @@ def recompute_input(
 ) -> Tensor:
     """Compute layer(input_fn(x, *more)); the backward pass calls `input_fn` again instead of keeping its result.
 
-    Small inputs, function transforms, and modules that are hooked, wrapped or replaced take torch's own autograd. So do
-    GPUs, where a training step without recomputing is 1.25 to 1.6 times as fast (docs/results/gpu.md).
+    Function transforms, and modules that are hooked, wrapped or replaced, take torch's own autograd. So does all that
+    `recomputing_pays` excludes.
 
     Args:
         input_fn: a norm, activation or resampling, which costs little beside the layer.
         layer: a convolution or a linear layer.
         norm: the module that `input_fn` calls, if any.
     """
-    # compiled, sizes would be guards
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or x.numel() < _MIN_RECOMPUTE_NUMEL:
+    if not torch.is_grad_enabled() or not recomputing_pays(x):
         return layer(input_fn(x, *more))
     modules = [layer] if norm is None else [layer, norm]
     plain = (
         requires_plain()
-        or not is_on_cpu(x)
         or any(map(has_hooks, modules))
         or type(layer) not in (nn.Linear, *CONV.values())
         or getattr(layer, "padding_mode", "zeros") != "zeros"
@@ -54,12 +42,6 @@ def recompute_input(
     norm = nn.Module() if norm is None else norm
     parameters = list(norm.parameters())
     return _RecomputeInput.apply(input_fn, layer, norm, 1 + len(more), x, *more, *parameters, layer.weight, layer.bias)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Return True if a hook sees the module's calls, or if its `forward` was replaced."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(module) or _has_any_global_hook()
 
 
 class _RecomputeInput(torch.autograd.Function):

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from unet_denoiser.models.layers.common import Size, add_inplace, zero_init
 from unet_denoiser.models.layers.context import Context
-from unet_denoiser.models.layers.conv import CONV, is_channels_last
+from unet_denoiser.models.layers.conv import CONV
 from unet_denoiser.models.layers.norm import Activation, Modulation, group_norm, norm_act
 from unet_denoiser.models.layers.recompute import recompute_input
 from unet_denoiser.models.layers.resampling import average_pool, identity, upsample_nearest
+from unet_denoiser.models.layers.rules import is_channels_last
 
 
 class ResBlock(nn.Module):

@@ -8,8 +8,9 @@ from torch import nn
 
 from support.convolutions import AfterSiLU, assert_same, gradients
 from support.networks import relative_error
-from unet_denoiser.models.layers import conv
-from unet_denoiser.models.layers.conv import Conv2d, winograd_pays
+from unet_denoiser.models.layers import weight_cache
+from unet_denoiser.models.layers.conv import Conv2d
+from unet_denoiser.models.layers.rules import winograd_pays
 
 checked = settings(
     deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.too_slow], database=None

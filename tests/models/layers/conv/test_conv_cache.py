@@ -11,7 +11,7 @@ from torch import nn
 
 from support.convolutions import SHALLOW, gradients, make_wide_unet
 from support.networks import relative_error
-from unet_denoiser.models.layers import conv
+from unet_denoiser.models.layers import conv, weight_cache
 from unet_denoiser.models.layers.conv import Conv2d
 
 

@@ -55,7 +55,8 @@ def assert_same(norm, x, emb, activation, bound):
     exact = torch.autograd.grad(expected, wanted, direction.double())
     assert relative_error(y.double(), expected) < bound
     for a, b in zip(found, exact, strict=True):
-        assert relative_error(a.double(), b.double()) < bound
+        # a channel that is a group of its own leaves no gradient of what is added to it
+        assert (a - b).abs().max() < bound * max(1.0, b.abs().max())
 
 
 @settings(deadline=None, derandomize=True, max_examples=80, suppress_health_check=list(HealthCheck), database=None)

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -21,6 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 Call = Callable[[], Any]
 START_SECONDS = time.perf_counter()
+# the vector instructions that torch's kernels choose between, and variables that hide some of them
+FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16")
+VARIABLES = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "OMP_NUM_THREADS")
 PACKAGES = ("torch", "unet-denoiser", "diffusers", "guided_diffusion_sdk", "denoising-diffusion-pytorch")
 
 
@@ -66,10 +70,10 @@ def count_gflop(call: Call) -> float:
 
 
 @torch.inference_mode()
-def measure_peak(seconds: float) -> dict[str, float]:
-    """Measure the machine's GFLOP/s in a float32 matrix product and a convolution, each in two rounds of `seconds`."""
-    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
-    x, weight = torch.randn(16, 256, 32, 32), torch.randn(256, 256, 3, 3)
+def measure_peak(seconds: float, dtype: torch.dtype = torch.float32) -> dict[str, float]:
+    """Measure the machine's GFLOP/s in a matrix product and a convolution, each in two rounds of `seconds`."""
+    a, b = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
+    x, weight = torch.randn(16, 256, 32, 32).to(dtype), torch.randn(256, 256, 3, 3).to(dtype)
     x, weight = (tensor.to(memory_format=torch.channels_last) for tensor in (x, weight))
     calls: dict[str, Call] = {
         "matmul 2048^3": lambda: a @ b,
@@ -135,7 +139,7 @@ def read_machine() -> dict[str, Any]:
     """Return processor, vector instructions, threads, load by other processes, and versions."""
     info = dict(line.split("\t:", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if "\t:" in line)
     info = {key.strip(): value.strip() for key, value in info.items()}
-    flags = [flag for flag in info.get("flags", "").split() if flag == "avx2" or flag.startswith(("avx512", "amx"))]
+    flags = [flag for flag in info.get("flags", "").split() if flag in FLAGS]
     versions = {}
     for name in PACKAGES:
         try:
@@ -149,6 +153,12 @@ def read_machine() -> dict[str, Any]:
         "load": os.getloadavg()[0],
         "versions": versions,
     }
+
+
+def read_command() -> str:
+    """Return the command line of this process, with the variables that choose its kernels and threads."""
+    variables = [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
+    return " ".join([*variables, "python", shlex.join(sys.argv)])
 
 
 def format_machine(machine: Mapping[str, Any], command: str) -> str:

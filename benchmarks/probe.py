@@ -2,7 +2,7 @@
 
 python benchmarks/probe.py startup SIDE
 python benchmarks/probe.py load SIDE FOLDER
-python benchmarks/probe.py step NETWORK SIDE SOURCE BATCH full|quick
+python benchmarks/probe.py step NETWORK SIDE SOURCE BATCH float32|bfloat16 full|quick
 """
 
 import json
@@ -110,20 +110,21 @@ def load(side: str, folder: str) -> dict[str, float]:
     }
 
 
-def step(name: str, side: str, source: str, batch: str, size: str) -> dict[str, float]:
+def step(*arguments: str) -> dict[str, float]:
     """Measure the peak of the resident memory that a training step adds to the network at rest, in the second step."""
     import torch
     from measure import reset_peak, resident_bytes
-    from sides import make_call, networks, read
+    from sides import make_call, make_step, networks, read
 
+    name, side, source, batch, precision, size = arguments
     torch.manual_seed(0)
     network = networks(size == "quick")[name]
     model = read(network, side, Path(source)).train()
-    call = make_call(network, side, model, int(batch))
-    call().square().mean().backward()  # allocates memory that stays
+    train = make_step(make_call(network, side, model, int(batch)), precision)
+    train()  # allocates memory that stays
     model.zero_grad(set_to_none=True)
     base = reset_peak()
-    call().square().mean().backward()
+    train()
     return {"peak": resident_bytes("VmHWM") - base}
 
 

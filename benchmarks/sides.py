@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from guided_diffusion.unet import UNetModel
-from lucidrains import Unet
 from torch import Tensor, nn
 
 from parity import CIFAR, DDPM, DDPM_BLOCKS, randomise
 from unet_denoiser import UNet
 
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TEXT_BLOCKS = {
     "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
@@ -39,10 +39,19 @@ class Network(NamedTuple):
     ours: dict[str, Any] | None  # options that ours needs besides the file; None: ours cannot build this network
     channels: int = 3
     context_dim: int | None = None
+    size: int = 32  # height and width of the inputs
+    bfloat16: bool = True  # False: the peer computes part in float32 and fails where its weights are bfloat16
+
+
+def build_lucidrains(**options: Any) -> nn.Module:
+    """Build the network of denoising-diffusion-pytorch, which is installed for `make bench` only."""
+    from lucidrains import Unet
+
+    return Unet(**options)
 
 
 def networks(quick: bool) -> dict[str, Network]:
-    """Return the networks by name, at half the width or less if quick; for 32x32 inputs and 77 tokens."""
+    """Return the networks by name, at half the width or less if quick."""
     width = 64 if quick else 128
     head = width // 2
     widths = (width // 4, width // 2, width // 2)
@@ -64,12 +73,13 @@ def networks(quick: bool) -> dict[str, Network]:
             context_dim=256,
         ),
         "narrow": Network("diffusers", UNet2DModel, narrow, ours={}),
-        "adm-small": Network("guided-diffusion", UNetModel, adm, ours=unstated),
+        "adm-small": Network("guided-diffusion", UNetModel, adm, ours=unstated, bfloat16=False),
         "lucidrains": Network(
             "denoising-diffusion-pytorch",
-            Unet,
+            build_lucidrains,
             {"dim": width, "dim_mults": (1, 2, 2, 2), "dropout": 0.1},
             ours=None,
+            bfloat16=False,
         ),
     }
 
@@ -96,25 +106,26 @@ def save(network: Network, folder: Path) -> Path:
     return folder / "model.pt"
 
 
-def read(network: Network, side: str, source: Path) -> nn.Module:
-    """Read one side's network, in evaluation mode, not compiled."""
+def read(network: Network, side: str, source: Path, precision: str = "float32") -> nn.Module:
+    """Read one side's network with weights in this precision, in evaluation mode, not compiled."""
     if side.startswith("ours"):
-        return UNet.from_pretrained(source, **network.ours or {})
+        return UNet.from_pretrained(source, **network.ours or {}).eval().to(PRECISIONS[precision])
     if source.is_dir():
-        model = network.build.from_pretrained(source)
-    else:
+        model = network.build.from_pretrained(source, torch_dtype=PRECISIONS[precision])
+    else:  # a peer that has no bfloat16
         model = network.build(**network.options)
         model.load_state_dict(torch.load(source, weights_only=True))
     return model.eval().to(memory_format=torch.channels_last) if "channels-last" in side else model.eval()
 
 
 def make_call(network: Network, side: str, model: nn.Module, batch: int) -> Callable[[], Tensor]:
-    """Return the forward call of one side, on inputs that are the same for all sides."""
+    """Return the forward call of one side, on inputs in its weights' precision that are the same for all sides."""
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(batch, network.channels, 32, 32, generator=generator)
+    dtype = next(model.parameters()).dtype
+    x = torch.randn(batch, network.channels, network.size, network.size, generator=generator).to(dtype)
     inputs = [x, torch.randint(0, 1000, (batch,), generator=generator)]
     if network.context_dim:
-        inputs.append(torch.randn(batch, 77, network.context_dim, generator=generator))
+        inputs.append(torch.randn(batch, 77, network.context_dim, generator=generator).to(dtype))
     if "channels-last" in side:
         inputs[0] = x.to(memory_format=torch.channels_last)
     if "compiled" in side:
@@ -122,3 +133,19 @@ def make_call(network: Network, side: str, model: nn.Module, batch: int) -> Call
     if side.startswith("diffusers"):
         return lambda: model(*inputs).sample
     return lambda: model(*inputs)
+
+
+def autocast(call: Callable[[], Tensor], precision: str) -> Callable[[], Tensor]:
+    """Return a forward call under autocast if the precision is bfloat16, else as it is."""
+
+    def run() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return call()
+
+    return run if precision == "bfloat16" else call
+
+
+def make_step(call: Callable[[], Tensor], precision: str) -> Callable[[], None]:
+    """Return a training step of a forward call: loss and backward pass, in bfloat16 with the forward under autocast."""
+    forward = autocast(call, precision)
+    return lambda: forward().float().square().mean().backward()

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from unet_denoiser.training.prefetch import copy_ahead, to_device
 
@@ -99,22 +98,3 @@ def test_at_most_one_batch_is_read_ahead_of_the_step(streams):
     for number in range(4):
         assert int(next(steps)["image"]) == number
         assert len(read) == min(number + 2, 4)
-
-
-class Copies(TorchDispatchMode):
-    """Counts copies to a device."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.aten._to_copy.default
-        return func(*args, **(kwargs or {}))
-
-
-def test_other_devices_get_each_batch_when_they_ask():
-    read = []
-    batches = (read.append(i) or {"image": torch.ones(2), "labels": [torch.zeros(1)]} for i in range(3))
-    with Copies() as copies:
-        for number, batch in enumerate(to_device(batches, torch.device("meta"))):
-            assert (batch["image"].device.type, batch["labels"][0].device.type) == ("meta", "meta")
-            assert (len(read), copies.count) == (number + 1, 2 * (number + 1))

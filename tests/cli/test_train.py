@@ -55,6 +55,22 @@ def test_the_first_lines_say_what_is_trained_on_what(capsys):
     assert "training: 5 steps of 4 images, which shows each image 0.014 times; goes on after step 3" in printed
 
 
+def test_a_precision_that_the_device_chose_is_said_and_kept(monkeypatch, capsys):
+    with monkeypatch.context() as on_a_gpu:
+        on_a_gpu.setattr("unet_denoiser.training.distributed.default_precision", lambda device: "bf16")
+        main(["train", "digits", "--out", "run", *TINY])
+        assert "on cpu in bfloat16 (float32 with --mixed-precision no)" in capsys.readouterr().out
+    assert Run.load("run").training.mixed_precision == "bf16"
+    main(["train", "--resume", "run", "--steps", "4"])  # where the default is float32
+    assert "on cpu in bfloat16" in capsys.readouterr().out
+    main(["train", "--resume", "run", "--steps", "5", "--mixed-precision", "no"])
+    assert "on cpu in float32\n" in capsys.readouterr().out
+    monkeypatch.setattr("unet_denoiser.training.distributed.default_precision", lambda device: "bf16")
+    main(["train", "--resume", "run", "--steps", "6"])
+    assert "on cpu in float32\n" in capsys.readouterr().out
+    assert Run.load("run").training.mixed_precision == "no"
+
+
 def test_something_is_said_before_torch_is_imported():
     code = """
 import sys

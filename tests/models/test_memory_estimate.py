@@ -69,6 +69,13 @@ def test_autocast_keeps_half_of_the_activations_and_half_size_weights():
         assert found == pytest.approx(kept_bytes(model, inputs(TEXT, 4)), rel=0.01)
 
 
+def test_the_precision_is_that_of_a_training_on_the_device(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)  # an estimate for another machine's GPU
+    for device, precision in (("cpu", "no"), ("cuda", "bf16")):
+        expected = estimate(TEXT, MemoryConfig(batch_size=4, mixed_precision=precision), device)
+        assert estimate(TEXT, MemoryConfig(batch_size=4), device) == expected
+
+
 def test_peak_equals_the_allocations_of_a_real_step():
     model = UNet.from_config(PLAIN).train()
     given = inputs(PLAIN, 8)

@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unet_denoiser import Diffusion, UNet, sample, training_losses
+from unet_denoiser.training.prefetch import to_device
 
 NETWORK = {
     "model_channels": 32, "channel_mult": (1, 2), "attention_resolutions": (8,), "num_heads": 2, "context_dim": 8,
@@ -72,6 +73,16 @@ def test_a_training_step_waits_for_nothing(network, prediction_type, variance_ty
         training_losses(process, model, x, **conditions).loss.mean().backward()
     assert copies.count == 0
     assert model.input_conv.weight.grad is not None
+
+
+def test_each_tensor_of_a_batch_is_copied_once_when_its_step_comes():
+    """A GPU gets it one step ahead, without a wait: tests/training/test_prefetch.py."""
+    read = []
+    batches = (read.append(i) or {"image": torch.ones(2), "labels": [torch.zeros(1)]} for i in range(3))
+    with Copies() as copies:
+        for number, batch in enumerate(to_device(batches, torch.device("meta")), start=1):
+            assert (batch["image"].device.type, batch["labels"][0].device.type) == ("meta", "meta")
+            assert (len(read), copies.count) == (number, 2 * number)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpm++", "euler", "heun"])  # diffusers' unipc makes tensors in each step

@@ -1,6 +1,7 @@
 """The cached U-Net: shallow and deep parts, embeddings computed once, forecast features, compiling."""
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -222,7 +223,7 @@ SEEDS = {
 
 
 def test_compiled_entry_points_give_the_same_samples(monkeypatch):
-    monkeypatch.setattr(module, "_compile", lambda part: torch.compile(part, backend="eager", fullgraph=True))
+    monkeypatch.setattr(module, "_compile", lambda part, graphs: torch.compile(part, backend="eager", fullgraph=True))
     model = small(num_classes=5, channel_mult=(1,))
     options = {"seeds": [0, 1], "num_inference_steps": 7, "class_labels": torch.arange(2), "reuse": 3}
     plain = sample(model, Diffusion(), **options)
@@ -238,7 +239,7 @@ def test_warns_and_continues_without_a_compiler(monkeypatch):
         tried.append(args)
         raise BackendCompilerFailed("inductor", RuntimeError("no C++ compiler"), None)
 
-    monkeypatch.setattr(torch, "compile", lambda function: fail)
+    monkeypatch.setattr(torch, "compile", lambda function, mode: fail)
     module._compile.cache_clear()
     model, options = small(), {"seeds": [0, 1, 2], "num_inference_steps": 6, "reuse": 3}
     with pytest.warns(UserWarning, match="compile=True: torch.compile fails here, going on without it: .*no C.. comp"):
@@ -246,6 +247,37 @@ def test_warns_and_continues_without_a_compiler(monkeypatch):
     module._compile.cache_clear()
     assert len(tried) == 2  # once for each entry point, not in every call
     assert torch.equal(compiled, sample(model, Diffusion(), batch_size=1, **options))
+
+
+@pytest.mark.parametrize(("device", "graphs"), [("cpu", False), ("cuda", True), ("mps", False)])
+def test_a_gpu_compiles_to_cuda_graphs(monkeypatch, device, graphs):
+    seen = []
+    monkeypatch.setattr(module, "_compile", lambda part, graphs: seen.append((part, graphs)))
+    monkeypatch.setattr(UNet, "device", torch.device(device))
+    make_cached_unet(small(), compile=True)
+    make_cached_unet(small())
+    assert seen == [(module._run_full, graphs), (module._run_shallow, graphs)]
+    with ThreadPoolExecutor(1) as pool:  # where some versions of torch cannot use them
+        pool.submit(make_cached_unet, small(), compile=True).result()
+    assert seen[2:] == [(module._run_full, False), (module._run_shallow, False)]
+
+
+def test_outputs_of_cuda_graphs_outlive_the_next_replay(monkeypatch):
+    """A replay writes to the memory of the one before, as this stand-in does."""
+    memory = torch.zeros(2, 3)
+    modes = []
+
+    def compiled(function, mode):
+        modes.append(mode)
+        return lambda value: (memory[0].fill_(value), memory[1].fill_(-value))
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    module._compile.cache_clear()
+    call = module._compile(module._run_full, True)
+    first, second = call(1.0), call(2.0)
+    module._compile.cache_clear()
+    assert modes == ["reduce-overhead"]
+    assert [t.tolist() for t in (*first, *second)] == [[1.0] * 3, [-1.0] * 3, [2.0] * 3, [-2.0] * 3]
 
 
 def test_hooked_networks_are_called_as_they_are():

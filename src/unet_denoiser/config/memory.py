@@ -17,7 +17,8 @@ class MemoryConfig:
         gradient_accumulation_steps: micro-batches that each process splits its share of the batch into.
         image_size: one number, or height and width (default: the network's).
         context_tokens: tokens of the context, for a network with cross-attention.
-        mixed_precision: "no" (float32), "bf16" or "fp16" (autocast: the weights stay float32).
+        mixed_precision: "no" (float32), "bf16" or "fp16" (autocast: the weights stay float32) (default: that of a
+            training on the device).
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
         sharding: "none" (one process), "ddp" (a copy on each GPU) or "fsdp" (FSDP2: a share on each GPU).
         num_processes: GPUs, over all machines.
@@ -32,7 +33,7 @@ class MemoryConfig:
     gradient_accumulation_steps: int = 1
     image_size: tuple[int, ...] | None = None
     context_tokens: int = 77
-    mixed_precision: MixedPrecision = "no"
+    mixed_precision: MixedPrecision | None = None
     gradient_checkpointing: bool = False
     sharding: Sharding = "none"
     num_processes: int = 1

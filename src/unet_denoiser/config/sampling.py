@@ -41,7 +41,8 @@ class SamplingConfig:
         reuse: compute the deep layers in every so many network calls only and forecast their features in the others
             (after DeepCache, Ma et al. 2023): with 50 steps, 5 takes some 0.35 of the time; fewer steps need less.
         compile: run the network through torch.compile. The first call takes half a minute to several minutes (32 s for
-            1.2M parameters on one core), again for each batch size; it pays for thousands of images.
+            1.2M parameters on one core), again for each batch size; it pays for thousands of images. On a GPU its
+            kernels are replayed as CUDA graphs.
 
     Raises:
         ValueError: an option that cannot work, with its name, its value and a valid one.

@@ -34,7 +34,7 @@ class TrainingConfig:
         seed: seed of weights, data order, noise and previews.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
         mixed_precision: "bf16" or "fp16" (GPUs only) for convolutions and matrix products; weights, norms, softmax,
-            embeddings and loss stay in float32.
+            embeddings and loss stay in float32 (default: "bf16" on a GPU that computes in it, else "no").
         max_bad_steps: a step whose loss or gradients are not finite is skipped; after this many in a row, training
             stops and reports where they come from.
         lora_rank: train a LoRA of this rank on the attention projections instead of all weights; needs --init.
@@ -68,7 +68,7 @@ class TrainingConfig:
     condition_dropout: float = 0.1
     seed: int = 0
     gradient_checkpointing: bool = False
-    mixed_precision: base.MixedPrecision = "no"
+    mixed_precision: base.MixedPrecision | None = None
     max_bad_steps: int = 20
     lora_rank: int | None = None
     checkpoint_every: int | str = "10m"

@@ -24,6 +24,7 @@ from unet_denoiser.config.unet import UNetConfig
 from unet_denoiser.models.layers.rules import convolutions_as_on
 from unet_denoiser.models.summary import count_flops, example_inputs
 from unet_denoiser.models.unet import UNet
+from unet_denoiser.utils.device import default_precision
 
 # glibc's heap keeps holes between longer-lived tensors: this share of the temporary memory, up to this limit, as large
 # blocks seldom lie in the heap. Fitted to the measurements of docs/results/scaling.md; with
@@ -68,6 +69,7 @@ def estimate(config: UNetConfig, memory: MemoryConfig, device: str = "cpu") -> M
         ValueError: an image size with a wrong number of axes.
     """
     size = None if memory.image_size is None else per_axis(memory.image_size, config.dims)
+    memory = replace(memory, mixed_precision=memory.mixed_precision or default_precision(device))
     fsdp, half = memory.sharding == "fsdp", memory.mixed_precision != "no"
     keep_gradients = not fsdp and memory.gradient_accumulation_steps == 1  # else each goes once it is added or sent
     counted = _simulate(config, replace(memory, optimizer_states=0, ema=False), keep_gradients, device)

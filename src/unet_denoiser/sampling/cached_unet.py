@@ -7,6 +7,7 @@ linearly. So most calls can run the outermost layers alone, with a forecast of t
 import warnings
 from collections.abc import Callable, Mapping
 from functools import cache
+from threading import current_thread, main_thread
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from unet_denoiser.models.layers.context import Context
 from unet_denoiser.models.layers.rules import has_hooks
 from unet_denoiser.models.unet import UNet
 
+_Entry = Callable[..., tuple[Tensor, ...]]
 SHALLOW_BLOCKS = 1  # decoder blocks that run in every call: with more the error shrinks less than the time grows
 WARM_UP_FRACTION = 0.12  # of the calls, at the start, compute everything: features do not follow a line there yet
 
@@ -67,15 +69,18 @@ class CachedUNet:
             last one; other calls forecast them from the last two computed so far apart. It counts network calls, so a
             sampler with two calls per step computes them in every (reuse / 2)-th step. A call with another batch (a
             guidance interval begins or ends) computes them too. None and 1 compute them always.
-        compile: run both entry points, with and without deep features, through torch.compile.
+        compile: run both entry points, with and without deep features, through torch.compile; on a GPU as CUDA graphs.
     """
 
     def __init__(
         self, model: UNet, timesteps: Tensor | None = None, *, reuse: int | None = None, compile: bool = False
     ) -> None:
         self.model, self.reuse = model, reuse or 1
-        self.run_full: Callable[..., Any] = _compile(_run_full) if compile else _run_full
-        self.run_shallow: Callable[..., Any] = _compile(_run_shallow) if compile else _run_shallow
+        self.run_full, self.run_shallow = _run_full, _run_shallow
+        if compile:
+            # torch keeps the graphs of each thread apart, and some of its versions fail outside of the main thread
+            graphs = model.device.type == "cuda" and current_thread() is main_thread()
+            self.run_full, self.run_shallow = _compile(_run_full, graphs), _compile(_run_shallow, graphs)
         self.num_calls, self.call = 0 if timesteps is None else len(timesteps), -1
         self.warm_up = round(WARM_UP_FRACTION * self.num_calls)
         self.timesteps = None if timesteps is None else timesteps.unique().to(model.device)
@@ -97,7 +102,8 @@ class CachedUNet:
             self.current, self.features = conditions, []
         is_near = bool(self.features) and self.call - self.features[-1][0] < self.reuse
         if is_near and self.warm_up <= self.call != self.num_calls - 1:
-            return self.run_shallow(self.model, x, emb, conditions.context, self._forecast()).float()
+            (out,) = self.run_shallow(self.model, x, emb, conditions.context, self._forecast())
+            return out.float()
         out, deep = self.run_full(self.model, x, emb, conditions.context)
         if self.reuse > 1:
             # features of neighbouring calls differ too little to tell where they go
@@ -139,22 +145,27 @@ def _run_full(model: UNet, x: Tensor, emb: Tensor, context: Context | None) -> t
     return model.decode_shallow(deep, skips, emb, context), deep
 
 
-def _run_shallow(model: UNet, x: Tensor, emb: Tensor, context: Context | None, deep: Tensor) -> Tensor:
+def _run_shallow(model: UNet, x: Tensor, emb: Tensor, context: Context | None, deep: Tensor) -> tuple[Tensor]:
     """Return the output for given deep features."""
-    return model.decode_shallow(deep, model.encode_shallow(x, emb, context, SHALLOW_BLOCKS), emb, context)
+    return (model.decode_shallow(deep, model.encode_shallow(x, emb, context, SHALLOW_BLOCKS), emb, context),)
 
 
 @cache
-def _compile(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """Run a function through torch.compile; without a compiler, warn once, in one line, and run it uncompiled."""
+def _compile(plain: _Entry, graphs: bool) -> _Entry:
+    """Run a function through torch.compile; without a compiler, warn once, in one line, and run it uncompiled.
+
+    Args:
+        graphs: replay its kernels as CUDA graphs, so that a small batch does not wait for the CPU to launch them.
+    """
     from torch._dynamo.exc import TorchDynamoException
 
-    run = torch.compile(plain)
+    run: _Entry = torch.compile(plain, mode="reduce-overhead" if graphs else None)
 
-    def call(*args: Any) -> Any:
+    def call(*args: Any) -> tuple[Tensor, ...]:
         nonlocal run
         try:
-            return run(*args)
+            out = run(*args)
+            return tuple(t.clone() for t in out) if graphs else out  # the next replay writes to the same memory
         except TorchDynamoException as error:
             if run is plain:
                 raise

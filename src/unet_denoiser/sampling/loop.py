@@ -19,6 +19,7 @@ from unet_denoiser.sampling.cached_unet import make_cached_unet
 from unet_denoiser.sampling.guidance import Guidance
 from unet_denoiser.sampling.samplers import Generators, Sampler
 from unet_denoiser.utils.broadcasting import append_dims
+from unet_denoiser.utils.device import allow_tf32
 
 Edit = Callable[[Tensor, float], Tensor]
 
@@ -181,6 +182,7 @@ def sample_steps(model: UNet, process: Diffusion, *, seeds: Sequence[int] | int,
 def _run_batches(model: UNet, sampler: Sampler, request: SamplingRequest, shape: tuple[int, ...]) -> Iterator[Step]:
     """Run all batches with one sampler; a sample has shape `shape`."""
     run, device = request.loop or denoise_steps, model.device
+    allow_tf32(device.type)
     with _evaluation_mode(model, request.guide):
         for first in range(0, len(request.seeds), request.batch_size):
             indices = slice(first, min(first + request.batch_size, len(request.seeds)))

@@ -2,25 +2,33 @@
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from unet_denoiser.config.training import TrainingConfig
-from unet_denoiser.utils.device import resolve_device
+from unet_denoiser.utils.device import allow_tf32, default_precision, has_bfloat16, resolve_device
+
+
+def with_precision(config: TrainingConfig) -> TrainingConfig:
+    """Return the configuration with the precision that its device has by default, if none was chosen."""
+    precision = config.mixed_precision or default_precision(resolve_device(config.device))
+    return replace(config, mixed_precision=precision)
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
     """Create Accelerate's engine: for one process, or with `accelerate launch` for several, by DDP or FSDP2.
 
-    ValueError if device or precision is not available, or the batch cannot be divided among the processes.
+    The configuration has a precision, as from `with_precision`. ValueError if device or precision is not available, or
+    the batch cannot be divided among the processes.
     """
     device = resolve_device(config.device)
     _check_precision(config.mixed_precision, device)
+    allow_tf32(device)
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in ("no", config.mixed_precision):
         raise ValueError(
@@ -40,11 +48,10 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     return accelerator
 
 
-def _check_precision(precision: str, device: str) -> None:
+def _check_precision(precision: str | None, device: str) -> None:
     if precision == "fp16" and device != "cuda":
         raise ValueError(f"mixed_precision='fp16' needs a CUDA GPU, and this is {device}; give 'bf16' or 'no'")
-    no_bf16 = device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-    if precision == "bf16" and (no_bf16 or device == "mps"):
+    if precision == "bf16" and (device == "mps" or (device == "cuda" and not has_bfloat16())):
         raise ValueError(f"mixed_precision='bf16' is not supported by this {device} device; give 'no'")
 
 

@@ -34,6 +34,11 @@ from unet_denoiser.utils.device import resolve_device
 from unet_denoiser.utils.files import check_writable
 
 TIMED_STEPS, TIMED_SECONDS = 20, 5.0  # steps that are timed, at most
+PRECISIONS = {  # in the first lines, which say how a default can be changed
+    "no": "float32",
+    "bf16": "bfloat16 (float32 with --mixed-precision no)",
+    "fp16": "float16 (float32 with --mixed-precision no)",
+}
 Say = Callable[[str], object]  # tells the user a line
 
 
@@ -249,7 +254,7 @@ def _introduce(run: Run, trainer: Trainer, say: Say, seconds_per_step: float | N
     """Say which network is trained how long, and where the run is."""
     training, accelerator = run.training, trainer.accelerator
     total = sum(p.numel() for p in trainer.model.parameters())
-    precision = {"no": "float32"}.get(training.mixed_precision, training.mixed_precision)
+    precision = PRECISIONS[trainer.config.mixed_precision or "no"]
     widths = ", ".join(map(str, run.model.widths))
     say(f"network: {total:,} parameters, levels of {widths} channels; on {accelerator.device} in {precision}")
     length = f"{training.steps:,} steps of {training.batch_size} images"

@@ -90,6 +90,7 @@ def train(run: Run, trainer: Trainer) -> Iterator[TrainingStep]:
             preview.
         NonFiniteError, OSError: training cannot continue; the last good checkpoint is unchanged.
     """
+    run = run.with_training(mixed_precision=trainer.config.mixed_precision)  # so that it is kept on other devices
     with _lock(run.path) if trainer.accelerator.is_main_process else nullcontext():
         metrics, signals = _prepare_directory(run, trainer), [0]
 

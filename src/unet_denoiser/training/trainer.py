@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from unet_denoiser.config.defaults import default_learning_rate
@@ -24,9 +24,10 @@ from unet_denoiser.diffusion.process import Diffusion
 from unet_denoiser.models.conditions import Conditions
 from unet_denoiser.models.unet import UNet
 from unet_denoiser.training.checkpoints import select_averages
-from unet_denoiser.training.distributed import gather_full, make_accelerator, shard_like
+from unet_denoiser.training.distributed import gather_full, make_accelerator, shard_like, with_precision
 from unet_denoiser.training.ema import EMA, inner_name, unwrap
 from unet_denoiser.training.lora import add_lora, merge_lora_weights
+from unet_denoiser.training.prefetch import to_device
 from unet_denoiser.training.randomness import DROPPABLE, LossDraws, condition_dropout, draw_for_loss, seed_dropout
 from unet_denoiser.utils.finite import NonFiniteError, first_nonfinite_gradient, first_nonfinite_module
 
@@ -80,7 +81,7 @@ class Trainer:
     """
 
     def __init__(self, model: UNet, process: Diffusion, data: Any, config: TrainingConfig | Mapping[str, Any]) -> None:
-        config = config if isinstance(config, TrainingConfig) else TrainingConfig(**config)
+        config = with_precision(config if isinstance(config, TrainingConfig) else TrainingConfig(**config))
         given, model, data = model, unwrap(model), as_dataset(data)
         _check_fit(model.config, process, data)
         self.process, self.data, self.config = process, data, config
@@ -192,7 +193,7 @@ class Trainer:
         options |= {"num_processes": self.accelerator.num_processes, "process_index": self.accelerator.process_index}
         loader = make_loader(self.data, c.batch_size, seed=c.seed, start=self.step, stop=c.steps, **options)
         self.data_timer = DataTimer(loader)
-        return (send_to_device(batch, device, non_blocking=True) for batch in self.data_timer)
+        return to_device(self.data_timer, device)
 
     def _split(self, batch: Mapping[str, Tensor]) -> list[MicroBatch]:
         """Draw the randomness of a loaded batch and divide it into micro-batches."""

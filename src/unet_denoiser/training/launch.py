@@ -250,8 +250,9 @@ def _introduce(run: Run, trainer: Trainer, say: Say, seconds_per_step: float | N
     training, accelerator = run.training, trainer.accelerator
     total = sum(p.numel() for p in trainer.model.parameters())
     precision = {"no": "float32"}.get(training.mixed_precision, training.mixed_precision)
+    compiled = ", compiled in the first step" if training.compile else ""
     widths = ", ".join(map(str, run.model.widths))
-    say(f"network: {total:,} parameters, levels of {widths} channels; on {accelerator.device} in {precision}")
+    say(f"network: {total:,} parameters, levels of {widths} channels; on {accelerator.device} in {precision}{compiled}")
     length = f"{training.steps:,} steps of {training.batch_size} images"
     if isinstance(trainer.data, ImageDataset):
         passes = training.steps * training.batch_size / len(trainer.data)

@@ -24,6 +24,7 @@ from unet_denoiser.diffusion.process import Diffusion
 from unet_denoiser.models.conditions import Conditions
 from unet_denoiser.models.unet import UNet
 from unet_denoiser.training.checkpoints import select_averages
+from unet_denoiser.training.compilation import compile_blocks
 from unet_denoiser.training.distributed import gather_full, make_accelerator, shard_like
 from unet_denoiser.training.ema import EMA, inner_name, unwrap
 from unet_denoiser.training.lora import add_lora, merge_lora_weights
@@ -95,6 +96,8 @@ class Trainer:
             add_lora(model, config.lora_rank)
         if model.time_cond is not None:
             model.time_cond.requires_grad_(False)  # nothing feeds it here, and DDP waits for every weight's gradient
+        if config.compile:
+            compile_blocks(model)
         trained = [p for p in model.parameters() if p.requires_grad]
         self.learning_rate = config.learning_rate or default_learning_rate(model.config.model_channels)
         optimizer = torch.optim.AdamW(trained, self.learning_rate, weight_decay=config.weight_decay, fused=True)
@@ -151,9 +154,8 @@ class Trainer:
 
         Every process must call it.
         """
-        averages = self.ema.averages()
         named = {inner_name(name): t for name, t in self.model.state_dict().items()}
-        frozen = {name: t for name, t in named.items() if name not in averages}
+        frozen = {name: t for name, t in named.items() if name not in self.ema.averages()}
         weights = gather_full(frozen, keep=self.accelerator.is_main_process) | select_averages(tensors)
         return merge_lora_weights(weights)
 

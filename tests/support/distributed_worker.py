@@ -1,10 +1,12 @@
-"""Run in two processes by tests/training/test_distributed.py: DDP, resuming with DDP, and FSDP2.
+"""Run in two processes by tests/training/test_distributed.py: DDP, resuming with DDP, and FSDP2; compiled too.
 
 Accelerate does not shard on CPUs; here its code for that is switched on all the same.
 """
 
 import shutil
 import sys
+import warnings
+from functools import partial
 from pathlib import Path
 
 import accelerate
@@ -48,8 +50,12 @@ if __name__ == "__main__":
     if first.accelerator.is_main_process:
         shutil.copy(Run.load(folder / "ddp").checkpoints.find("3"), folder / "again" / "checkpoints")
     finish(folder / "again", 3)
+    torch.compile = partial(torch.compile, backend="aot_eager")  # without generating code
+    warnings.filterwarnings("error", "compile=True")  # as when torch cannot compile
+    finish(folder / "ddp-compiled", 2)
     distributed.Accelerator = sharding
     sharded = finish(folder / "fsdp", 2)
     assert all(isinstance(p, DTensor) for p in sharded.model.parameters())
     assert all(isinstance(a, DTensor) for a in sharded.ema.averages().values())
+    finish(folder / "fsdp-compiled", 2)
     torch.distributed.destroy_process_group()

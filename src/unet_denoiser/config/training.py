@@ -35,6 +35,8 @@ class TrainingConfig:
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
         mixed_precision: "bf16" or "fp16" (GPUs only) for convolutions and matrix products; weights, norms, softmax,
             embeddings and loss stay in float32 (default: "bf16" on a GPU that computes in it, else "no").
+        compile: run the network's blocks through torch.compile, which shares code among blocks of the same shape; the
+            first step takes a minute or more.
         max_bad_steps: a step whose loss or gradients are not finite is skipped; after this many in a row, training
             stops and reports where they come from.
         lora_rank: train a LoRA of this rank on the attention projections instead of all weights; needs --init.
@@ -69,6 +71,7 @@ class TrainingConfig:
     seed: int = 0
     gradient_checkpointing: bool = False
     mixed_precision: base.MixedPrecision | None = None
+    compile: bool = False
     max_bad_steps: int = 20
     lora_rank: int | None = None
     checkpoint_every: int | str = "10m"
@@ -124,7 +127,14 @@ def _check_interval(name: str, value: int | str) -> None:
         raise ValueError(f"{name}={value} must be a number of steps, at least 1, or a time as in 90s, 10m or 1h")
 
 
-# options that `--resume` may change: none but steps and mixed_precision changes what is learned
-_SPEED = ("gradient_accumulation_steps", "gradient_checkpointing", "mixed_precision", "num_workers", "device")
+# options that `--resume` may change: none but steps, mixed_precision and compile changes what is learned
+_SPEED = (
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "mixed_precision",
+    "compile",
+    "num_workers",
+    "device",
+)
 _SAVING = ("checkpoint_every", "keep_last", "keep_every", "keep_best", "preview_every", "track")
 TRAINING_CHANGEABLE = frozenset(["steps", "max_bad_steps", *_SPEED, *_SAVING])

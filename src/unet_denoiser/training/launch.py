@@ -255,8 +255,9 @@ def _introduce(run: Run, trainer: Trainer, say: Say, seconds_per_step: float | N
     training, accelerator = run.training, trainer.accelerator
     total = sum(p.numel() for p in trainer.model.parameters())
     precision = PRECISIONS[trainer.config.mixed_precision or "no"]
+    compiled = ", compiled in the first step" if training.compile else ""
     widths = ", ".join(map(str, run.model.widths))
-    say(f"network: {total:,} parameters, levels of {widths} channels; on {accelerator.device} in {precision}")
+    say(f"network: {total:,} parameters, levels of {widths} channels; on {accelerator.device} in {precision}{compiled}")
     length = f"{training.steps:,} steps of {training.batch_size} images"
     if isinstance(trainer.data, ImageDataset):
         passes = training.steps * training.batch_size / len(trainer.data)

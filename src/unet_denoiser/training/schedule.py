@@ -1,7 +1,9 @@
-"""When checkpoints and previews are due: at steps, or by time."""
+"""The learning rate of each step, and when checkpoints and previews are due: at steps, or by time."""
 
 import time
 from collections.abc import Callable
+
+import numpy as np
 
 from unet_denoiser.config.training import TrainingConfig, parse_duration
 
@@ -78,3 +80,12 @@ class Schedule:
         """Return how many samples a preview can make in a minute, by the time of the last training step."""
         per_image = self.step_seconds / self.config.batch_size / 3  # a backward pass takes about two forward passes
         return max(1, int(PREVIEW_SECONDS / max(1e-9, per_image * num_inference_steps)))
+
+
+def learning_rate_at(step: int, highest: float, config: TrainingConfig) -> float:
+    """Return the learning rate of a step: a linear warm-up, then half a cosine down to zero at the last step."""
+    warmup = min(config.warmup_steps, config.steps // 2)
+    if step < warmup:
+        return highest * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, config.steps - warmup)
+    return highest * float(0.5 + 0.5 * np.cos(np.pi * min(1.0, progress)))

@@ -5,7 +5,6 @@ from contextlib import nullcontext
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
@@ -24,11 +23,13 @@ from unet_denoiser.diffusion.process import Diffusion
 from unet_denoiser.models.conditions import Conditions
 from unet_denoiser.models.unet import UNet
 from unet_denoiser.training.checkpoints import select_averages
+from unet_denoiser.training.compilation import compile_blocks
 from unet_denoiser.training.distributed import gather_full, make_accelerator, shard_like, with_precision
 from unet_denoiser.training.ema import EMA, inner_name, unwrap
 from unet_denoiser.training.lora import add_lora, merge_lora_weights
 from unet_denoiser.training.prefetch import to_device
 from unet_denoiser.training.randomness import DROPPABLE, LossDraws, condition_dropout, draw_for_loss, seed_dropout
+from unet_denoiser.training.schedule import learning_rate_at
 from unet_denoiser.utils.finite import NonFiniteError, first_nonfinite_gradient, first_nonfinite_module
 
 
@@ -96,6 +97,8 @@ class Trainer:
             add_lora(model, config.lora_rank)
         if model.time_cond is not None:
             model.time_cond.requires_grad_(False)  # nothing feeds it here, and DDP waits for every weight's gradient
+        if config.compile:
+            compile_blocks(model)
         trained = [p for p in model.parameters() if p.requires_grad]
         self.learning_rate = config.learning_rate or default_learning_rate(model.config.model_channels)
         optimizer = torch.optim.AdamW(trained, self.learning_rate, weight_decay=config.weight_decay, fused=True)
@@ -112,7 +115,7 @@ class Trainer:
         """
         for batch in self._batches():
             self.prepared.train()
-            learning_rate = self._learning_rate(self.step)
+            learning_rate = learning_rate_at(self.step, self.learning_rate, self.config)
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
             parts = self._split(batch)
@@ -275,15 +278,6 @@ class Trainer:
         start = part.first - self.step * size
         indices = next(iter(batches))[start : start + len(part.x0)]
         return f"{', '.join(str(int(index)) for index in indices)} of the data"
-
-    def _learning_rate(self, step: int) -> float:
-        """Return the learning rate of a step: a linear warm-up, then half a cosine down to zero at the last step."""
-        c = self.config
-        highest, warmup = self.learning_rate, min(c.warmup_steps, c.steps // 2)
-        if step < warmup:
-            return highest * (step + 1) / (warmup + 1)
-        progress = (step - warmup) / max(1, c.steps - warmup)
-        return highest * float(0.5 + 0.5 * np.cos(np.pi * min(1.0, progress)))
 
 
 def _check_fit(config: UNetConfig, process: Diffusion, data: ImageDataset | StreamDataset) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from unet_denoiser.models.layers.common import may_overwrite_output
 from unet_denoiser.models.layers.kernels import Problem, load_kernels
 from unet_denoiser.models.layers.rules import has_norm_kernel
+from unet_denoiser.models.layers.traced import group_norm_by_sums, is_generated
 from unet_denoiser.utils.broadcasting import append_dims
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -23,6 +24,8 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         if has_norm_kernel(self, x, ()):
             return _fused(self, x, Modulation(), Activation(used=False))
+        if is_generated(x) and x.ndim > 2:
+            return group_norm_by_sums(x, self)
         trained = torch.is_grad_enabled() and (self.weight.requires_grad or self.bias.requires_grad)
         last = _CHANNELS_LAST.get(x.ndim)
         if trained and not x.requires_grad and x.device.type == "cpu" and last and x.is_contiguous(memory_format=last):

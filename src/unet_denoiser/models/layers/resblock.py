@@ -21,6 +21,7 @@ from unet_denoiser.models.layers.norm import Activation, Modulation, group_norm,
 from unet_denoiser.models.layers.recompute import recompute_input
 from unet_denoiser.models.layers.resampling import average_pool, identity, upsample_nearest
 from unet_denoiser.models.layers.rules import is_channels_last
+from unet_denoiser.models.layers.traced import hashed_mask, is_generated
 
 
 class ResBlock(nn.Module):
@@ -99,7 +100,7 @@ def draw_dropout_mask(like: Tensor, p: float) -> Tensor:
     One draw of 63 bits serves four values: on a CPU, a fifth of the time of torch's own mask.
     """
     if torch.compiler.is_compiling():  # a generated kernel draws without a mask in memory
-        return torch.rand_like(like) >= p
+        return hashed_mask(like, p) if is_generated(like) else torch.rand_like(like) >= p
     draws = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device).random_()
     fifteen_bits = draws.view(torch.int16)[: like.numel()] & (2**15 - 1)  # random_ leaves the sign bit of int64 zero
     keep = fifteen_bits >= _to_fifteen_bits(p)

@@ -76,7 +76,8 @@ class CachedUNet:
         self, model: UNet, timesteps: Tensor | None = None, *, reuse: int | None = None, compile: bool = False
     ) -> None:
         self.model, self.reuse = model, reuse or 1
-        self.run_full, self.run_shallow = _run_full, _run_shallow
+        self.run_full: Callable[..., Any] = _run_full
+        self.run_shallow: Callable[..., Any] = _run_shallow
         if compile:
             # torch keeps the graphs of each thread apart, and some of its versions fail outside of the main thread
             graphs = model.device.type == "cuda" and current_thread() is main_thread()

@@ -40,20 +40,21 @@ def compile_blocks(network: nn.Module) -> None:
                 usable = False
                 reason = " ".join(str(error).split("\n\n")[0].split())
                 warnings.warn(f"compile=True: torch.compile fails here, going on without it: {reason}", stacklevel=2)
-        return type(module).forward(module, *args)  # type: ignore[no-any-return]
+        return type(module).forward(module, *args)
 
     for module in network.modules():
         if isinstance(module, REPEATED):
             parameters = tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in module.named_parameters())
-            compiled = _compile(type(module), parameters)
+            kind: Any = type(module)
+            compiled = _compile(kind, parameters)
             # `forward` and not the call, so that hooks of the block itself (FSDP's) run around the compiled code
-            module.forward = partial(run, module, list(module.modules())[1:], compiled)
+            module.forward = partial(run, module, list(module.modules())[1:], compiled)  # type: ignore[method-assign]
 
 
 @cache
-def _compile(kind: type[nn.Module], parameters: tuple[Any, ...]) -> Callable[..., Tensor]:
+def _compile(kind: Any, parameters: tuple[Any, ...]) -> Callable[..., Tensor]:
     """Return the compiled forward of all modules of a class whose parameters are alike."""
-    plain: Any = kind.forward
+    plain = kind.forward
     # torch counts and looks up the graphs of a code object, so each kind gets a copy of its own
     copy = FunctionType(plain.__code__.replace(), plain.__globals__, plain.__name__, plain.__defaults__)
     return torch.compile(copy)

@@ -27,7 +27,8 @@ def copy_ahead(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
         with torch.cuda.stream(side):
             return send_to_device(batch, device, non_blocking=True), side.record_event()
 
-    for (batch, copied), _ in pairwise(chain(map(copy, batches), [None])):  # the copy of the next batch has begun
+    copies: Iterator[Any] = chain(map(copy, batches), [None])
+    for (batch, copied), _ in pairwise(copies):  # the copy of the next batch has begun
         using = torch.cuda.current_stream(device)
         using.wait_event(copied)
         # the memory is the side stream's: without this a later copy could get it while the step still reads it

@@ -57,6 +57,13 @@ def load_kernels() -> ctypes.CDLL | None:
     return library
 
 
+def require_kernels() -> ctypes.CDLL:
+    """Return the compiled library, which the caller knows to be there."""
+    library = load_kernels()
+    assert library is not None
+    return library
+
+
 def _fingerprint(compiler: str) -> str:
     """Return a digest of all that the compiled code depends on: a home directory may serve different machines."""
     parts = (_SOURCE.read_text(), compiler, *_FLAGS, *_MATH_FLAGS, platform.platform(), _read_processor())

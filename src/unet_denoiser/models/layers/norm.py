@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unet_denoiser.models.layers.common import may_overwrite_output
-from unet_denoiser.models.layers.kernels import Problem, load_kernels
+from unet_denoiser.models.layers.kernels import Problem, require_kernels
 from unet_denoiser.models.layers.rules import has_norm_kernel
 from unet_denoiser.models.layers.traced import group_norm_by_sums, is_generated
 from unet_denoiser.utils.broadcasting import append_dims
@@ -104,22 +104,22 @@ class _Call(NamedTuple):
     eps: float
     activation: Activation
 
-    def forward(self, x: Tensor, *vectors: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, *vectors: Any) -> tuple[Tensor, Tensor]:
         """Return the output, and mean and inverse standard deviation (2, N, groups)."""
         y, statistics = torch.empty_like(x), x.new_empty((2, len(x), self.groups), dtype=torch.float32)
         problem = self._pose(x, vectors)
-        load_kernels().norm_forward(problem, x.data_ptr(), y.data_ptr(), statistics.data_ptr())
+        require_kernels().norm_forward(problem, x.data_ptr(), y.data_ptr(), statistics.data_ptr())
         return y, statistics
 
-    def backward(self, x: Tensor, dy: Tensor, statistics: Tensor, *vectors: Tensor | None) -> tuple[Tensor, Tensor]:
+    def backward(self, x: Tensor, dy: Tensor, statistics: Tensor, *vectors: Any) -> tuple[Tensor, Tensor]:
         """Return the gradients of x and, in (2 + 2 N, C), of weight, bias, and pre or scale and shift."""
         dx, gradients = torch.empty_like(x), x.new_empty((2 + 2 * len(x), x.shape[1]), dtype=torch.float32)
         dy = dy.contiguous(memory_format=torch.channels_last)
         pointers = [t.data_ptr() for t in (x, dy, statistics, dx, gradients)]
-        load_kernels().norm_backward(self._pose(x, vectors), *pointers)
+        require_kernels().norm_backward(self._pose(x, vectors), *pointers)
         return dx, gradients
 
-    def _pose(self, x: Tensor, vectors: tuple[Tensor | None, ...]) -> Any:
+    def _pose(self, x: Tensor, vectors: tuple[Any, ...]) -> Any:
         samples, channels, height, width = x.shape
         weight, keep = vectors[0], self.activation.keep
         row = next((t.stride(0) for t in vectors[2:] if t is not None), 0)

@@ -11,9 +11,7 @@ from unet_denoiser.config.base import PathName
 from unet_denoiser.config.diffusion import PATH_OPTIONS, DiffusionConfig
 from unet_denoiser.diffusion.paths import PATHS
 
-Options = dict[
-    str, Any
-]  # of `DiffusionConfig` and of diffusers' scheduler, whose `clip_sample` is False without a range
+Options = dict[str, Any]  # of `DiffusionConfig` and of the scheduler; `clip_sample` is False for unbounded data
 _REFUSED = {
     "thresholding": "cuts off a share of the values of x0",
     "use_dynamic_shifting": "moves the noise levels with the size of the image",
@@ -38,8 +36,7 @@ def make_scheduler(options: Options) -> Any:
     row, defaults = PATHS[options["path"]], _defaults(options["path"])
     scheduler_class = getattr(diffusers, row.schedulers[0])
     parameters, keeps_others = signature(scheduler_class).parameters, bool(scheduler_class._compatibles)
-    stored = {"prediction_type": row.stored.get(options["prediction_type"], options["prediction_type"])}
-    options = options | stored
+    options = options | {"prediction_type": row.stored.get(options["prediction_type"], options["prediction_type"])}
     theirs = {k: v for k, v in options.items() if k in parameters or (keeps_others and k not in defaults)}
     scheduler = scheduler_class.from_config(theirs)
     ours = {k: v for k, v in options.items() if k not in parameters and k in defaults and v != defaults[k]}
@@ -57,10 +54,8 @@ def read_options(config: Mapping[str, Any]) -> Options:
     path: PathName = next((path for path, row in PATHS.items() if name in row.schedulers), "vp")
     classes = (getattr(diffusers, str(n), diffusers.DDPMScheduler) for n in (PATHS[path].schedulers[0], name))
     written, found = (signature(scheduler).parameters for scheduler in classes)
-    has_betas = (
-        {"beta_schedule", "kwargs"} & set(found) and "snr_shift_scale" not in found and "sigma_data" not in config
-    )
-    if path == "vp" and not has_betas:
+    is_other = "snr_shift_scale" in found or "sigma_data" in config  # betas that are shifted, or EDM's network
+    if path == "vp" and (is_other or not {"beta_schedule", "kwargs"} & set(found)):
         known = ", ".join(PATHS["flow"].schedulers + PATHS["edm"].schedulers)
         raise ValueError(
             f"_class_name={name!r} is no scheduler of DDPM's family, whose noise levels come from betas, nor {known}"
@@ -80,7 +75,7 @@ def read_options(config: Mapping[str, Any]) -> Options:
     options |= {"clip_sample": found["clip_sample"].default} if "clip_sample" in found else {}
     options |= config
     if "prediction_type" in written:
-        first_name = {True: "epsilon", False: "sample"}[config.get("predict_epsilon", True)]
+        first_name = "sample" if config.get("predict_epsilon") is False else "epsilon"  # as the option was at first
         stored = config.get("prediction_type", first_name)
         options["prediction_type"] = {v: k for k, v in PATHS[path].stored.items()}.get(stored, stored)
     # the same variance by another computation; other samplers' files have none

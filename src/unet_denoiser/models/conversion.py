@@ -65,7 +65,7 @@ def convert_checkpoint(
         raise ValueError(f"{source} is this library's own, which tells all; leave out {', '.join(sorted(untold))}")
     if own and verify:
         raise ValueError(f"verify: {source} is this library's own; there is no other code to compare with")
-    if own:
+    if own or not source.exists():  # of which `from_pretrained` says more
         model, layout, comparison = UNet.from_pretrained(source, **options), "", None
     else:
         model, layout, comparison = _load_foreign(source, options, verify)

@@ -67,8 +67,8 @@ class Diffusion:
     def _table(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Return (alphas, sigmas) (2, T), times and quantiles on a device; moved once, as torch waits for each copy."""
         if device not in self._tables:
-            tables = torch.stack([self.alphas, self.sigmas]), self.times, self.quantiles
-            self._tables[device] = tuple(table.to(device) for table in tables)
+            alphas_sigmas = torch.stack([self.alphas, self.sigmas])
+            self._tables[device] = (alphas_sigmas.to(device), self.times.to(device), self.quantiles.to(device))
         return self._tables[device]
 
     def alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

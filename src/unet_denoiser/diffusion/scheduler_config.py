@@ -86,7 +86,8 @@ def read_options(config: Mapping[str, Any]) -> Options:
 def change_options(options: Options, changes: Mapping[str, Any]) -> Options:
     """Change options of `DiffusionConfig`, and check all; ValueError or TypeError if one cannot work."""
     changes = dict(changes)
-    if (path := changes.get("path", options["path"])) != options["path"]:  # it has its own levels and prediction type
+    path: PathName = changes.get("path", options["path"])
+    if path != options["path"]:  # it has its own levels and prediction type
         kept = ("num_train_timesteps", "variance_type", "self_conditioning", "clip_sample", "clip_sample_range")
         options = _defaults(path) | {name: options[name] for name in kept}
     if any(name.startswith("density") for name in changes):

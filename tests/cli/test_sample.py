@@ -24,6 +24,13 @@ def run(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module", params=["vp", "flow", "edm"])
+def run_of_path(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("sampling") / request.param
+    main(["train", "digits", "--out", str(path), *TINY, "--process.path", request.param])
+    return path
+
+
 @pytest.fixture(autouse=True)
 def pictures(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -56,46 +63,46 @@ def close(found, expected):
     assert_close(found, expected, rtol=0, atol=0.009)  # a step of 255 at most
 
 
-def test_image_to_image(run, pictures):
-    found = samples(run, "--image digit.png --strength 0.5 --class 3 8 --num-images 3 --seed 5")
+def test_image_to_image(run_of_path, pictures):
+    found = samples(run_of_path, "--image digit.png --strength 0.5 --class 3 8 --num-images 3 --seed 5")
     labels, image = torch.tensor([3, 8, 3]), torch.from_numpy(pictures / 127.5 - 1).float().view(1, 1, 8, 8)
-    close(found, library(image_to_image, run, images=image, seeds=[5, 6, 7], strength=0.5, class_labels=labels))
-    larger = samples(run, "--image digit.png --image-size 12 10 --num-images 2")
+    close(found, library(image_to_image, run_of_path, images=image, seeds=[5, 6, 7], strength=0.5, class_labels=labels))
+    larger = samples(run_of_path, "--image digit.png --image-size 12 10 --num-images 2")
     assert larger.shape == (2, 1, 12, 10)
 
 
 @pytest.mark.parametrize("more", ["", "--resample 3", "--resample 2 --sampler ddpm --guidance-scale 2"])
-def test_inpainting_keeps_the_known_pixels(run, pictures, more):
-    found = samples(run, f"--image digit.png --mask mask.png --num-images 3 {more}")
+def test_inpainting_keeps_the_known_pixels(run_of_path, pictures, more):
+    found = samples(run_of_path, f"--image digit.png --mask mask.png --num-images 3 {more}")
     assert torch.equal(found[:, 0, 3:], (torch.from_numpy(pictures).float() / 127.5 - 1)[3:].expand(3, 5, 8))
     assert (found[0, 0, :3] - found[1, 0, :3]).abs().max() > 0.05
 
 
-def test_outpainting_and_upscaling(run, pictures):
-    found = samples(run, "--image digit.png --outpaint 1 2 3 0 --num-images 2")
+def test_outpainting_and_upscaling(run_of_path, pictures):
+    found = samples(run_of_path, "--image digit.png --outpaint 1 2 3 0 --num-images 2")
     assert found.shape == (2, 1, 12, 10)
     assert torch.equal(found[1, 0, 1:9, :8], torch.from_numpy(pictures).float() / 127.5 - 1)
     Image.new("L", (3, 2), 128).save("small.png")
-    assert samples(run, "--image small.png --upscale 4 --num-images 2").shape == (2, 1, 8, 12)
+    assert samples(run_of_path, "--image small.png --upscale 4 --num-images 2").shape == (2, 1, 8, 12)
 
 
-def test_inversion_brings_the_image_back(run, pictures):
-    found = samples(run, "--image digit.png --invert --image-class 0 --class 0 7")
+def test_inversion_brings_the_image_back(run_of_path, pictures):
+    found = samples(run_of_path, "--image digit.png --invert --image-class 0 --class 0 7")
     original = torch.from_numpy(pictures).float() / 127.5 - 1
     close(found[0, 0], original)
     assert found.shape == (2, 1, 8, 8)
 
 
-def test_interpolation(run):
-    found = samples(run, "--interpolate-seeds 3 9 --class 4 --num-images 4")
-    close(found, library(interpolate, run, seeds=(3, 9), count=4, class_labels=torch.tensor([4])))
+def test_interpolation(run_of_path):
+    found = samples(run_of_path, "--interpolate-seeds 3 9 --class 4 --num-images 4")
+    close(found, library(interpolate, run_of_path, seeds=(3, 9), count=4, class_labels=torch.tensor([4])))
     with Image.open("a.png") as row:
         assert row.size == (4 * 34 + 2, 34 + 2)
-    found = samples(run, "--interpolate-classes 4 7 --num-images 3 --seed 2")
-    close(found[:1], library(sample, run, seeds=[2], class_labels=torch.tensor([4])))
-    close(found[2:], library(sample, run, seeds=[2], class_labels=torch.tensor([7])))
-    both = samples(run, "--interpolate-classes 4 7 --interpolate-seeds 2 5 --num-images 3")
-    close(both[2:], library(sample, run, seeds=[5], class_labels=torch.tensor([7])))
+    found = samples(run_of_path, "--interpolate-classes 4 7 --num-images 3 --seed 2")
+    close(found[:1], library(sample, run_of_path, seeds=[2], class_labels=torch.tensor([4])))
+    close(found[2:], library(sample, run_of_path, seeds=[2], class_labels=torch.tensor([7])))
+    both = samples(run_of_path, "--interpolate-classes 4 7 --interpolate-seeds 2 5 --num-images 3")
+    close(both[2:], library(sample, run_of_path, seeds=[5], class_labels=torch.tensor([7])))
 
 
 def test_strip_gif_and_preview(run, capsys):

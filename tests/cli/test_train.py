@@ -142,6 +142,34 @@ def on_folders(tmp_path):
     return tmp_path / "run"
 
 
+@pytest.mark.parametrize("options", ["flow --process.shift 3", "edm --loss-weighting min_snr --noise-offset 0.1"])
+def test_other_paths_do_what_vp_does(options, capsys):
+    """Train, resume exactly, sample with guidance, another sampler and reuse, diagnose, and start a new training."""
+    train = ["train", "digits", *TINY, "--checkpoint-every", "1", "--process.path", *options.split()]
+    for name in ("run", "part"):
+        main([*train, "--out", name])
+    (Path("part") / "checkpoints" / "step-00000003.safetensors").unlink()
+    shutil.rmtree("part/model")
+    main(["train", "--resume", "part"])
+    whole, resumed = (Run.load(name).load_model().state_dict() for name in ("run", "part"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    process = Run.load("run").process
+    assert process.path == options.split()[0]
+    few = ["--num-inference-steps", "3", "--num-images", "2"]
+    main(["sample", "run", *few, "--out", "a.png", "--guidance-scale", "2", "--guidance-interval", "0.1", "9"])
+    main(["sample", "run", *few, "--out", "b.png", "--sampler", "heun", "--sigma-schedule", "karras"])
+    main(["sample", "run", *few, "--out", "c.png", "--reuse", "2"])
+    main(["doctor", "run", "--num-samples", "4"])
+    main(["train", "digits", *TINY, "--out", "vp", "--init", "run", "--process.path", "vp"])
+    assert Run.load("vp").process.prediction_type == "v_prediction"
+
+
+def test_options_of_another_path_are_one_line(capsys):
+    assert "shift=3.0 is an option of path='flow'" in error(capsys, "train", "digits", "--process.shift", "3")
+    message = error(capsys, "train", "digits", "--process.path", "flow", "--process.prediction-type", "noise")
+    assert "prediction_type='noise' is not one of 'epsilon', 'sample'" in message
+
+
 def test_data_that_moved_are_given_to_a_resume(on_folders, capsys):
     resume = ["train", "--resume", "run", "--steps", "4"]
     assert "images does not exist; give --data if it has moved" in error(capsys, *resume)

@@ -9,9 +9,10 @@ import torch
 from torch.testing import assert_close
 
 from unet_denoiser import Diffusion, TrainingConfig, denoise, training_losses
-from unet_denoiser.config.base import BetaSchedule, LossWeightingName, PredictionType, VarianceType
+from unet_denoiser.config.base import BetaSchedule, LossWeightingName, VarianceType
 from unet_denoiser.diffusion.loss import draw_noise
 from unet_denoiser.diffusion.loss_weighting import LossWeighting
+from unet_denoiser.diffusion.predictions import PREDICTIONS
 from unet_denoiser.sampling.samplers import SAMPLERS
 
 
@@ -54,7 +55,7 @@ class Linear(torch.nn.Module):
 
 
 @pytest.mark.parametrize("schedule", get_args(BetaSchedule))
-@pytest.mark.parametrize("prediction", get_args(PredictionType))
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("zero_snr", [False, True])
 def test_every_combination_of_options_is_finite_or_refused(schedule, prediction, zero_snr):
     """Losses and gradients at the first, a middle and the last timestep, and a few steps of every sampler.
@@ -74,9 +75,9 @@ def test_every_combination_of_options_is_finite_or_refused(schedule, prediction,
             config = TrainingConfig(loss_weighting=name)
             if (name, prediction) == ("truncated_snr", "epsilon"):
                 with pytest.raises(ValueError, match=r"loss_weighting='truncated_snr' with prediction_type='epsilon'"):
-                    LossWeighting(prediction, process.snr, config)
+                    LossWeighting(process.prediction, process.snr, config)
                 continue
-            weighting = LossWeighting(prediction, process.snr, config)
+            weighting = LossWeighting(process.prediction, process.snr, config)
             t, x0 = torch.tensor([0, 1, 500, 998, 999]), torch.rand(5, 2, 3, 3)
             losses = training_losses(process, network, x0, t=t, noise=draw_noise(x0, 0.1), weighting=weighting)
             network.gain.grad = None
@@ -91,6 +92,29 @@ def test_every_combination_of_options_is_finite_or_refused(schedule, prediction,
                 *_, last = denoise(network, process, torch.randn(2, 2, 3, 3), sampler=sampler, num_inference_steps=3)
                 assert last.x.isfinite().all()
                 assert last.x.abs().max() <= 1.001  # the range of the data
+
+
+@pytest.mark.parametrize(
+    "options", [{"path": "flow", "shift": 3.0}, {"path": "edm"}, {"path": "edm", "prediction_type": "sample"}]
+)
+def test_every_combination_of_options_is_finite_for_each_path(options):
+    """As above, with the weightings, variances and samplers that the other paths have too."""
+    for variance, self_conditioning in product(get_args(VarianceType), (False, True)):
+        process = Diffusion(**options, variance_type=variance, self_conditioning=self_conditioning)
+        network = Linear(process, 2)
+        for name in get_args(LossWeightingName):
+            weighting = LossWeighting(process.prediction, process.snr, TrainingConfig(loss_weighting=name))
+            t, x0 = torch.tensor([0, 1, 500, 998, 999]), torch.rand(5, 2, 3, 3)
+            losses = training_losses(process, network, x0, t=t, noise=draw_noise(x0, 0.1), weighting=weighting)
+            network.gain.grad = None
+            losses.loss.mean().backward()
+            assert losses.loss.isfinite().all()
+            assert network.gain.grad.isfinite()
+            assert network.gain.grad.abs() > 0
+        for sampler in SAMPLERS:
+            *_, last = denoise(network, process, torch.randn(2, 2, 3, 3), sampler=sampler, num_inference_steps=3)
+            assert last.x.isfinite().all()
+            assert last.x.abs().max() <= 1.001
 
 
 def test_offset_noise_is_shared_by_the_pixels_of_a_channel():

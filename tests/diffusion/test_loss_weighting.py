@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from unet_denoiser import Diffusion, TrainingConfig, training_losses
 from unet_denoiser.diffusion.loss import Losses
 from unet_denoiser.diffusion.loss_weighting import LossWeighting, loss_weights
+from unet_denoiser.diffusion.predictions import PREDICTIONS
 from unet_denoiser.training.tracking import LossPerNoiseLevel
 
 
@@ -56,7 +57,7 @@ SNR = torch.tensor([1e4, 40.0, 5.0, 1.0, 0.25, 1e-4])
 
 
 def compute_weights(prediction, weighting, snr=SNR, **gammas):
-    return loss_weights(prediction, snr, TrainingConfig(loss_weighting=weighting, **gammas))
+    return loss_weights(PREDICTIONS[prediction], snr, TrainingConfig(loss_weighting=weighting, **gammas))
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,7 @@ def test_a_weighting_is_the_same_for_every_prediction_type(weighting, schedule):
             epsilon = (xt - alpha * own) / sigma
             return {"epsilon": epsilon, "sample": own, "v_prediction": alpha * epsilon - sigma * own}[prediction]
 
-        weighting_ = LossWeighting(prediction, process.snr, config)
+        weighting_ = LossWeighting(process.prediction, process.snr, config)
         training_losses(process, model, x0, t=t, noise=noise, weighting=weighting_).loss.mean().backward()
         gradients[prediction] = own.grad
     first, *others = gradients.values()
@@ -119,7 +120,7 @@ def test_refuses_an_unbounded_weight():
 def test_learned_uncertainty_fits_the_loss_of_every_noise_level():
     """For errors of known mean, u becomes its logarithm, and all levels then count the same."""
     process = Diffusion(prediction_type="v_prediction", rescale_betas_zero_snr=True)
-    weighting = LossWeighting("v_prediction", process.snr, TrainingConfig(loss_weighting="learned"))
+    weighting = LossWeighting(process.prediction, process.snr, TrainingConfig(loss_weighting="learned"))
     t_all = torch.arange(1000)
     expected = 0.02 + 0.5 * (t_all / 1000) ** 2
     assert_close(weighting(expected, t_all), expected)  # nothing is known at the start
@@ -137,7 +138,7 @@ def test_learned_uncertainty_fits_the_loss_of_every_noise_level():
 
 def test_learned_uncertainty_resumes_and_averages_over_processes():
     def make():
-        return LossWeighting("epsilon", Diffusion().snr, TrainingConfig(loss_weighting="learned"))
+        return LossWeighting(PREDICTIONS["epsilon"], Diffusion().snr, TrainingConfig(loss_weighting="learned"))
 
     def learn(weighting, size, mean=lambda gradient: gradient):
         t = torch.tensor([10, 500])
@@ -156,4 +157,4 @@ def test_learned_uncertainty_resumes_and_averages_over_processes():
     assert_close(seen[0], 0.8 * first.uncertainty.features[torch.tensor([10, 500])].mean(0))
     still = learn(make(), 0.2, mean=torch.zeros_like)
     assert not still.any()
-    assert LossWeighting("epsilon", Diffusion().snr, TrainingConfig()).tensors() == {}
+    assert LossWeighting(PREDICTIONS["epsilon"], Diffusion().snr, TrainingConfig()).tensors() == {}

@@ -136,8 +136,6 @@ def test_what_a_file_lacks_is_the_default_of_the_scheduler_that_wrote_it(name):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, "'FlowMatchEulerDiscreteScheduler' is no"),
-        ({"_class_name": "EDMEulerScheduler", "prediction_type": "epsilon"}, "'EDMEulerScheduler' is no scheduler of"),
         ({"_class_name": "CogVideoXDDIMScheduler"}, "'CogVideoXDDIMScheduler' is no scheduler of"),
         ({"beta_ehd": 0.02}, "beta_ehd=0.02 is an option of no scheduler"),
         ({"thresholding": True}, "thresholding=True"),

@@ -4,14 +4,17 @@ Karras et al. 2022, arXiv 2206.00364, appendix F, and the names and shapes of th
 """
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from support.networks import relative_error
-from unet_denoiser import UNet
+from unet_denoiser import Diffusion, UNet, sample
+from unet_denoiser.cli.app import main
 from unet_denoiser.convert.checkpoint import export_state_dict
+from unet_denoiser.sampling.pipeline.pipeline import Pipeline
 
 SIZE, WIDTH, MULTS, BLOCKS, ATTENDED, CLASSES = 16, 128, (1, 2), 1, (8,), 7
 
@@ -147,6 +150,36 @@ def test_an_edm_file_gives_its_output_and_comes_back(classes, augment, prefix, t
     back = export_state_dict(model.state_dict(), model.config, "edm")
     assert back.keys() == {name for name in state if "resample_filter" not in name}
     assert all(torch.equal(tensor, state[name]) for name, tensor in back.items())
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "heun"])
+def test_a_converted_network_samples_with_its_preconditioning(sampler, tmp_path):
+    """By EDM's own equations: D = c_skip x + c_out F(c_in x, log(sigma) / 4), and dx/dsigma = (x - D) / sigma."""
+    torch.manual_seed(0)
+    state = make_state()
+    torch.save(state, tmp_path / "edm.pt")
+    main(["convert", str(tmp_path / "edm.pt"), str(tmp_path / "edm")])
+    pipeline = Pipeline.from_pretrained(tmp_path / "edm")
+    assert pipeline.process.to_dict() == Diffusion(path="edm").to_dict()
+    labels, count, d = torch.tensor([0, 6]), 4, 0.5
+    options = {"class_labels": labels, "sampler": sampler, "sigma_schedule": "karras", "clip_sample": False}
+    ours = sample(pipeline.model, pipeline.process, seeds=[3, 4], num_inference_steps=count, **options)
+
+    def denoised(x, sigma):
+        norm = (sigma**2 + d**2) ** 0.5
+        output = oracle(state, x / norm, torch.full((2,), float(sigma)).log() / 4, labels)
+        return d**2 / norm**2 * x + sigma * d / norm * output
+
+    sigmas = [*torch.linspace(80 ** (1 / 7), 0.002 ** (1 / 7), count, dtype=torch.float64) ** 7, 0.0]
+    noise = [torch.randn(3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4)]
+    x = torch.stack(noise) * (80**2 + 1) ** 0.5  # the variance of x0 + sigma eps for data of variance 1
+    for sigma, after in pairwise(sigmas):
+        slope = (x - denoised(x, sigma)) / sigma
+        moved = x + (after - sigma) * slope
+        if sampler == "heun" and after > 0:
+            slope = (slope + (moved - denoised(moved, after)) / after) / 2
+        x = x + (after - sigma) * slope
+    assert relative_error(ours, x) < 1e-4
 
 
 @pytest.mark.parametrize(

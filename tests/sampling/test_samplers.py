@@ -29,9 +29,17 @@ def steps(predict, process, z, name, count, **options):
     return list(denoise(predict, process, z, sampler=name, num_inference_steps=count, **options))
 
 
-def gaussian_error(name, count, **options):
+PATHS = {
+    "vp": {"beta_schedule": "scaled_linear"},
+    "flow": {"path": "flow", "shift": 2.0},
+    "edm": {"path": "edm", "sigma_data": 0.6},
+    "edm_v": {"path": "edm", "prediction_type": "v_prediction", "sigma_data": 1.0},
+}
+
+
+def gaussian_error(name, count, path="vp", **options):
     """Largest distance from the probability flow's exact x_t (linear in z, for a Gaussian) before the last step."""
-    process, m, s = Diffusion(beta_schedule="scaled_linear", clip_sample_range=None), 0.3, 0.5
+    process, m, s = Diffusion(**PATHS[path], clip_sample_range=None), 0.3, 0.5
     z = torch.linspace(-2, 2, 41)[:, None]
     sampler = Sampler(SamplingConfig(name, count, **options), process)
     (a0, s0), (a1, s1) = sampler.alpha_sigma(0), sampler.alpha_sigma(len(sampler) - 1)
@@ -40,9 +48,10 @@ def gaussian_error(name, count, **options):
 
 
 @pytest.mark.parametrize("name", CONVERGENCE)
-def test_convergence_at_the_order_of_the_sampler(name):
+@pytest.mark.parametrize("path", PATHS)
+def test_convergence_at_the_order_of_the_sampler(name, path):
     schedule = "exponential" if name == "dpm++3m" else "karras"  # with "karras" its error changes sign near 20 steps
-    errors = [gaussian_error(name, n, sigma_schedule=schedule) for n in (40, 80)]
+    errors = [gaussian_error(name, n, path, sigma_schedule=schedule) for n in (40, 80)]
     assert errors[0] / errors[1] > CONVERGENCE[name]
     assert errors[1] < (0.05 if CONVERGENCE[name] < 2 else 0.01)
 
@@ -52,13 +61,16 @@ def test_every_deterministic_sampler_has_an_order():
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize("schedule", ["squaredcos_cap_v2", "scaled_linear"])
-def test_samples_have_the_distribution_of_the_data(name, schedule):
+@pytest.mark.parametrize("path", ["cosine", *PATHS])
+def test_samples_have_the_distribution_of_the_data(name, path):
     """Weights, means and standard deviations of a mixture's two components, which do not overlap."""
     torch.manual_seed(0)
-    process = Diffusion(beta_schedule=schedule, clip_sample_range=None)
+    process = Diffusion(**PATHS.get(path, {}), clip_sample_range=None)
     predict = Mixture(process, means=(-0.6, 0.6), stds=(0.1, 0.2), weights=(0.3, 0.7))
-    x = steps(predict, process, torch.randn(4000, 1), name, 300 if name in ("ddpm", "euler_a", "sa") else 100)[-1].x
+    count = 300 if name in ("ddpm", "euler_a", "sa") else 100
+    # flow's first step down from pure noise is too long for this one
+    options = {"sigma_schedule": "karras"} if (name, path) == ("sa", "flow") else {}
+    x = steps(predict, process, torch.randn(4000, 1), name, count, **options)[-1].x
     low, high = x[x < 0], x[x >= 0]
     assert len(low) / len(x) == pytest.approx(0.3, abs=0.03)
     assert (low.mean().item(), high.mean().item()) == pytest.approx((-0.6, 0.6), abs=0.02)
@@ -115,6 +127,35 @@ def test_unclipped_samples_equal_the_loop_of_diffusers(name):
     alpha, _ = sampler.alpha_sigma(len(ours) - 1)
     before = found[-2] * alpha if SAMPLERS[name].variance_exploding else found[-2]
     assert_close(ours[-2], before, rtol=1e-3, atol=2e-3 * before.abs().max().item())
+
+
+PEERS = {  # the sampler that steps as diffusers' scheduler does, its spacing of the levels, and the process
+    "FlowMatchEulerDiscreteScheduler": ("ddim", {}, {"path": "flow"}),
+    "FlowMatchEulerDiscreteScheduler shifted": ("euler", {}, {"path": "flow", "shift": 3.0}),
+    "EDMEulerScheduler": ("ddim", {"sigma_schedule": "karras"}, {"path": "edm"}),
+    "EDMEulerScheduler v": ("euler", {"sigma_schedule": "karras"}, PATHS["edm_v"]),
+    "EDMDPMSolverMultistepScheduler": ("dpm++", {"sigma_schedule": "karras"}, {"path": "edm", "sigma_data": 0.7}),
+}
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_samples_of_flow_and_edm_equal_the_loop_of_diffusers(peer):
+    """From the process's own file; with a U-Net, so that the times that it is fed count."""
+    (name, options, process), steps_ = PEERS[peer], 20
+    process = Diffusion(**process, clip_sample_range=None)
+    scheduler = getattr(diffusers, peer.split()[0]).from_config(process.to_dict())
+    is_flow = "Flow" in peer
+    scheduler.set_timesteps(
+        **({"sigmas": np.linspace(1, 1 / steps_, steps_)} if is_flow else {"num_inference_steps": steps_})
+    )
+    model, z = small(in_channels=1, out_channels=1), torch.randn(2, 1, 8, 8)
+    expected = z if is_flow else z * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        seen = expected if is_flow else scheduler.scale_model_input(expected, t)
+        with torch.no_grad():
+            expected = scheduler.step(model(seen, t.expand(2)), t, expected, return_dict=False)[0]
+    *_, step = steps(model, process, z, name, 20, **options)
+    assert_close(step.x, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
 
 def test_more_steps_are_better_where_they_do_not_divide_the_trained_ones():

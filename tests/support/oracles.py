@@ -4,13 +4,36 @@ import numpy as np
 import torch
 
 
-def alpha_sigma(process, t):
-    """Return alpha and sigma (B, 1) of timesteps, also between the trained ones: linear in log(sigma / alpha)."""
-    alphas_squared = np.cumprod(1 - process.scheduler.betas.double().numpy()).clip(2.0**-24)
-    log_ratios = np.log((1 - alphas_squared) / alphas_squared) / 2
-    ratio = torch.from_numpy(np.exp(np.interp(t.double().numpy(), np.arange(len(log_ratios)), log_ratios)))[:, None]
-    alpha = 1 / (1 + ratio**2).sqrt()
-    return alpha, ratio * alpha
+def alpha_sigma(process, time):
+    """Return alpha and sigma (B, 1) of what a network is fed: of times between the trained ones, as between theirs."""
+    if process.path == "vp":  # linear in log(sigma / alpha)
+        alphas_squared = np.cumprod(1 - process.scheduler.betas.double().numpy()).clip(2.0**-24)
+        log_ratios = np.log((1 - alphas_squared) / alphas_squared) / 2
+        ratio = torch.from_numpy(np.exp(np.interp(time.double().numpy(), np.arange(len(log_ratios)), log_ratios)))
+    elif process.path == "flow":
+        t = time.double() / process.num_train_timesteps
+        ratio = t / (1 - t).clamp(min=2.0**-24)
+    else:
+        ratio = (4 * time.double()).exp()
+    alpha = (1 / (1 + ratio**2).sqrt())[:, None]
+    return alpha, ratio[:, None] * alpha
+
+
+def preconditioning(process, alpha, sigma):
+    """Return c_in, c_skip and c_out for x_t in the variance-preserving scale, from the formulas of each paper's own."""
+    kind, d, s = process.prediction_type, process.sigma_data, sigma / alpha
+    if kind == "flow":  # x_t / (alpha + sigma) is (1 - t) x0 + t eps
+        t, scale = sigma / (alpha + sigma), 1 / (alpha + sigma)
+        return scale, scale, -t
+    if kind == "edm":  # x_t / alpha is x0 + s eps
+        norm = (s**2 + d**2).sqrt()
+        return 1 / norm / alpha, d**2 / norm**2 / alpha, s * d / norm
+    ones = torch.ones_like(alpha)
+    return {
+        "epsilon": (ones, 1 / alpha, -sigma / alpha),
+        "sample": (ones, 0 * ones, ones),
+        "v_prediction": (ones, alpha, -sigma),
+    }[kind]
 
 
 class Mixture:
@@ -36,12 +59,12 @@ class Mixture:
 
     def output(self, x0, x, t):
         """Return the output of a network of the process that predicts x0."""
-        alpha, sigma = alpha_sigma(self.process, t)
-        noise = (x - alpha * x0) / sigma
-        outputs = {"epsilon": noise, "sample": x0, "v_prediction": alpha * noise - sigma * x0}
-        return outputs[self.process.prediction_type].float()
+        _, c_skip, c_out = preconditioning(self.process, *alpha_sigma(self.process, t))
+        return ((x0 - c_skip * x) / c_out).float()
 
-    def __call__(self, x, t):
+    def __call__(self, seen, t):
+        c_in, _, _ = preconditioning(self.process, *alpha_sigma(self.process, t))
+        x = seen.double() / c_in
         return self.output(self.x0(x, t), x, t)
 
 
@@ -53,18 +76,13 @@ class Gaussian:
         self.mean, self.covariance = mean.double().flatten(), covariance.double()
 
     def __call__(self, x, t, **conditions):
-        p, n = self.process, self.shape
-        alpha, sigma = p.alphas.double()[t.long()][0], p.sigmas.double()[t.long()][0]
-        gain = (
-            alpha
-            * self.covariance
-            @ torch.linalg.inv(alpha**2 * self.covariance + sigma**2 * torch.eye(len(self.mean), dtype=torch.float64))
-        )
-        y = x.double().flatten(1)
+        alpha, sigma = (value[0] for value in alpha_sigma(self.process, t))
+        c_in, c_skip, c_out = preconditioning(self.process, alpha, sigma)
+        eye = torch.eye(len(self.mean), dtype=torch.float64)
+        gain = alpha * self.covariance @ torch.linalg.inv(alpha**2 * self.covariance + sigma**2 * eye)
+        y = x.double().flatten(1) / c_in
         x0 = self.mean + (y - alpha * self.mean) @ gain.T
-        noise = (y - alpha * x0) / sigma
-        outputs = {"epsilon": noise, "sample": x0, "v_prediction": alpha * noise - sigma * x0}
-        return outputs[p.prediction_type].view(-1, *n).float()
+        return ((x0 - c_skip * y) / c_out).view(-1, *self.shape).float()
 
 
 def as_network(model, predict):

@@ -59,10 +59,12 @@ def convert(
             _write_pipeline(source, target, [*options, *(name for name, is_given in others.items() if is_given)])
             print(printable(target))
             return
+        from unet_denoiser.diffusion.process import Diffusion
         from unet_denoiser.models.conversion import convert_checkpoint
         from unet_denoiser.training.run import Run
 
         model = source if (run := Run.find(source)) is None else run.model_folder
+        options["schedulers"] = {"edm": Diffusion(path="edm").to_dict()}  # as all that were published have it
         result = convert_checkpoint(model, target, to, lora=lora, lora_scale=lora_scale, verify=verify, **options)
         done = f"{target}: {result.parameters:,} parameters"
         if result.comparison is not None:

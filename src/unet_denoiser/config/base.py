@@ -13,7 +13,8 @@ from typing import Any, Concatenate, Literal, ParamSpec, Union, get_args, get_or
 P = ParamSpec("P")
 
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"]
-PredictionType = Literal["epsilon", "v_prediction", "sample"]
+PathName = Literal["vp", "flow", "edm"]
+DensityName = Literal["uniform", "logit_normal", "log_normal"]
 VarianceType = Literal["fixed_small", "fixed_large", "learned_range"]
 LossWeightingName = Literal["constant", "min_snr", "p2", "truncated_snr", "learned"]
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unet_denoiser.convert.dtypes import unify_dtypes
 from unet_denoiser.convert.find_network import Place, find_network
-from unet_denoiser.convert.key_maps import OLD_ATTENTION
+from unet_denoiser.convert.key_maps import LAYOUTS, OLD_ATTENTION
 from unet_denoiser.convert.pickles import read_pickle
 from unet_denoiser.utils.files import read_json, write_json
 from unet_denoiser.utils.tensor_files import (
@@ -76,11 +76,14 @@ def read_recorded_config(path: Path) -> dict[str, Any]:
 
 
 def read_process(path: Path) -> dict[str, Any]:
-    """Return what a file tells about its diffusion process, as options of a diffusers scheduler; {} if nothing.
+    """Return what a file tells about its diffusion process, as options of `DiffusionConfig`; {} if nothing.
 
-    Files of Stable Diffusion may have empty tensors named v_pred and ztsnr, or say it in the header (modelspec).
+    Files of Stable Diffusion may have empty tensors named v_pred and ztsnr, or say it in the header (modelspec). EDM's
+    networks are known by their names; its published ones all have its default options.
     """
     place = _find(_read([path]), path)
+    if LAYOUTS["edm"].marker in place.tensors:
+        return {"path": "edm"}
     is_safetensors = recognize_file(path).container == "safetensors"
     stated = read_safetensors_metadata(path).get("modelspec.prediction_type", "") if is_safetensors else ""
     if "v_pred" in place.marks or stated.lower() in ("v", "v_prediction", "v-prediction", "vpred"):

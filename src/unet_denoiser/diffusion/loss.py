@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from unet_denoiser.diffusion.process import Diffusion, accepts_concat, self_conditioned_input
+from unet_denoiser.diffusion.process import Diffusion, accepts_concat
 from unet_denoiser.utils.broadcasting import append_dims
 
 VLB_WEIGHT = 0.001  # lambda of Nichol and Dhariwal 2021, equation 16
@@ -43,10 +43,10 @@ def training_losses(
     equation 16: L_simple + 0.001 L_vlb; in their units, T times the bits per dimension of the timestep).
 
     Args:
-        network: called through `accepts_concat` as network(input, t, **inputs), with the input that
-            `self_conditioned_input` makes.
+        network: called through `accepts_concat` as network(input, time, **inputs), with what `Diffusion.network_input`
+            and `Diffusion.time` make of x_t and t.
         x0: (B, C, ...) data.
-        t: (B,) timesteps (default: drawn uniformly).
+        t: (B,) timesteps (default: drawn from the process's density).
         noise: like x0 (default: drawn from N(0, 1); see `draw_noise`).
         weighting: (error (B,), t (B,)) -> (B,) loss; see `LossWeighting`.
         self_condition: (B,) bool, for self-conditioning: the samples whose network sees an estimate of x0 (default:
@@ -55,18 +55,19 @@ def training_losses(
     Raises:
         ValueError: the network's output does not have the channels that the process needs.
     """
-    t = torch.randint(process.num_train_timesteps, (len(x0),), device=x0.device) if t is None else t
+    t = process.timestep(torch.randint(process.num_train_timesteps, (len(x0),), device=x0.device)) if t is None else t
     noise = draw_noise(x0) if noise is None else noise
     network, xt, estimate = accepts_concat(network), process.add_noise(x0, noise, t), None
     if process.self_conditioning:
         seeing = torch.rand(len(x0), device=x0.device) < 0.5 if self_condition is None else self_condition
         estimate = _estimate_x0(process, network, xt, t, seeing=seeing, inputs=inputs)
-    output = network(self_conditioned_input(xt, estimate), t, **inputs).float()
+    alpha_sigma = process.alpha_sigma(t, xt)
+    output = network(process.network_input(xt, *alpha_sigma, estimate), process.time(t), **inputs).float()
     prediction, variance = process.split(output, x0)
     error = (prediction - process.target(x0, noise, t).float()).square().flatten(1).mean(1)  # (B,)
     loss = error if weighting is None else weighting(error, t)
     if variance is not None:
-        predicted_x0 = process.predict_x0(prediction.detach(), xt, *process.alpha_sigma(t, xt), clip=False)
+        predicted_x0 = process.predict_x0(prediction.detach(), xt, *alpha_sigma, clip=False)
         bound = process.bound(x0.float(), xt.float(), t, predicted_x0, variance, data_range=process.data_range)
         loss = loss + VLB_WEIGHT * process.num_train_timesteps * bound
     return Losses(loss, error, t)
@@ -91,9 +92,10 @@ def _estimate_x0(
         indices = torch.zeros(1, dtype=torch.long, device=xt.device)
     some_xt, some_t, some_inputs = (_select_samples(value, indices) for value in (xt, t, inputs))
     with torch.no_grad():
-        output = network(self_conditioned_input(some_xt, torch.zeros_like(some_xt)), some_t, **some_inputs)
-        prediction, _ = process.split(output.float(), some_xt)
-        x0 = process.predict_x0(prediction, some_xt, *process.alpha_sigma(some_t, some_xt))
+        alpha_sigma = process.alpha_sigma(some_t, some_xt)
+        seen = process.network_input(some_xt, *alpha_sigma, torch.zeros_like(some_xt))
+        prediction, _ = process.split(network(seen, process.time(some_t), **some_inputs).float(), some_xt)
+        x0 = process.predict_x0(prediction, some_xt, *alpha_sigma)
     estimate = torch.zeros_like(xt).index_copy(0, indices, x0.to(xt))
     return torch.where(append_dims(seeing, xt.ndim), estimate, 0)
 

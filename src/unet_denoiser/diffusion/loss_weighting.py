@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from unet_denoiser.config.base import PredictionType
 from unet_denoiser.config.training import TrainingConfig
-from unet_denoiser.diffusion.predictions import PREDICTIONS
+from unet_denoiser.diffusion.predictions import PREDICTIONS, Prediction
 
 
-def loss_weights(prediction_type: PredictionType, snr: Tensor, config: TrainingConfig) -> Tensor:
+def loss_weights(prediction: Prediction, snr: Tensor, config: TrainingConfig) -> Tensor:
     """Return the weight of the prediction's squared error at each signal-to-noise ratio.
 
     "min_snr", "p2" and "truncated_snr" are defined as a weight of the error of x0, so they mean the same for every
@@ -32,19 +31,20 @@ def loss_weights(prediction_type: PredictionType, snr: Tensor, config: TrainingC
     }
     if weighting not in x0_weights:
         return torch.ones_like(snr)
-    if weighting == "truncated_snr" and prediction_type == "epsilon":
+    if weighting == "truncated_snr" and not prediction.error_scale(torch.zeros(())):
+        name = next(name for name, row in PREDICTIONS.items() if row == prediction)
         raise ValueError(
-            "loss_weighting='truncated_snr' with prediction_type='epsilon': the error of x0 has no bound where "
+            f"loss_weighting='truncated_snr' with prediction_type={name!r}: the error of x0 has no bound where "
             "the noise is predicted; use 'v_prediction' or 'sample', or another weighting"
         )
-    return x0_weights[weighting](snr) / PREDICTIONS[prediction_type].error_scale(snr)
+    return x0_weights[weighting](snr) / prediction.error_scale(snr)
 
 
 class LossWeighting:
     """Turns the errors of a batch into the loss; "learned" has parameters that it trains itself.
 
     Args:
-        prediction_type, snr: of the process; snr (T,).
+        prediction, snr: of the process; snr (T,).
         config: `loss_weighting` and its gamma.
         device: the device of the errors.
 
@@ -53,9 +53,9 @@ class LossWeighting:
     """
 
     def __init__(
-        self, prediction_type: PredictionType, snr: Tensor, config: TrainingConfig, device: torch.device | str = "cpu"
+        self, prediction: Prediction, snr: Tensor, config: TrainingConfig, device: torch.device | str = "cpu"
     ) -> None:
-        self.weights = loss_weights(prediction_type, snr, config).to(device)
+        self.weights = loss_weights(prediction, snr, config).to(device)
         self.uncertainty = Uncertainty(snr).to(device) if config.loss_weighting == "learned" else None
         if self.uncertainty is not None:
             # apart from the network's optimizer, so that it does not matter how that one is sharded

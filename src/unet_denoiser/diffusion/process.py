@@ -1,26 +1,24 @@
 """The diffusion process: noise schedule, prediction type and data range, in one object saved as one file.
 
-Training and sampling both take it, so they cannot disagree. It is variance preserving, as DDPM:
-x_t = alpha_t x0 + sigma_t eps with alpha_t^2 = product of (1 - beta) and sigma_t^2 = 1 - alpha_t^2.
+Training and sampling both take it, so they cannot disagree. Its x_t = alpha_t x0 + sigma_t eps is variance preserving,
+alpha_t^2 + sigma_t^2 = 1, whatever the path.
 """
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
-from inspect import signature
 from pathlib import Path
 from typing import Any, Self
 
-import diffusers
 import torch
-from diffusers import DDPMScheduler
 from torch import Tensor
 
-from unet_denoiser.config.base import PredictionType, VarianceType, signature_of
+from unet_denoiser.config.base import PathName, VarianceType, signature_of
 from unet_denoiser.config.diffusion import DiffusionConfig
 from unet_denoiser.config.paths import local_path
 from unet_denoiser.config.unet import UNetConfig
-from unet_denoiser.diffusion.predictions import PREDICTIONS
+from unet_denoiser.diffusion.paths import PATHS, density_quantiles
+from unet_denoiser.diffusion.predictions import get_prediction
+from unet_denoiser.diffusion.scheduler_config import Options, change_options, make_scheduler, read_options, to_options
 from unet_denoiser.diffusion.vlb import VariationalBound
 from unet_denoiser.utils.broadcasting import append_dims
 from unet_denoiser.utils.files import read_json, write_json
@@ -36,6 +34,9 @@ class Diffusion:
     Attributes:
         num_train_timesteps: T; timesteps are 0 to T - 1.
         alphas, sigmas, snr: (T,) of every timestep; snr is the signal-to-noise ratio alpha^2 / sigma^2.
+        ratios: (T,) sigma / alpha in float64, finite also for pure noise.
+        times: (T,) what the network is fed at every timestep.
+        quantiles: (T,) the timesteps that training draws, each with the same probability.
         learns_variance: True if the second half of the network's output is a variance.
         data_range: bounds of the data, to which predicted x0 are clipped; None for unbounded data.
 
@@ -45,35 +46,43 @@ class Diffusion:
 
     @signature_of(DiffusionConfig)
     def __init__(self, **options: Any) -> None:
-        config = asdict(DiffusionConfig(**options))
-        clip = config["clip_sample_range"]
-        config |= {"clip_sample": clip is not None, "clip_sample_range": clip or 1.0, "timestep_spacing": "trailing"}
-        self._configure(config)
+        self._configure(to_options(DiffusionConfig(**options)) | {"timestep_spacing": "trailing"})
 
-    def _configure(self, config: Mapping[str, Any]) -> None:
-        config = dict(config)
-        self.self_conditioning: bool = config.pop("self_conditioning", False)
-        self.scheduler = DDPMScheduler.from_config(config)
-        if self.self_conditioning:  # an option that diffusers does not have, but keeps in the file
-            self.scheduler.register_to_config(self_conditioning=True)
-        self.prediction_type: PredictionType = self.scheduler.config.prediction_type
-        self.variance_type: VarianceType = self.scheduler.config.variance_type
-        self.prediction = PREDICTIONS[self.prediction_type]
-        self.alphas: Tensor = self.scheduler.alphas_cumprod.sqrt()
-        self.sigmas: Tensor = (1 - self.scheduler.alphas_cumprod).sqrt()
-        self.snr = (self.alphas / self.sigmas).square()
+    def _configure(self, options: Options) -> None:
+        self.path: PathName = options["path"]
+        self.prediction_type: str = options["prediction_type"]
+        self.variance_type: VarianceType = options["variance_type"]
+        self.self_conditioning: bool = options["self_conditioning"]
+        self.sigma_data: float = options.get("sigma_data", 1.0)
+        self.prediction = get_prediction(self.prediction_type, self.sigma_data)
+        self.scheduler = make_scheduler(options)
+        self.alphas, self.sigmas, betas, self.ratios, self.times = PATHS[self.path].levels(self.scheduler)
+        self.quantiles, self.snr = density_quantiles(options, self.ratios), (self.alphas / self.sigmas).square()
         self.num_train_timesteps, self.learns_variance = len(self.alphas), self.variance_type == "learned_range"
-        r = self.scheduler.config.clip_sample_range
-        self.data_range: tuple[float, float] | None = (-r, r) if self.scheduler.config.clip_sample else None
-        self.bound = VariationalBound(self.scheduler.betas)
-        self._tables: dict[torch.device, Tensor] = {}
+        r = options["clip_sample_range"]
+        self.data_range: tuple[float, float] | None = (-r, r) if options["clip_sample"] else None
+        self.bound = VariationalBound(betas)
+        self._tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def _table(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (alphas, sigmas) (2, T), times and quantiles on a device; moved once, as torch waits for each copy."""
+        if device not in self._tables:
+            alphas_sigmas = torch.stack([self.alphas, self.sigmas])
+            self._tables[device] = (alphas_sigmas.to(device), self.times.to(device), self.quantiles.to(device))
+        return self._tables[device]
 
     def alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return alpha_t and sigma_t of integer timesteps t (B,), shaped to multiply with `like` (B, ...)."""
-        if t.device not in self._tables:  # moved once: torch waits for each copy to a GPU
-            self._tables[t.device] = torch.stack([self.alphas, self.sigmas]).to(t.device)
-        alpha, sigma = self._tables[t.device][:, t].to(like.dtype)  # (B,) each
+        alpha, sigma = self._table(t.device)[0][:, t].to(like.dtype)  # (B,) each
         return append_dims(alpha, like.ndim), append_dims(sigma, like.ndim)
+
+    def time(self, t: Tensor) -> Tensor:
+        """Return what the network is fed at integer timesteps t (B,)."""
+        return self._table(t.device)[1][t]
+
+    def timestep(self, quantile: Tensor) -> Tensor:
+        """Return the timesteps (B,) at quantiles (B,), integers from 0 to T - 1, of the density of training times."""
+        return self._table(quantile.device)[2][quantile]
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Return x_t = alpha_t x0 + sigma_t noise (DDPM, equation 4); x0 and noise (B, ...), t (B,) integers."""
@@ -88,6 +97,11 @@ class Diffusion:
         """Return the x0 that a network's output at x_t stands for, clipped to the data's range."""
         x0 = self.prediction.x0(output, xt, alpha, sigma)
         return self.clip(x0) if clip else x0
+
+    def network_input(self, xt: Tensor, alpha: Tensor, sigma: Tensor, x0_estimate: Tensor | None = None) -> Tensor:
+        """Return what the network sees of x_t: c_in x_t; with self-conditioning, then an estimate of x0 (B, C, ...)."""
+        xt = self.prediction.c_in(alpha, sigma) * xt
+        return xt if x0_estimate is None else torch.cat([xt, x0_estimate], dim=1)
 
     def clip(self, x0: Tensor) -> Tensor:
         """Clip x0 to the data's range, if it has one."""
@@ -152,20 +166,17 @@ class Diffusion:
         return json.loads(self.scheduler.to_json_string())
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> Self:
-        """Read the contents of `scheduler_config.json` of any `diffusers` scheduler of the DDPM family.
+    def from_dict(cls, config: Mapping[str, Any], **changes: Any) -> Self:
+        """Read the contents of `scheduler_config.json` of any `diffusers` scheduler that has betas, or of a path.
+
+        Args:
+            changes: options of `DiffusionConfig` that differ from the file; another `path` brings its own defaults.
 
         Raises:
-            ValueError: a scheduler, schedule or prediction type outside that family, or a key that no scheduler has.
+            ValueError: a scheduler, schedule or prediction type that is not held, or a key that no scheduler has.
         """
-        predicts = "sample" if config.get("predict_epsilon") is False else "epsilon"  # the option's name at first
-        config = _scheduler_defaults(config) | {"prediction_type": predicts} | dict(config)
-        # the same variance by another computation; other samplers' files have none
-        names = {"fixed_small_log": "fixed_small", None: "fixed_small"}
-        config["variance_type"] = names.get(config.get("variance_type"), config.get("variance_type"))
-        DiffusionConfig(**{field.name: config[field.name] for field in fields(DiffusionConfig) if field.name in config})
         self = cls.__new__(cls)
-        self._configure(config)
+        self._configure(change_options(read_options(config), changes))
         return self
 
     def save_pretrained(self, save_directory: str | Path) -> None:
@@ -176,32 +187,6 @@ class Diffusion:
     def from_pretrained(cls, directory: str | Path) -> Self:
         """Read `scheduler_config.json`; FileNotFoundError or ValueError if it is missing or unreadable."""
         return cls.from_dict(read_json(local_path(directory) / SCHEDULER_NAME))
-
-
-def _scheduler_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the defaults of the scheduler that wrote a configuration.
-
-    ValueError for a scheduler without betas or with shifted ones, and for a key that no scheduler has: its value would
-    be lost.
-    """
-    name, keys = config.get("_class_name", "DDPMScheduler"), {key for key in config if not key.startswith("_")}
-    keys -= {"self_conditioning", "predict_epsilon", "tensor_format"}  # ours, and names of diffusers' first versions
-    parameters = signature(getattr(diffusers, str(name), DDPMScheduler)).parameters
-    if not {"beta_schedule", "kwargs"} & set(parameters) or "snr_shift_scale" in parameters:
-        raise ValueError(f"_class_name={name!r} is no scheduler of DDPM's family, whose noise levels come from betas")
-    if keys - set(parameters):  # only then, since looking at all schedulers takes a second
-        every = (getattr(diffusers, other) for other in dir(diffusers) if other.endswith("Scheduler"))
-        if unknown := sorted(keys.difference(*(signature(scheduler).parameters for scheduler in every))):
-            raise ValueError(f"{unknown[0]}={config[unknown[0]]!r} is an option of no scheduler; correct its name")
-    if config.get("thresholding"):
-        raise ValueError("thresholding=True, which cuts off a share of the values of x0, has no counterpart here")
-    names = {"beta_start", "beta_end", "beta_schedule", "clip_sample"} & set(parameters)
-    return {"clip_sample": False} | {key: parameters[key].default for key in names}
-
-
-def self_conditioned_input(xt: Tensor, x0_estimate: Tensor | None) -> Tensor:
-    """Return the network's input: x_t, followed by an estimate of x0 with self-conditioning (Chen et al. 2022)."""
-    return xt if x0_estimate is None else torch.cat([xt, x0_estimate], dim=1)
 
 
 def accepts_concat(model: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -73,6 +73,7 @@ def _check_schedule(m: Measures) -> Iterator[Finding]:
         share = f"{m.signal_at_end:.0%} of the image"
         text = f"the last timestep still has {share} in it, but sampling starts from pure noise"
         advice = "rescale_betas_zero_snr=True with v_prediction, or a larger beta_end, or 'squaredcos_cap_v2'"
+        advice += "; with path='edm' a larger sigma_max"
         yield Finding("error" if m.signal_at_end > 0.2 else "warning", "schedule end", text, advice)
 
 

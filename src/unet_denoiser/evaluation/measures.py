@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from unet_denoiser.diffusion.loss import training_losses
-from unet_denoiser.diffusion.predictions import PREDICTIONS
 from unet_denoiser.diffusion.process import Diffusion
 from unet_denoiser.evaluation.images import progress_bar
 from unet_denoiser.evaluation.memorization import Neighbours
@@ -233,7 +232,7 @@ def compare_with_guess(errors: Tensor, process: Diffusion, x0: Tensor) -> list[N
         alpha, sigma = process.alphas[t].double(), process.sigmas[t].double()
         snr = (alpha / sigma).square()
         x0_error = (v * sigma**2 / (alpha**2 * v + sigma**2)).mean()
-        trivial = float(x0_error * PREDICTIONS[process.prediction_type].error_scale(snr))
+        trivial = float(x0_error * process.prediction.error_scale(snr))
         levels.append(NoiseLevelError(t, float(snr * v.mean()), error, trivial, ratio=error / max(trivial, 1e-12)))
     return levels
 

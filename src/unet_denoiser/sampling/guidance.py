@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unet_denoiser.config.base import PredictionType
 from unet_denoiser.config.sampling import SamplingConfig
 from unet_denoiser.config.unet import CONDITIONS
-from unet_denoiser.diffusion.predictions import PREDICTIONS
+from unet_denoiser.diffusion.predictions import get_prediction
 from unet_denoiser.models.conditions import Conditions
 
 GUIDABLE = (*CONDITIONS, "concat")  # conditions that the reference can go without
@@ -41,9 +40,10 @@ class Guidance:
         guided: names of the conditions that the reference goes without; it keeps the others (default: all).
         negative: conditions (B, ...) that the reference has instead, such as a negative prompt.
         guide: the weaker network, called as `network` is; the reference then has all conditions.
-        classifier: (x_t, t, **conditions) -> (B,) log-probability of the conditions, differentiable in x_t.
+        classifier: (x_t, t, **conditions) -> (B,) log-probability of the conditions, differentiable in x_t; t is what
+            the network is fed.
         classifier_scale: factor of its gradient; 1 samples from the posterior of a perfect network and classifier.
-        prediction_type: of the network; only a classifier needs it.
+        prediction_type, sigma_data: of the process; only a classifier needs them.
         channels: the number of guided channels, where the last ones are a learned variance; those stay the conditional
             network's (default: all are guided).
 
@@ -62,12 +62,14 @@ class Guidance:
         guide: Callable[..., Tensor] | None = None,
         classifier: Callable[..., Tensor] | None = None,
         classifier_scale: float = 1.0,
-        prediction_type: PredictionType = "epsilon",
+        prediction_type: str = "epsilon",
+        sigma_data: float = 1.0,
         channels: int | None = None,
     ) -> None:
         self.config = config or SamplingConfig()
         self.network, self.reference_network, self.channels = network, guide or network, channels
-        self.classifier, self.classifier_scale, self.prediction_type = classifier, classifier_scale, prediction_type
+        self.classifier, self.classifier_scale = classifier, classifier_scale
+        self.prediction = get_prediction(prediction_type, sigma_data)
         given, others = as_conditions("conditions", conditions), as_conditions("negative", negative)
         names = _select_guided(self.config.guidance_scale, given, guided, others, has_guide=guide is not None)
         # keyword arguments of the networks, made once: a network recognises them by identity
@@ -131,9 +133,9 @@ class Guidance:
             return output
         count = output.shape[1] if self.channels is None else self.channels
         with torch.enable_grad():
-            xt = x[:, :count].detach().requires_grad_()
+            xt = (x[:, :count] / self.prediction.c_in(alpha, sigma)).detach().requires_grad_()
             (gradient,) = torch.autograd.grad(self.classifier(xt, t, **self.conditional).sum(), xt)
-        factor = PREDICTIONS[self.prediction_type].score_scale(alpha, sigma)
+        factor = self.prediction.score_scale(alpha, sigma)
         guided = output[:, :count] + self.classifier_scale * factor * gradient  # Dhariwal and Nichol 2021, equation 14
         return guided if self.channels is None else torch.cat([guided, output[:, count:]], dim=1)
 

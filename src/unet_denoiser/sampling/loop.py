@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from unet_denoiser.config.sampling import SamplingConfig
-from unet_denoiser.diffusion.process import Diffusion, accepts_concat, self_conditioned_input
+from unet_denoiser.diffusion.process import Diffusion, accepts_concat
 from unet_denoiser.models.conditions import Conditions
 from unet_denoiser.models.unet import UNet
 from unet_denoiser.sampling.arguments import SamplingRequest
@@ -61,7 +61,8 @@ def denoise_step(
     """
     config, process, (alpha, sigma) = sampler.config, sampler.process, sampler.alpha_sigma(i)
     with torch.no_grad():
-        output = guidance(self_conditioned_input(x, x0_estimate), sampler.expand_timestep(i, x), (alpha, sigma))
+        seen = process.network_input(x, alpha, sigma, x0_estimate)
+        output = guidance(seen, sampler.expand_timestep(i, x), (alpha, sigma))
     prediction, variance = process.split(output, x)  # (B, C, *spatial) each
     x0 = process.predict_x0(prediction, x, alpha, sigma, clip=config.clip_sample and config.dynamic_threshold is None)
     if config.dynamic_threshold is not None:
@@ -99,8 +100,9 @@ def denoise(
     """Run the reverse process from pure noise, one step at a time.
 
     Args:
-        predict: (input, t (B,)) -> the network's output, such as a `Guidance`. The input is x_t (B, C, ...); with
-            self-conditioning, followed by the x0 of the step before (zero in the first).
+        predict: (input, time (B,)) -> the network's output, such as a `Guidance`. The input is c_in x_t (B, C, ...),
+            x_t itself for the path "vp"; with self-conditioning, followed by the x0 of the step before (zero in the
+            first).
         x: (B, C, ...) drawn from N(0, 1), in float32; with `first_step`, x_t at that step's noise level.
         config, options: how to sample; options are fields of `SamplingConfig`, which override `config`.
         first_step: the step to begin with, 0 to `num_inference_steps` - 1.
@@ -227,6 +229,7 @@ def _make_guidance(model: UNet, sampler: Sampler, request: SamplingRequest, indi
         classifier=classifier,
         classifier_scale=request.classifier_scale,
         prediction_type=process.prediction_type,
+        sigma_data=process.sigma_data,
         channels=process.data_channels(model.config),
     )
 

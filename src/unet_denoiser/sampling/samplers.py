@@ -19,12 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unet_denoiser.config.base import PredictionType
 from unet_denoiser.config.sampling import SamplerName, SamplingConfig
 from unet_denoiser.diffusion.predictions import PREDICTIONS
 from unet_denoiser.diffusion.process import Diffusion
 
-MIN_ALPHA_SQUARED = 2.0**-24  # stands for pure noise, since schedulers divide by alpha; diffusers' own choice
 MAX_RATIO = 80.0  # sigma_max of Karras et al. 2022, table 1
 RHO = 7.0  # of their schedule, equation 5
 MEMORYLESS: tuple[SamplerName, ...] = ("ddim", "ddpm", "euler", "euler_a")  # a step depends on x_t alone
@@ -53,7 +51,7 @@ class SamplerSpec(NamedTuple):
     variance_exploding: bool = False
     calls: Literal["once", "heun", "middle", "pndm"] = "once"
     needs_finite_start: bool = False
-    prediction_type: PredictionType = "v_prediction"
+    prediction_type: str = "v_prediction"
 
 
 def _dpm(steps: str, order: int, algorithm: str = "dpmsolver++") -> SamplerSpec:
@@ -113,7 +111,7 @@ class Sampler:
         self._next_call = -1  # so that the first step copies the scheduler
         self._options: dict[str, Any] = {"eta": config.eta} if config.eta > 0 else {}
         between = self._initial.sigmas_interpol.double().numpy() if self._spec.calls == "middle" else ratios
-        t = _expand_to_calls(self._spec, timesteps, interpolate_timesteps(process, between.clip(1e-9)))
+        t = _expand_to_calls(self._spec, timesteps, interpolate_times(process, between.clip(1e-9)))
         if not np.isfinite(t).all():  # between two steps, diffusers divides by a difference that can vanish
             raise ValueError(
                 f"num_inference_steps={config.num_inference_steps}: sampler={config.sampler!r} finds no noise levels "
@@ -183,48 +181,44 @@ def _check(config: SamplingConfig, process: Diffusion) -> None:
         raise ValueError("sampler='lms' needs SciPy (pip install scipy); 'dpm++' does without")
     if process.alphas[-1] > 0:
         return
-    zero_snr = "a schedule that ends in pure noise (rescale_betas_zero_snr)"
+    zero_snr = "a schedule that ends in pure noise" + " (rescale_betas_zero_snr)" * (process.path == "vp")
+    if config.timestep_spacing == "leading":
+        raise ValueError(f"timestep_spacing='leading' leaves out the last timestep of {zero_snr}; use 'trailing'")
+    if process.path == "flow":  # at MAX_RATIO hardly any signal is left, and the network has learned that level too
+        return
     if SAMPLERS[config.sampler].needs_finite_start:
         raise ValueError(f"sampler={config.sampler!r} has no finite start for {zero_snr}; use 'dpm++' or 'ddim'")
     if config.sigma_schedule is not None:
         raise ValueError(f"sigma_schedule={config.sigma_schedule!r} has no finite start for {zero_snr}; leave it out")
-    if config.timestep_spacing == "leading":
-        raise ValueError(f"timestep_spacing='leading' leaves out the last timestep of {zero_snr}; use 'trailing'")
 
 
-def compute_ratios(process: Diffusion) -> Numbers:
-    """Return sigma / alpha of every timestep, rising: (T,); finite also for pure noise."""
-    alphas_squared = np.cumprod(1 - process.scheduler.betas.double().numpy())
-    alphas_squared[alphas_squared <= 0] = MIN_ALPHA_SQUARED  # a cosine schedule's last is lower, and not pure noise
-    return np.sqrt((1 - alphas_squared) / alphas_squared)
-
-
-def interpolate_timesteps(process: Diffusion, ratios: Numbers) -> Numbers:
-    """Return the timesteps that have these sigma / alpha, also between the trained ones: linear in its logarithm."""
-    return np.interp(np.log(ratios), np.log(compute_ratios(process)), np.arange(process.num_train_timesteps))
+def interpolate_times(process: Diffusion, ratios: Numbers) -> Numbers:
+    """Return what the network is fed at these sigma / alpha, also between the trained ones: linear in its logarithm."""
+    return np.interp(np.log(ratios), np.log(process.ratios), process.times.double().numpy())
 
 
 def select_steps(config: SamplingConfig, process: Diffusion) -> tuple[Numbers, Numbers]:
-    """Return timestep and sigma / alpha of every step, falling; ValueError for too many steps."""
-    trained, count = compute_ratios(process), config.num_inference_steps
+    """Return what the network is fed, and sigma / alpha, of every step, falling; ValueError for too many steps."""
+    trained, count = process.ratios, config.num_inference_steps
     if config.sigma_schedule is not None:
         high, low = min(trained[-1], MAX_RATIO), trained[0]
         if config.sigma_schedule == "karras":
             ratios = np.linspace(high ** (1 / RHO), low ** (1 / RHO), count) ** RHO  # Karras et al. 2022, equation 5
         else:
             ratios = np.geomspace(high, low, count)
-        return interpolate_timesteps(process, ratios), ratios
+        return interpolate_times(process, ratios), ratios
     needs_finite_start = SAMPLERS[config.sampler].needs_finite_start
     total = int((trained <= MAX_RATIO).sum()) if needs_finite_start else len(trained)
     if count > total:
         raise ValueError(f"num_inference_steps={count} must be 1 to {total} for sampler={config.sampler!r}")
     if config.timestep_spacing == "trailing":  # Lin et al. 2023, table 2
-        timesteps = np.round(total - np.arange(count) * total / count) - 1
+        indices = np.round(total - np.arange(count) * total / count) - 1
     elif config.timestep_spacing == "linspace":
-        timesteps = np.round(np.linspace(total - 1, 0, count))
+        indices = np.round(np.linspace(total - 1, 0, count))
     else:
-        timesteps = np.arange(count - 1.0, -1, -1) * (total // count)
-    return timesteps, trained[timesteps.astype(np.int64)]
+        indices = np.arange(count - 1.0, -1, -1) * (total // count)
+    indices = indices.astype(np.int64)
+    return process.times.double().numpy()[indices], trained[indices]
 
 
 def _make_scheduler(spec: SamplerSpec, ratios: Numbers, more_options: Mapping[str, Any]) -> Any:

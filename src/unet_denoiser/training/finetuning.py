@@ -27,6 +27,8 @@ def guess_process(config: UNetConfig, told: Mapping[str, Any]) -> tuple[dict[str
 
     Networks for four channels are taken to be Stable Diffusion's, others DDPM's. `told` is what the file itself tells.
     """
+    if "path" in told:
+        return Diffusion(**told).to_dict(), f"the file tells {told['path']}"
     is_latent = config.out_channels == 4
     schedule: dict[str, Any] = {"prediction_type": "epsilon", "beta_schedule": "linear"}
     if is_latent:

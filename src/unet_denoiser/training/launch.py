@@ -164,11 +164,8 @@ def initialization(request: TrainRequest, training: TrainingConfig) -> Initializ
     if saved is None:
         saved, told = guess_process(network.config, read_process(folder) if folder.is_file() else {})
         messages.append(f"{init}: no schedule beside it; {told} unless --process.* says else")
-    changes = dict(request.process)
-    if "clip_sample_range" in changes:  # diffusers has two options for it
-        changes["clip_sample"] = (clip := changes["clip_sample_range"]) is not None
-        changes["clip_sample_range"] = clip or 1.0
-    return Initialization(network.config, network, Diffusion.from_dict(saved | changes), messages)
+    process = Diffusion.from_dict(saved, **request.process)
+    return Initialization(network.config, network, process, messages)
 
 
 def _absolute_source(source: str) -> tuple[str, Path]:

@@ -160,12 +160,14 @@ class Run:
     def save_pipeline(self, path: Path) -> None:
         """Write a `DDPMPipeline` folder, which diffusers' `DiffusionPipeline.from_pretrained` opens.
 
-        ValueError if diffusers has no counterpart: for a learned null or self-conditioning, for example.
+        ValueError if diffusers has no counterpart: for a learned null, self-conditioning or EDM, for example.
         """
         import diffusers
 
         if self.process.self_conditioning:
             raise ValueError(f"self_conditioning=True: {self.path} has no counterpart among diffusers' pipelines")
+        if self.process.path == "edm":
+            raise ValueError(f"path='edm': diffusers' pipelines do not scale the network's input, as {self.path} needs")
         model = self.load_model()
         with TemporaryDirectory() as folder:
             export_checkpoint(model.state_dict(), model.config, Path(folder), "diffusers")

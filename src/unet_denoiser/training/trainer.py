@@ -106,7 +106,7 @@ class Trainer:
         self.prepared, self.optimizer = self.accelerator.prepare(given if compiled else model, optimizer)
         self.model: UNet = unwrap(self.accelerator.unwrap_model(self.prepared))
         self.ema = EMA(self.model, config.ema_decay)
-        self.weighting = LossWeighting(process.prediction_type, process.snr, config, self.accelerator.device)
+        self.weighting = LossWeighting(process.prediction, process.snr, config, self.accelerator.device)
 
     def steps(self) -> Generator[TrainingStep, None, None]:
         """Train from the current step to the last, yielding after each optimizer step.
@@ -207,6 +207,7 @@ class Trainer:
             raise ValueError(f"the images lie in {found}; the process has {list(bounds)}, set by clip_sample_range")
         first = self.step * c.batch_size + self.accelerator.process_index * len(x0)
         draws = draw_for_loss(c.seed, first, x0, self.process.num_train_timesteps, c.noise_offset)
+        draws = draws._replace(t=self.process.timestep(draws.t))
         conditions = Conditions.select(batch, [*self.model.config.conditions, "concat"])
         size = len(x0) // c.gradient_accumulation_steps
         slices = [slice(start, start + size) for start in range(0, len(x0), size)]

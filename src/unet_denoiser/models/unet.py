@@ -20,12 +20,11 @@ from unet_denoiser.models.input_checks import check_inputs
 from unet_denoiser.models.layers.attention import ContextAttention, SelfAttention, SpatialTransformer
 from unet_denoiser.models.layers.common import full_precision, input_device, input_dtype, join_graph, zero_init
 from unet_denoiser.models.layers.context import Context, build_context
-from unet_denoiser.models.layers.conv import CONV
+from unet_denoiser.models.layers.conv import CONV, channels_last
 from unet_denoiser.models.layers.embeddings import ClassEmbedding, TimeMLP, VectorEmbedding
 from unet_denoiser.models.layers.norm import group_norm
 from unet_denoiser.models.layers.resampling import AveragePool, Downsample, NearestUpsample, TransposedUpsample
 from unet_denoiser.models.layers.resblock import Block, ResBlock
-from unet_denoiser.models.layers.rules import channels_last
 from unet_denoiser.models.pretrained import Pretrained, is_own, load_strictly
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from inspect import signature
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import diffusers
 import torch
@@ -28,6 +28,20 @@ from unet_denoiser.utils.files import read_json, write_json
 SCHEDULER_NAME = "scheduler_config.json"
 
 
+class StepRules(NamedTuple):
+    """Rules of diffusers' schedulers that the images of a published pipeline follow; by default ours.
+
+    Args:
+        steps_offset: is added to the timesteps of "leading" spacing.
+        ends_noisy: ddim ends at the noise level of timestep 0, not at x0 (set_alpha_to_one=False).
+        keeps_noise: ddim goes on with the noise that was predicted before x0 was clipped.
+    """
+
+    steps_offset: int = 0
+    ends_noisy: bool = False
+    keeps_noise: bool = False
+
+
 class Diffusion:
     """A forward process and the quantity that a network learns of it, kept as a `diffusers` scheduler's configuration.
 
@@ -38,10 +52,13 @@ class Diffusion:
         alphas, sigmas, snr: (T,) of every timestep; snr is the signal-to-noise ratio alpha^2 / sigma^2.
         learns_variance: True if the second half of the network's output is a variance.
         data_range: bounds of the data, to which predicted x0 are clipped; None for unbounded data.
+        step_rules: how samplers step; only a published pipeline's differ. They are not saved.
 
     Raises:
         ValueError: an option that cannot work.
     """
+
+    step_rules = StepRules()
 
     @signature_of(DiffusionConfig)
     def __init__(self, **options: Any) -> None:

@@ -75,6 +75,15 @@ def latent_diffusion(folder):
     return save(diffusers.LDMPipeline(vqvae(), network("ldm-vq4"), scheduler), folder)
 
 
+def text_to_latents(folder):
+    """LDM's pipeline for captions, with an autoencoder of its factor 8."""
+    torch.manual_seed(0)
+    words = tokenizer(folder / "tokenizer")
+    scheduler = diffusers.DDIMScheduler(**SCALED | {"clip_sample": False, "set_alpha_to_one": False})
+    pipe = diffusers.LDMTextToImagePipeline(vae(4), text_encoder(words), words, network("sd-1"), scheduler)
+    return save(pipe, folder)
+
+
 def stable_diffusion(folder, kind=None, net="sd-1", schedule=None, **parts):
     """A pipeline of Stable Diffusion 1 or 2, saved in the folder."""
     torch.manual_seed(0)

@@ -15,9 +15,7 @@ CPU_SECONDS = 120  # for the samples, by default; half of it for the features of
 
 
 def evaluate(
-    run: Annotated[
-        Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_PIPELINE", help_behavior_hint="")
-    ] = None,
+    run: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help_behavior_hint="")] = None,
     *,
     data: OptionalName = None,
     held_out: OptionalName = None,

@@ -66,7 +66,10 @@ def _find_network(name: str) -> tuple[UNetConfig, Any]:
     if (run := Run.find(name)) is not None:
         return run.model, run
     if (folder := _find_pipeline(name)) is not None:
-        return read_architecture(folder / "unet"), None
+        from unet_denoiser.sampling.pipeline.published import open_network
+
+        with open_network(folder / "unet") as network:
+            return read_architecture(network), None
     if (path := local_path(name)).is_file() or any((path / f).is_file() for f in ("config.json",)):
         return read_architecture(path), None
     raise ValueError(f"{name!r} is neither a run, a model's directory or file nor a preset: {', '.join(PRESETS)}")

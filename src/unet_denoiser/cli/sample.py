@@ -26,7 +26,7 @@ DEFAULT_COUNT = 16
 
 
 def sample(
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_PIPELINE")],
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
     *,
     num_images: options.OptionalNumber = None,
     classes: Annotated[tuple[str, ...], tyro.conf.arg(name="class")] = (),

@@ -11,7 +11,7 @@ from unet_denoiser.config.paths import expand_home
 from unet_denoiser.models.pretrained import describe_load_errors
 from unet_denoiser.utils.cache import digest, fingerprint
 
-KINDS = ("AutoencoderKL", "AutoencoderTiny", "VQModel")
+KINDS = ("AutoencoderKL", "AutoencoderTiny")  # and VQModel, the first of them (LDM)
 
 
 class Autoencoder:
@@ -41,8 +41,8 @@ class Autoencoder:
         with describe_load_errors(f"vae={self.name}", f"a folder or hub name of an {' or '.join(KINDS)}"):
             config = diffusers.AutoencoderKL.load_config(self.name, **options)
             kind = config.get("_class_name")
-            if kind not in KINDS:
-                raise ValueError(f"it holds a {kind}; {' and '.join(KINDS)} are supported")
+            if kind not in (*KINDS, "VQModel"):
+                raise ValueError(f"it holds a {kind}; {' and '.join(KINDS)} are supported, and VQModel")
             self.model: Any = getattr(diffusers, kind).from_pretrained(self.name, torch_dtype=torch.float32, **options)
         self.model.eval().requires_grad_(False).to(device)
         self.device = torch.device(device)

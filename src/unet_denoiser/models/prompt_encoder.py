@@ -1,6 +1,7 @@
 """The frozen text encoders of a published pipeline: captions to the tokens that its network was trained with."""
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +93,7 @@ class PromptEncoder(TextEncoder):
 
 def _load_encoder(folder: Path, library: str, name: str) -> Any:
     """Load a text encoder of transformers, or LDM's, which diffusers has; only half-precision files if no others."""
-    if library == "latent_diffusion":
-        from diffusers.pipelines import latent_diffusion as module
-    else:
-        import transformers as module
+    module = import_module("diffusers.pipelines.latent_diffusion" if library == "latent_diffusion" else "transformers")
     halves = list(folder.glob("*.fp16.*"))
     variant = {"variant": "fp16"} if halves and not any(folder.glob("*model.[sb]*")) else {}
     model = getattr(module, name).from_pretrained(folder, dtype=torch.float32, **variant)

@@ -159,10 +159,11 @@ def initialization(request: TrainRequest, training: TrainingConfig) -> Initializ
         unbounded = {"clip_sample_range": None} if request.data.get("vae") else {}  # latents have no fixed range
         config = preset(request.preset) if request.preset else None
         return Initialization(config, None, Diffusion(**unbounded | dict(request.process)), [])
-    run, data = Run.find(init), {}
+    run, data, saved = Run.find(init), dict[str, Any](), None
     if run is None and (found := fetch_pipeline(init)) is not None:
         network, saved, data = read_pipeline(found, request.data)
-        messages = [f"{init}: the data get the pipeline's {' and '.join(name for name in WRAPPERS if name in data)}"]
+        parts = [name for name in WRAPPERS if name in data and name not in request.data]
+        messages = [f"{init}: its {' and '.join(parts)} prepare the data"] * bool(parts)
     else:
         folder, messages = init if run is None else run.model_folder, []
         network, saved = UNet.from_pretrained(folder), find_scheduler_config(folder)
@@ -208,7 +209,7 @@ def _load_data(
     """Load the dataset, by default with the channels and size of the architecture that was chosen."""
     # a network for latents has neither the size nor the channels of the images
     base = None if request.data.get("vae") or initial.data else initial.config
-    defaults = {} if base is None else {"image_size": base.image_size}
+    defaults: dict[str, Any] = {} if base is None else {"image_size": base.image_size}
     defaults |= {"channels": request.model.get("in_channels"), **initial.data}
     config = DataConfig(source, **defaults | dict(request.data))
     data = load_data(config)

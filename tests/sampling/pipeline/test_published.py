@@ -62,6 +62,13 @@ def test_latent_diffusion_is_diffusers(tmp_path):
     assert_equal(ours(Pipeline.from_pretrained(tmp_path), captions=()), theirs(pipe, batch_size=2))
 
 
+def test_latent_diffusion_of_captions_is_diffusers(tmp_path):
+    pipe, prompts = pipelines.text_to_latents(tmp_path), [*CAPTIONS]
+    generator = torch.stack([torch.randn(4, 8, 8, generator=g) for g in pipelines.generators(SEEDS)])
+    found = ours(Pipeline.from_pretrained(tmp_path), guidance_scale=3.0)
+    assert_equal(found, theirs(pipe, prompt=prompts, guidance_scale=3.0, latents=generator))
+
+
 SCHEDULES = {
     "stable diffusion's": {},
     "to x0": {"set_alpha_to_one": True},
@@ -99,6 +106,13 @@ def test_sdxl_scales_latents_by_their_statistics(tmp_path):
     statistics = {"latents_mean": [0.3, -0.2, 0.1, 0.0], "latents_std": [1.5, 0.7, 2.0, 1.0], "scaling_factor": 0.5}
     torch.manual_seed(1)
     pipe = pipelines.sdxl(tmp_path, vae=pipelines.vae(**statistics))
+    assert_equal(ours(Pipeline.from_pretrained(tmp_path)), theirs(pipe, prompt=[*CAPTIONS]))
+
+
+def test_sdxl_embeds_sizes_in_any_width(tmp_path):
+    torch.manual_seed(1)
+    sizes = {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 1280 + 6 * 8}
+    pipe = pipelines.sdxl(tmp_path, unet=pipelines.network("sdxl", **sizes))
     assert_equal(ours(Pipeline.from_pretrained(tmp_path)), theirs(pipe, prompt=[*CAPTIONS]))
 
 

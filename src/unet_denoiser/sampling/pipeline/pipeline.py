@@ -63,8 +63,8 @@ class Pipeline:
         U-Net folder of diffusers with the folder `scheduler` beside it; its classes are named by their numbers, unless
         the folder has a class_names.json. FileNotFoundError or ValueError if there is no readable network or schedule.
         """
-        if (found := fetch_pipeline(folder)) is not None:
-            return cls(found, *load_published(found, device))
+        if (pipeline := fetch_pipeline(folder)) is not None:
+            return cls(pipeline, *load_published(pipeline, device))
         folder = local_path(folder)
         model, schedule = UNet.from_pretrained(folder), find_scheduler_config(folder)
         if schedule is None:
@@ -134,16 +134,16 @@ class Pipeline:
         """
         if conditions.context is None or self.model.config.learned_null or self.data.text_encoder is None:
             return Conditions()
-        absent = self.encode_captions([""], image_size, negative=True)
-        if absent.vector is None or self.published is None or not self.published.zero_negative:
+        absent, pooled = self.encode_captions([""], image_size, negative=True), self._prompts[""].pooled
+        if pooled is None or absent.context is None or self.published is None or not self.published.zero_negative:
             return absent
-        pooled = torch.zeros(1, self._prompts[""].pooled.shape[0])
-        return Conditions(context=torch.zeros_like(absent.context), vector=self._vector(pooled, image_size, True))
+        vector = self._vector(torch.zeros_like(pooled)[None], image_size, negative=True)
+        return Conditions(context=torch.zeros_like(absent.context), vector=vector)
 
     def _vector(self, pooled: Tensor, image_size: Sequence[int] | None, negative: bool) -> Tensor:
         """Return SDXL's vector (B, vector_dim) of pooled text (B, D) and sizes."""
         assert self.published is not None
-        size = self._check_size(image_size) or self.data.image_size
+        size: Any = self._check_size(image_size) or self.data.image_size
         numbers = torch.tensor(self.published.numbers(size, negative=negative), dtype=torch.float32)
         return join_text_and_sizes(self.model.config, pooled, numbers.expand(len(pooled), -1))
 

@@ -1,9 +1,11 @@
 """Published pipelines of diffusers: which are held, and what their networks are given beside x_t and the tokens."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
 import diffusers
@@ -15,7 +17,7 @@ from unet_denoiser.convert.checkpoint_files import CONFIG_NAME
 from unet_denoiser.diffusion.process import SCHEDULER_NAME, Diffusion, StepRules
 from unet_denoiser.models.fetch import PIPELINE_NAME
 from unet_denoiser.models.unet import UNet
-from unet_denoiser.utils.files import read_json
+from unet_denoiser.utils.files import read_json, write_json
 
 Task = Literal["generation", "inpainting", "translation", "upscaling"]
 # diffusers' classes: what their networks do, and the weights of guidance that they have by default
@@ -40,6 +42,7 @@ _CORRECTIONS: dict[str, dict[str, Any]] = {
     "StableDiffusionImg2ImgPipeline": {"steps_offset": 1, "clip_sample": False},
     "StableDiffusionInpaintPipeline": {"steps_offset": 1},
 }
+PUBLISHED_WIDTH = 256  # of each number of SDXL, embedded
 SCORE, NEGATIVE_SCORE = 6.0, 2.5  # aesthetic scores, as diffusers gives them
 IGNORED = ("safety_checker", "feature_extractor", "image_encoder", "watermarker", "watermark")
 
@@ -107,7 +110,8 @@ def load_published(folder: Path, device: str | torch.device = "cpu") -> Loaded:
     published = read_published(folder)
     if "safety_checker" in _list_ignored(folder):
         warnings.warn(f"{folder}: its safety_checker is not run", stacklevel=4)
-    model = on_device(UNet.from_pretrained(folder / "unet"), device)
+    with open_network(folder / "unet") as network:
+        model = on_device(UNet.from_pretrained(network), device)
     process = read_process(folder, published.name)
     published = _fit_task(folder, published, model.config, process)
     vae = next((part for part in ("vae", "vqvae") if part in published.parts), None)
@@ -126,6 +130,24 @@ def load_published(folder: Path, device: str | torch.device = "cpu") -> Loaded:
         **({} if vae is None else latent_statistics(folder / vae, published.name)),
     )
     return Loaded(model, process, data, published)
+
+
+@contextmanager
+def open_network(folder: Path) -> Iterator[Path]:
+    """Provide the network's folder; a copy of it, if SDXL's numbers are embedded in another width than the published.
+
+    Networks are given the embedded numbers, so their width matters to `Published.numbers` alone.
+    """
+    config = read_json(folder / CONFIG_NAME)
+    if config.get("addition_time_embed_dim") in (None, PUBLISHED_WIDTH):
+        yield folder
+        return
+    with TemporaryDirectory() as copy:
+        for file in folder.iterdir():
+            (Path(copy) / file.name).symlink_to(file.absolute())
+        (Path(copy) / CONFIG_NAME).unlink()
+        write_json(Path(copy) / CONFIG_NAME, config | {"addition_time_embed_dim": PUBLISHED_WIDTH})
+        yield Path(copy)
 
 
 def on_device(model: UNet, device: str | torch.device) -> UNet:
@@ -155,7 +177,7 @@ def _fit_task(folder: Path, published: Published, config: UNetConfig, process: D
     return published
 
 
-def latent_statistics(folder: Path, name: str) -> dict[str, tuple[float, ...]]:
+def latent_statistics(folder: Path, name: str) -> dict[str, Any]:
     """Return mean and standard deviation of latents, where an autoencoder states them; only SDXL uses them.
 
     With them, SDXL scales latents by `scaling_factor` too.

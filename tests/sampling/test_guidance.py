@@ -295,3 +295,32 @@ def test_refuses(options, message):
 def test_refuses_a_guide_of_another_process():
     with pytest.raises(ValueError, match="guide makes 1 channels; the network 3"):
         sample(small(), Diffusion(), seeds=[0], guide=small(in_channels=1, out_channels=1), guidance_scale=2.0)
+
+
+@pytest.mark.parametrize(("scale", "image_scale"), [(3.0, 1.5), (1.0, 2.0), (0.0, 1.5), (3.0, 1.0)])
+def test_an_image_has_a_weight_of_its_own(setting, scale, image_scale):
+    """Against three separate calls, by equation 3 of Brooks et al. 2023."""
+    model, x, t, conditions = setting
+    image = torch.ones_like(x)
+
+    def network(x, t, *, concat, drop=None, **inputs):
+        drop = dict(drop or {})
+        seen = torch.where(drop.pop("concat", torch.zeros(len(x), dtype=torch.bool))[:, None, None, None], 0, concat)
+        return model(x + seen, t, drop=drop or None, **inputs)
+
+    config = SamplingConfig(guidance_scale=scale, image_guidance_scale=image_scale)
+    everything = torch.ones(len(x), dtype=torch.bool)
+    dropped = {name: everything for name in conditions if name != "context_mask"}
+    with torch.no_grad():
+        found = Guidance(network, config, conditions | {"concat": image})(x, t)
+        both = network(x, t, concat=image, **conditions)
+        alone = network(x, t, concat=image, drop=dropped, **conditions)
+        neither = network(x, t, concat=image, drop=dropped | {"concat": everything}, **conditions)
+    assert model.batches == [3 * len(x)] + [len(x)] * 3
+    assert_close(found, neither + image_scale * (alone - neither) + scale * (both - alone), rtol=1e-4, atol=1e-5)
+
+
+def test_an_image_weight_needs_an_image(setting):
+    network, *_, conditions = setting
+    with pytest.raises(ValueError, match=r"image_guidance_scale=1\.5 needs the image of concat"):
+        Guidance(network, SamplingConfig(image_guidance_scale=1.5), conditions)

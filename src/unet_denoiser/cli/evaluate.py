@@ -38,8 +38,9 @@ def evaluate(
     report.json, and a picture of the samples that are closest to training images.
 
     Args:
-        run: a run directory; may be left out with --samples and --data.
-        data: its training data, as for `train` (default: as trained).
+        run: a run directory, or a published pipeline's folder or hub name; may be left out with --samples and --data.
+        data: its training data, as for `train` (default: as trained; a pipeline needs it, with captions if it draws
+            from them).
         held_out: images it was not trained on, likewise; "digits:held-out" are those of digits (default: half of the
             images of DATA that are used stand in for them).
         held_out_split: the split of DATA, where it is hf:NAME or Parquet files, that has the held-out images.
@@ -56,7 +57,7 @@ def evaluate(
         batch_size: samples made at a time (default: 64).
         checkpoint: "latest", a step's number, or "best" (default: latest).
         device: "auto" takes a GPU where there is one.
-        out: the folder to write (default: RUN/evaluation, or else beside the samples).
+        out: the folder to write (default: RUN/evaluation, NAME-evaluation here for a pipeline, or beside SAMPLES).
     """
     with one_line_errors():
         if run is None and (samples is None or data is None):
@@ -70,12 +71,14 @@ def evaluate(
             raise ValueError(f"{useless[0]} means nothing with --samples, which are made already; leave it out")
         if out is not None and out.is_file():
             raise ValueError(f"out={out} is a file; give a folder")
-        config = SamplingConfig(**sampling)
+        SamplingConfig(**sampling)  # refuses what cannot work before anything is loaded
         print(f"evaluating {run or samples} ...", flush=True)  # the imports alone take seconds
         from unet_denoiser.evaluation import samples as sample_sources
         from unet_denoiser.evaluation.evaluator import MIN_SAMPLES, check_count
         from unet_denoiser.evaluation.evaluator import evaluate as evaluate_samples
         from unet_denoiser.evaluation.feature_extractors import load_extractor
+        from unet_denoiser.sampling.pipeline.pipeline import Pipeline
+        from unet_denoiser.training.pipelines import load_pipeline
         from unet_denoiser.training.run import Run
         from unet_denoiser.utils.device import keep_freed_memory, resolve_device
         from unet_denoiser.utils.files import check_writable
@@ -83,9 +86,13 @@ def evaluate(
         keep_freed_memory()
         if samples is None and num_samples is not None:
             check_count(given.pop("num_samples"), allow_few)
-        loaded, resolved = None if run is None else Run.load(run), resolve_device(device)
-        folder = out or _default_folder(run, samples)
+        resolved = resolve_device(device)
+        loaded: Run | Pipeline | None = None if run is None else Run.find(run)
+        folder = out or _default_folder(run, samples, loaded is not None)
         check_writable(folder)
+        if run is not None and loaded is None:
+            loaded = load_pipeline(run, resolved, checkpoint=checkpoint or "latest")
+        config = loaded.sampling_config(**sampling) if isinstance(loaded, Pipeline) else SamplingConfig(**sampling)
         data_config, images, unseen = sample_sources.load_compared_data(loaded, data, held_out, held_out_split)
         source: Any
         if samples is not None:
@@ -124,9 +131,9 @@ def evaluate(
     print(printable(folder / "report.json"))
 
 
-def _default_folder(run: Path | None, samples: Path | None) -> Path:
+def _default_folder(run: Path | None, samples: Path | None, is_run: bool) -> Path:
     if run is not None:
-        return run / "evaluation"
+        return run / "evaluation" if is_run else Path(f"{run.resolve().stem}-evaluation")
     assert samples is not None
     samples = samples.resolve()
     return samples.with_name(f"{samples.stem}-evaluation")

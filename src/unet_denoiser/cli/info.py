@@ -1,6 +1,7 @@
 """The command that shows a network."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -24,7 +25,8 @@ def info(
     """Show a network: its levels with sizes, widths, heads, parameters and FLOPs; with --memory, what training needs.
 
     Args:
-        name: a preset's name, a run directory, or a directory or file with a model of any format that convert reads.
+        name: a preset's name, a run directory, a directory or file with a model of any format that convert reads, or a
+            published pipeline's folder or hub name.
         diagram: also draw the network into this .svg file.
         memory: show instead the estimated memory and operations of a training step; the options below describe it
             (default: those of the run, if there is one).
@@ -36,6 +38,10 @@ def info(
         if step:
             raise ValueError(f"{next(iter(step))}: the options of a training step need --memory")
         config, _ = _find_network(name)
+        if (folder := _find_pipeline(name)) is not None:
+            from unet_denoiser.sampling.pipeline.published import describe
+
+            print(describe(folder) + "\n")
         if diagram is not None:
             if diagram.suffix != ".svg":
                 raise ValueError(f"diagram={diagram}: give a name that ends in .svg")
@@ -59,9 +65,23 @@ def _find_network(name: str) -> tuple[UNetConfig, Any]:
         return preset(name), None
     if (run := Run.find(name)) is not None:
         return run.model, run
-    if (path := local_path(name)).is_file() or any((path / f).is_file() for f in ("config.json", "model_index.json")):
+    if (folder := _find_pipeline(name)) is not None:
+        from unet_denoiser.sampling.pipeline.published import open_network
+
+        with open_network(folder / "unet") as network:
+            return read_architecture(network), None
+    if (path := local_path(name)).is_file() or any((path / f).is_file() for f in ("config.json",)):
         return read_architecture(path), None
     raise ValueError(f"{name!r} is neither a run, a model's directory or file nor a preset: {', '.join(PRESETS)}")
+
+
+def _find_pipeline(name: str) -> Path | None:
+    """Return the folder of a published pipeline, here or downloaded from the hub; None for anything else."""
+    from unet_denoiser.config.presets import PRESETS
+    from unet_denoiser.models.fetch import fetch_pipeline
+
+    is_hub_name = name.count("/") == 1 and not name.startswith((".", "~", "/"))
+    return fetch_pipeline(local_path(name)) if name not in PRESETS and (is_hub_name or Path(name).exists()) else None
 
 
 def _show_memory(name: str, options: dict[str, Any], device: DeviceName) -> None:

@@ -48,11 +48,14 @@ def sample(
     preview_every: options.OptionalNumber = None,
     device: DeviceName = "auto",
     checkpoint: str = "latest",
+    vae: options.OptionalName = None,
+    text_encoder: options.OptionalName = None,
 ) -> None:
-    """Generate images with a trained run, or edit one of yours.
+    """Generate images with a trained run or a published pipeline, or edit one of yours.
 
     Args:
-        run: a run directory.
+        run: a run directory; a saved model; or a pipeline of diffusers: its folder, or its name on the hub, owner/name;
+            or a single file with the weights of a network.
         num_images: how many; image i depends on its seed SEED + i alone (default: 16, or with --invert one for each
             class or caption).
         classes: names of the classes to generate, in turn (default: all of the run's).
@@ -66,39 +69,46 @@ def sample(
         seed: seed of the first image.
         batch_size: images at a time; does not change them.
         image_size: one number or height and width (default: as trained), of the images or of --image.
-        out: the picture (default: RUN/samples.png), one row per class or caption; or a folder, for any number of
-            images: .npz files of some hundreds each, which the same command completes if it was interrupted.
+        out: the picture (default: RUN/samples.png, or NAME-samples.png here for what is no run), one row per class or
+            caption; or a folder, for any number of images: .npz files of some hundreds each, which the same command
+            completes if it was interrupted.
         separate: also write every image to its own file, in a folder beside the picture.
         strip: also write x_t and predicted x0 of the first four images at up to ten steps, as OUT-strip.png.
         gif: also write the steps of the first sixteen images as an animation, OUT.gif.
         preview_every: write the picture every so many steps, with the predicted x0 of images that are not finished.
         device: "auto" takes a GPU if there is one.
         checkpoint: "latest", a step's number, or "best": the lowest smoothed training loss of those that are kept.
+        vae: of a single file with the weights of a network: folder of its autoencoder, or of a pipeline that has it.
+        text_encoder: likewise: folder of its text encoder and tokenizer, or of a pipeline that has them.
     """
     with one_line_errors():
         edit = EditingConfig(**editing)
         needs_ddim = edit.invert or edit.resample > 1  # another sampler that was given is refused by its name
         defaults: dict[str, Any] = {"sampler": "ddim"} if needs_ddim else {}
-        config = SamplingConfig(**defaults | sampling)
+        SamplingConfig(**defaults | sampling)  # refuses what cannot work before anything is loaded
         _check_options(num_images, seed, out, preview_every, batch_size)
         from unet_denoiser.sampling.pipeline.distributed import join_processes
         from unet_denoiser.sampling.pipeline.generation import GenerationRequest
+        from unet_denoiser.training.pipelines import load_pipeline
         from unet_denoiser.training.run import Run
         from unet_denoiser.utils.files import check_writable
 
-        path = run / "samples.png" if out is None else out
+        loaded = Run.find(run) if run.is_dir() else None
+        if guide_checkpoint is not None and loaded is None:
+            raise ValueError(f"guide_checkpoint={guide_checkpoint}: {run} is no run, so it has no checkpoints")
+        beside = run / "samples.png" if loaded else Path(f"{run.resolve().stem}-samples.png")
+        path = beside if out is None else out
         output = _Output(path, separate, strip, gif, preview_every)
-        loaded = Run.load(run)
         check_writable(path.parent if path.suffix else path)
         state, place = join_processes(device)
-        pipeline = loaded.load_pipeline(checkpoint, place)
+        pipeline = load_pipeline(run, place, checkpoint=checkpoint, vae=vae, text_encoder=text_encoder)
         _check_output(pipeline, output)
         count = num_images or DEFAULT_COUNT
         if edit.invert and not num_images:
             count = len(classes or captions or pipeline.class_names or "1")
         request = GenerationRequest(
             edit,
-            config,
+            pipeline.sampling_config(**defaults | sampling),
             range(seed, seed + count),
             classes=classes,
             captions=captions,
@@ -107,7 +117,7 @@ def sample(
             image_size=image_size,
             negative_class=negative_class,
             negative_caption=negative_caption,
-            guide=None if guide_checkpoint is None else loaded.load_model(guide_checkpoint).to(place),
+            guide=loaded.load_model(guide_checkpoint).to(place) if loaded and guide_checkpoint else None,
         )
         write = _write_picture if path.suffix else _write_shards
         write(pipeline, request, output, batch_size, state)

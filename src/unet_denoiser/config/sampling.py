@@ -43,6 +43,8 @@ class SamplingConfig:
         compile: run the network through torch.compile. The first call takes half a minute to several minutes (32 s for
             1.2M parameters on one core), again for each batch size; it pays for thousands of images. On a GPU its
             kernels are replayed as CUDA graphs.
+        image_guidance_scale: weight of guidance by an image of --concat-image alone, where guidance_scale is the weight
+            of all else; 1.5 is usual (Brooks et al. 2023, equation 3; default: guidance_scale, for both together).
 
     Raises:
         ValueError: an option that cannot work, with its name, its value and a valid one.
@@ -60,6 +62,7 @@ class SamplingConfig:
     clip_sample: bool = True
     reuse: int | None = None
     compile: bool = False
+    image_guidance_scale: float | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -75,6 +78,10 @@ class SamplingConfig:
             )
         if not math.isfinite(self.guidance_scale):
             raise ValueError(f"guidance_scale={self.guidance_scale} must be a finite number; 1 is off")
+        if self.image_guidance_scale is not None and not math.isfinite(self.image_guidance_scale):
+            raise ValueError(
+                f"image_guidance_scale={self.image_guidance_scale} must be a finite number, for example 1.5"
+            )
         if self.guidance_interval is not None and not 0 <= self.guidance_interval[0] < self.guidance_interval[1]:
             raise ValueError(
                 f"guidance_interval={self.guidance_interval} must be two numbers, 0 <= low < high, in units of sigma / "

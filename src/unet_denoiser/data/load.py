@@ -21,6 +21,7 @@ from unet_denoiser.data.transforms import DECODING
 from unet_denoiser.data.wrappers.captions import CaptionedDataset
 from unet_denoiser.data.wrappers.concat import ConcatConditionDataset
 from unet_denoiser.data.wrappers.latents import LatentDataset
+from unet_denoiser.models.fetch import PIPELINE_NAME
 from unet_denoiser.utils.cache import digest, fingerprint
 
 if TYPE_CHECKING:
@@ -144,10 +145,13 @@ def _load_paired(config: DataConfig, source: DataConfig, data: ImageDataset) -> 
 
 
 def load_text_encoder(config: DataConfig) -> TextEncoder:
-    """Load the text encoder that `config.text_encoder` names."""
+    """Load the text encoder that `config.text_encoder` names, or those of the pipeline in that folder."""
+    from unet_denoiser.models.prompt_encoder import PromptEncoder
     from unet_denoiser.models.text_encoder import TextEncoder
 
     assert config.text_encoder is not None
+    if Path(config.text_encoder, PIPELINE_NAME).is_file():
+        return PromptEncoder(config.text_encoder, config.caption_length)
     return TextEncoder(config.text_encoder, config.caption_length)
 
 

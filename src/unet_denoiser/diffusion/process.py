@@ -7,7 +7,7 @@ alpha_t^2 + sigma_t^2 = 1, whatever the path.
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -26,6 +26,20 @@ from unet_denoiser.utils.files import read_json, write_json
 SCHEDULER_NAME = "scheduler_config.json"
 
 
+class StepRules(NamedTuple):
+    """Rules of diffusers' schedulers that the images of a published pipeline follow; by default ours.
+
+    Args:
+        steps_offset: is added to the timesteps of "leading" spacing.
+        ends_noisy: ddim ends at the noise level of timestep 0, not at x0 (set_alpha_to_one=False).
+        keeps_noise: ddim goes on with the noise that was predicted before x0 was clipped.
+    """
+
+    steps_offset: int = 0
+    ends_noisy: bool = False
+    keeps_noise: bool = False
+
+
 class Diffusion:
     """A forward process and the quantity that a network learns of it, kept as a `diffusers` scheduler's configuration.
 
@@ -39,10 +53,13 @@ class Diffusion:
         quantiles: (T,) the timesteps that training draws, each with the same probability.
         learns_variance: True if the second half of the network's output is a variance.
         data_range: bounds of the data, to which predicted x0 are clipped; None for unbounded data.
+        step_rules: how samplers step; only a published pipeline's differ. They are not saved.
 
     Raises:
         ValueError: an option that cannot work.
     """
+
+    step_rules = StepRules()
 
     @signature_of(DiffusionConfig)
     def __init__(self, **options: Any) -> None:

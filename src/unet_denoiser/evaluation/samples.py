@@ -21,6 +21,7 @@ from unet_denoiser.evaluation.feature_extractors import Extractor
 from unet_denoiser.evaluation.images import image_batches, progress_bar, stack_images
 from unet_denoiser.models.conditions import Conditions
 from unet_denoiser.sampling.loop import sample
+from unet_denoiser.sampling.pipeline.pipeline import Pipeline
 from unet_denoiser.sampling.samplers import Sampler
 from unet_denoiser.training.checkpoints import read_metadata
 from unet_denoiser.training.run import Run
@@ -30,12 +31,12 @@ TRIAL_SIZE = 16  # images that are timed
 
 
 class GeneratedSamples:
-    """Samples of a run, made batch by batch when they are iterated over; sample i has the seed `seed` + i.
+    """Samples of a run or pipeline, made batch by batch when they are iterated over; sample i has seed `seed` + i.
 
     Their conditions are those of the data: classes alone in the data's proportions, others taken from its items.
 
     Args:
-        run: the run, whose averaged weights of `checkpoint` are used.
+        run: the run, whose averaged weights of `checkpoint` are used; or a pipeline.
         data: the dataset that conditions are taken from.
         batch_size: samples per call of the network.
 
@@ -45,7 +46,7 @@ class GeneratedSamples:
 
     def __init__(
         self,
-        run: Run,
+        run: Run | Pipeline,
         data: ImageDataset,
         count: int,
         *,
@@ -58,9 +59,11 @@ class GeneratedSamples:
         self.data, self.count, self.seed, self.batch_size = data, count, seed, batch_size
         self.config = config or SamplingConfig()
         Sampler(self.config, run.process)  # refuses options that cannot work before anything else takes time
-        self.pipeline = run.load_pipeline(checkpoint, device)
-        self.names = [*run.model.conditions, *(["concat"] if data.concat_channels > 0 else [])]
-        if self.names and (missing := [name for name in self.names if name not in data[0]]):
+        self.pipeline = run.load_pipeline(checkpoint, device) if isinstance(run, Run) else run
+        self.names = [*self.pipeline.model.config.conditions, *(["concat"] if data.concat_channels > 0 else [])]
+        if self.captioned:
+            check_captioned(self.pipeline, data)
+        elif self.names and (missing := [name for name in self.names if name not in data[0]]):
             raise ValueError(f"the run is conditioned on {missing[0]}, which the data do not have")
         if not self.names and self.config.guidance_scale != 1:
             scale = self.config.guidance_scale
@@ -72,7 +75,9 @@ class GeneratedSamples:
             self.labels = data.labels[torch.from_numpy(self.items)]
             if self.names == ["class_labels"]:
                 self.labels = proportional_labels(data.labels, count, seed)
-        paths = run.checkpoints.paths() if checkpoint == "latest" else [run.checkpoints.find(checkpoint)]
+        paths = []
+        if isinstance(run, Run):
+            paths = run.checkpoints.paths() if checkpoint == "latest" else [run.checkpoints.find(checkpoint)]
         self.about = {
             "run": str(run.path),
             "checkpoint": checkpoint,
@@ -85,12 +90,19 @@ class GeneratedSamples:
     def __len__(self) -> int:
         return self.count
 
+    @property
+    def captioned(self) -> bool:
+        """Return True for a published pipeline that draws from captions, which it encodes itself."""
+        return self.pipeline.published is not None and self.pipeline.data.text_encoder is not None
+
     def __iter__(self) -> Iterator[Tensor]:
         steps = self.config.num_inference_steps
         with progress_bar(self.count * steps, "samples", unit_scale=1 / steps) as bar:
             for start in range(0, self.count, self.batch_size):
                 stop = min(start + self.batch_size, self.count)
                 conditions: dict[str, Any] = self.conditions(start, stop).given()
+                if self.config.guidance_scale != 1:
+                    conditions["negative"] = self.pipeline.encode_absence(Conditions(**conditions)).given()
                 x = sample(
                     self.pipeline.model,
                     self.pipeline.process,
@@ -109,10 +121,24 @@ class GeneratedSamples:
             return Conditions(class_labels=self.labels[start:stop])
         if not self.names:
             return Conditions()
+        if self.captioned:
+            assert self.data.captions is not None
+            return self.pipeline.encode_captions([self.data.captions[i] for i in self.items[start:stop].tolist()])
         return Conditions.stack([self.data[i] for i in self.items[start:stop].tolist()], self.names)
 
 
-def affordable_samples(run: Run, data: ImageDataset, seconds: float, **options: Any) -> int:
+def check_captioned(pipeline: Pipeline, data: ImageDataset) -> None:
+    """Raise ValueError unless a published pipeline draws from captions alone, and the data have them."""
+    assert pipeline.published is not None
+    if pipeline.published.task != "generation":
+        raise ValueError(
+            f"{pipeline.path}, a {pipeline.published.name}, edits images; samples of captions are measured"
+        )
+    if not data.captions:
+        raise ValueError(f"{pipeline.path} draws from captions, which the data do not have; give data with captions")
+
+
+def affordable_samples(run: Run | Pipeline, data: ImageDataset, seconds: float, **options: Any) -> int:
     """Return how many samples can be made in about these seconds, of 64 to 10,000; `options` are `GeneratedSamples`'s.
 
     Raises:
@@ -210,7 +236,7 @@ def read_samples(source: Path, like: ImageDataset) -> ImageDataset | SampleFiles
 
 
 def load_compared_data(
-    run: Run | None, source: str | None, held_out: str | None, held_out_split: str | None
+    run: Run | Pipeline | None, source: str | None, held_out: str | None, held_out_split: str | None
 ) -> tuple[DataConfig, ImageDataset, ImageDataset | None]:
     """Load the training images, with their configuration, and the held-out ones, both as the run would read them.
 
@@ -226,6 +252,10 @@ def load_compared_data(
     config = DataConfig(source or "") if run is None else replace(run.data, source=source or run.data.source)
     if run is not None and source is None:
         check_places(config, f"{run.path}: its", ["source"])
+    if isinstance(run, Pipeline):
+        if source is None:
+            raise ValueError(f"{run.path} does not know its training data; give data, the images to compare with")
+        config = replace(config, class_names=None, text_encoder=None)  # it encodes captions itself
     images = _load_images(config, "data")
     if held_out is None and held_out_split is None:
         return config, images, None

@@ -11,7 +11,7 @@ from unet_denoiser.config.paths import expand_home
 from unet_denoiser.models.pretrained import describe_load_errors
 from unet_denoiser.utils.cache import digest, fingerprint
 
-KINDS = ("AutoencoderKL", "AutoencoderTiny")
+KINDS = ("AutoencoderKL", "AutoencoderTiny")  # and VQModel, the first of them (LDM)
 
 
 class Autoencoder:
@@ -21,8 +21,8 @@ class Autoencoder:
     autoencoder's configuration: `latents_mean` and `latents_std`, else `shift_factor` and `scaling_factor`.
 
     Args:
-        name_or_path: a folder that holds an AutoencoderKL or AutoencoderTiny, a pipeline's folder with one in `vae`, or
-            a hub name.
+        name_or_path: a folder that holds an AutoencoderKL, AutoencoderTiny or VQModel, a pipeline's folder with one in
+            `vae` or `vqvae`, or a hub name.
         device: for the computations; inputs and outputs are on the CPU.
 
     Raises:
@@ -36,18 +36,19 @@ class Autoencoder:
         place = Path(self.name)
         if self.name.startswith(("/", ".")) and not place.is_dir():
             raise FileNotFoundError(f"vae={self.name} is no folder; give one, or a hub name")
-        options = {"subfolder": "vae"} if (place / "vae" / "config.json").is_file() else {}
+        parts = [part for part in ("vae", "vqvae") if (place / part / "config.json").is_file()]
+        options = {"subfolder": parts[0]} if parts else {}
         with describe_load_errors(f"vae={self.name}", f"a folder or hub name of an {' or '.join(KINDS)}"):
             config = diffusers.AutoencoderKL.load_config(self.name, **options)
             kind = config.get("_class_name")
-            if kind not in KINDS:
-                raise ValueError(f"it holds a {kind}; {' and '.join(KINDS)} are supported")
+            if kind not in (*KINDS, "VQModel"):
+                raise ValueError(f"it holds a {kind}; {' and '.join(KINDS)} are supported, and VQModel")
             self.model: Any = getattr(diffusers, kind).from_pretrained(self.name, torch_dtype=torch.float32, **options)
         self.model.eval().requires_grad_(False).to(device)
         self.device = torch.device(device)
         c = self.model.config
         self.image_channels, self.channels = int(c.in_channels), int(c.latent_channels)
-        widths = c.block_out_channels if kind == "AutoencoderKL" else c.encoder_block_out_channels
+        widths = c.encoder_block_out_channels if kind == "AutoencoderTiny" else c.block_out_channels
         self.factor = 2 ** (len(widths) - 1)
         mean, std = getattr(c, "latents_mean", None), getattr(c, "latents_std", None)
         shift = getattr(c, "shift_factor", None) or 0.0
@@ -71,6 +72,16 @@ class Autoencoder:
     def set_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Shift and scale each channel by this mean and standard deviation, in place of the configuration's."""
         self.shift, self.scale = torch.tensor(mean).view(-1, 1, 1), 1 / torch.tensor(std).view(-1, 1, 1)
+
+    @torch.inference_mode()
+    def encode_drawn(self, images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """Encode each image of a batch as `encode`, but to a draw from its distribution by its generator."""
+        drawn = []
+        for image, generator in zip(images, generators, strict=True):
+            encoded = self.model.encode(image[None].to(self.device))
+            has_draws = hasattr(encoded, "latent_dist")
+            drawn.append(encoded.latent_dist.sample(generator) if has_draws else encoded.latents)
+        return ((torch.cat(drawn).float().cpu() - self.shift) * self.scale).clone()
 
     @torch.inference_mode()
     def encode_unscaled(self, images: Tensor) -> Tensor:

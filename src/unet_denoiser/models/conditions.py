@@ -7,6 +7,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from unet_denoiser.config.unet import UNetConfig
+from unet_denoiser.convert.state_dict import swap_halves
+from unet_denoiser.models.layers.embeddings import SinusoidalPosEmb
+
 
 @dataclass(frozen=True)
 class Conditions:
@@ -68,3 +72,14 @@ class Conditions:
         """Remove the conditions `names`; a context goes with its mask."""
         names = {*names, "context_mask"} if "context" in names else names
         return replace(self, **dict.fromkeys(names))
+
+
+def join_text_and_sizes(config: UNetConfig, pooled: Tensor, numbers: Tensor) -> Tensor:
+    """Return SDXL's vector (B, vector_dim): pooled text (B, D), then each of the numbers (B, N) as cosines and sines.
+
+    The numbers are sizes in pixels, and perhaps an aesthetic score; they share what the text leaves of `vector_dim`.
+    """
+    width = ((config.vector_dim or 0) - pooled.shape[1]) // numbers.shape[1]
+    embedded = SinusoidalPosEmb(width, config.time_frequencies)(numbers.flatten())  # (B * N, width), sines first
+    embedded = swap_halves(embedded, 1) if config.cosines_first else embedded
+    return torch.cat([pooled, embedded.reshape(len(numbers), -1).to(pooled.dtype)], dim=1)

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from unet_denoiser.convert.checkpoint import export_checkpoint
 from unet_denoiser.convert.diffusers_config import to_diffusers
-from unet_denoiser.convert.state_dict import swap_halves
-from unet_denoiser.models.layers.embeddings import SinusoidalPosEmb
+from unet_denoiser.models.conditions import join_text_and_sizes
 from unet_denoiser.models.unet import UNet
 
 
@@ -32,7 +31,6 @@ class DiffusersUNet(nn.Module):
         parameters = inspect.signature(getattr(diffusers, config["_class_name"]).__init__).parameters
         defaults = {name: p.default for name, p in parameters.items() if name != "self"}
         self.config = FrozenDict(defaults | config | {"_diffusers_version": diffusers.__version__})
-        self.embed_sizes = SinusoidalPosEmb(256, model.config.time_frequencies)
         self.encoder_hid_proj = None
 
     def forward(
@@ -83,11 +81,7 @@ class DiffusersUNet(nn.Module):
             other = [name for name in added if name not in ("text_embeds", "time_ids")]
             found = f"has {other[0]!r}" if other else f"has {', '.join(added)} alone"
             raise ValueError(f"added_cond_kwargs {found}; this network takes text_embeds with time_ids, or nothing")
-        text_embeds, time_ids = added["text_embeds"], added["time_ids"]
-        sizes = self.embed_sizes(time_ids.flatten())  # (B * sizes, 256), sines first
-        sizes = swap_halves(sizes, 1) if self.model.config.cosines_first else sizes
-        sizes = sizes.reshape(len(time_ids), -1)
-        return torch.cat([text_embeds, sizes.to(text_embeds.dtype)], dim=1)
+        return join_text_and_sizes(self.model.config, added["text_embeds"], added["time_ids"])
 
     @property
     def add_embedding(self) -> Any:

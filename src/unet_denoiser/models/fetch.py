@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from unet_denoiser.convert.checkpoint_files import CONFIG_NAME
 from unet_denoiser.utils.files import read_json
 
-_PIPELINE_NAME = "model_index.json"
+PIPELINE_NAME = "model_index.json"
 
 
 def fetch(source: str | Path, name: str, hub: dict[str, Any]) -> Path:
@@ -30,12 +31,39 @@ def fetch(source: str | Path, name: str, hub: dict[str, Any]) -> Path:
         raise FileNotFoundError(f"{place}, and {name} cannot be had from the hub: {reason}") from None
 
 
+def fetch_pipeline(source: str | Path) -> Path | None:
+    """Return the local folder of a pipeline of diffusers, a folder or a hub repository; None for anything else.
+
+    Of a repository all files that the pipeline's parts need are downloaded. FileNotFoundError if they cannot be had.
+    """
+    place = Path(source)
+    if place.exists() or str(source).startswith((".", "/", "~")):
+        return place if (place / PIPELINE_NAME).is_file() else None
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    hub = {"subfolder": None}
+    try:
+        fetch(source, PIPELINE_NAME, hub)
+    except FileNotFoundError as error:
+        if isinstance(error.__context__, LocalEntryNotFoundError):  # the hub cannot be reached
+            raise
+        fetch(source, CONFIG_NAME, hub)  # a model's repository; raises where it is none either
+        return None
+    import diffusers
+
+    try:
+        return Path(diffusers.DiffusionPipeline.download(str(source), safety_checker=None, feature_extractor=None))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"{source} cannot be had from the hub: {reason}") from None
+
+
 def _say_what_to_give(directory: Path) -> str:
     """Say which directory to give instead of one without a model: in a pipeline of diffusers, its U-Net's."""
-    if not (directory / _PIPELINE_NAME).is_file():
+    if not (directory / PIPELINE_NAME).is_file():
         return "give a directory that save_pretrained wrote"
-    parts = read_json(directory / _PIPELINE_NAME).items()
+    parts = read_json(directory / PIPELINE_NAME).items()
     unets = [name for name, kind in parts if isinstance(kind, list) and "UNet" in str(kind[-1:])]
     if not unets:
-        return f"it is a pipeline of diffusers ({_PIPELINE_NAME}) without a U-Net"
-    return f"it is a pipeline of diffusers ({_PIPELINE_NAME}): give {directory / unets[0]}, or subfolder={unets[0]!r}"
+        return f"it is a pipeline of diffusers ({PIPELINE_NAME}) without a U-Net"
+    return f"it is a pipeline of diffusers ({PIPELINE_NAME}): give {directory / unets[0]}, or subfolder={unets[0]!r}"

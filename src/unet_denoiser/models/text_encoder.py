@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,13 @@ from unet_denoiser.models.pretrained import describe_load_errors
 from unet_denoiser.utils.cache import digest, fingerprint
 
 MAX_TOKENS = 512  # if a tokenizer states no limit
+
+
+class Prompt(NamedTuple):
+    """An encoded caption: tokens (S, context_dim), and a vector (pooled_dim,) where the network takes one (SDXL)."""
+
+    tokens: Tensor
+    pooled: Tensor | None = None
 
 
 class TextEncoder:
@@ -56,6 +63,10 @@ class TextEncoder:
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return `context` (B, S, context_dim) float32, zeros at padding, and `context_mask` (B, S) bool."""
         return pad_tokens(self.tokens(captions))
+
+    def encode(self, captions: Sequence[str]) -> list[Prompt]:
+        """Encode captions, which do not depend on each other."""
+        return [Prompt(tokens) for tokens in self.tokens(captions)]
 
     def tokens(self, captions: Sequence[str]) -> list[Tensor]:
         """Return each caption's tokens, (its length, context_dim) float32; they do not depend on the other captions.

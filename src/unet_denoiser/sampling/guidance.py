@@ -28,6 +28,11 @@ class Guidance:
     functions of each other. Scale 1 computes no reference and scale 0 nothing else; otherwise both halves run as one
     batch, unless there is a `guide`.
 
+    With `image_guidance_scale` the image of `concat` has a weight of its own, for which the network runs a third time,
+    with the image alone (Brooks et al. 2023, InstructPix2Pix, equation 3):
+
+    output = reference + image_guidance_scale * (image - reference) + guidance_scale * (conditional - image)
+
     `guidance_rescale` then brings the standard deviation of each output back towards the conditional one's (Lin et al.
     2023, equations 15 and 16), and the gradient of a classifier is added to the score (Dhariwal and Nichol 2021,
     equation 14).
@@ -71,13 +76,16 @@ class Guidance:
         self.classifier, self.classifier_scale = classifier, classifier_scale
         self.prediction = get_prediction(prediction_type, sigma_data)
         given, others = as_conditions("conditions", conditions), as_conditions("negative", negative)
-        names = _select_guided(self.config.guidance_scale, given, guided, others, has_guide=guide is not None)
+        names = _select_guided(self.config, given, guided, others, has_guide=guide is not None)
         # keyword arguments of the networks, made once: a network recognises them by identity
         self.conditional: dict[str, Any] = given.given()
         self.reference, self.both = self.conditional, {}
-        if self.config.guidance_scale != 1 and guide is None:
+        if self._is_guided and guide is None:
             self.both = _stack_halves(given, others, names)
             self.reference = _second_half(self.both)
+            if self.config.image_guidance_scale is not None:
+                image = _stack_halves(given, others, [name for name in names if name != "concat"])
+                self.both = _append(image, self.reference)
 
     def __call__(self, x: Tensor, t: Tensor, alpha_sigma: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Return the guided output for the network's input x (B, C, ...) and timesteps t (B,).
@@ -85,15 +93,19 @@ class Guidance:
         `guidance_interval` and a classifier need alpha and sigma of x_t: scalars on the CPU.
         """
         scale, is_active = self.config.guidance_scale, self._is_active(alpha_sigma)
-        if scale == 1 or not is_active:
+        if not self._is_guided or not is_active:
             output = self.network(x, t, **self.conditional)
-        elif scale == 0:
+        elif scale == 0 and self.config.image_guidance_scale is None:
             output = self.reference_network(x, t, **self.reference)
         else:
-            output = self._combine(*self._run_both(x, t))
+            output = self._combine(*self._run_all(x, t))
         if self.classifier is None or not is_active:
             return output
         return self._add_classifier_gradient(output, x, t, alpha_sigma)
+
+    @property
+    def _is_guided(self) -> bool:
+        return self.config.guidance_scale != 1 or self.config.image_guidance_scale not in (None, 1)
 
     def _is_active(self, alpha_sigma: tuple[Tensor, Tensor] | None) -> bool:
         """Return True inside `guidance_interval` (Kynkaanniemi et al. 2024, equation 5)."""
@@ -105,16 +117,21 @@ class Guidance:
         alpha, sigma = map(float, alpha_sigma)
         return interval[0] < sigma / alpha <= interval[1]
 
-    def _run_both(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the conditional output and the reference, (B, C, ...) each."""
+    def _run_all(self, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+        """Return the conditional output, with `image_guidance_scale` that of the image alone, and the reference."""
         if not self.both:  # autoguidance
             return self.network(x, t, **self.conditional), self.reference_network(x, t, **self.reference)
-        conditional, reference = self.network(torch.cat([x, x]), torch.cat([t, t]), **self.both).chunk(2)
-        return conditional, reference
+        parts = 2 if self.config.image_guidance_scale is None else 3
+        return self.network(torch.cat([x] * parts), torch.cat([t] * parts), **self.both).chunk(parts)
 
-    def _combine(self, conditional: Tensor, reference: Tensor) -> Tensor:
-        wanted, other = conditional[:, : self.channels], reference[:, : self.channels]
-        guided = other + self.config.guidance_scale * (wanted - other)  # Ho and Salimans 2022, equation 6
+    def _combine(self, conditional: Tensor, *others: Tensor) -> Tensor:
+        """Combine outputs (B, C, ...): the conditional one, and those of `_run_all` that it is led away from."""
+        wanted, (base, *rest) = conditional[:, : self.channels], (other[:, : self.channels] for other in others)
+        guided = base + self.config.guidance_scale * (wanted - base)  # Ho and Salimans 2022, equation 6
+        if rest and (image_scale := self.config.image_guidance_scale) is not None:
+            guided = guided + (image_scale - 1) * (
+                base - rest[0]
+            )  # Brooks et al. 2023, equation 3; base is the image's
         if phi := self.config.guidance_rescale:  # Lin et al. 2023, equations 15 and 16
             axes = tuple(range(1, guided.ndim))
             factor = wanted.std(axes, keepdim=True) / guided.std(axes, keepdim=True).clamp_min(1e-12)
@@ -170,9 +187,10 @@ def _as_tensor(name: str, value: Any) -> Tensor | None:
 
 
 def _select_guided(
-    scale: float, given: Conditions, guided: Sequence[str] | None, negative: Conditions, *, has_guide: bool
+    config: SamplingConfig, given: Conditions, guided: Sequence[str] | None, negative: Conditions, *, has_guide: bool
 ) -> list[str]:
     """Return the names of the conditions that the reference goes without, or has others of."""
+    scale, image_scale = config.guidance_scale, config.image_guidance_scale
     names, has_negative = [name for name in GUIDABLE if name in given.given()], bool(negative.given())
     if unknown := [name for name in guided or () if name not in names]:
         raise ValueError(f"guided={unknown[0]!r} is not one of the conditions given: {', '.join(names) or 'none'}")
@@ -184,6 +202,8 @@ def _select_guided(
         both = "guided" if guided else "negative"
         raise ValueError(f"guide and {both} both say what the reference of guidance is; give one")
     names = names if guided is None else list(guided)
+    if image_scale is not None and (has_guide or "concat" not in names):
+        raise ValueError(f"image_guidance_scale={image_scale} needs the image of concat, and no guide; leave it out")
     if scale != 1 and not names and not has_negative and not has_guide:
         raise ValueError(
             f"guidance_scale={scale} needs a condition ({', '.join(CONDITIONS)}), or a guide; without one give 1"
@@ -212,6 +232,16 @@ def _stack_halves(given: Conditions, negative: Conditions, guided: Sequence[str]
     }
     both = {name: torch.cat([first.get(name, value), value]) for name, value in second.items()}
     return both | ({"drop": dropped} if dropped else {})
+
+
+def _append(both: Mapping[str, Any], third: Mapping[str, Any]) -> dict[str, Any]:
+    """Append a third part (B, ...) to the keyword arguments of two halves (2B, ...)."""
+    joined = {name: torch.cat([value, third[name]]) for name, value in both.items() if name != "drop"}
+    tensor, drops = next(iter(joined.values())), [(2, both.get("drop", {})), (1, third.get("drop", {}))]
+    keep = torch.zeros(len(tensor) // 3, dtype=torch.bool, device=tensor.device)
+    names = [name for _, drop in drops for name in drop]
+    drop = {name: torch.cat([part.get(name, keep.repeat(count)) for count, part in drops]) for name in names}
+    return joined | ({"drop": drop} if drop else {})
 
 
 def _pad_context(half: Conditions, length: int) -> Conditions:

@@ -64,7 +64,10 @@ def denoise_step(
         seen = process.network_input(x, alpha, sigma, x0_estimate)
         output = guidance(seen, sampler.expand_timestep(i, x), (alpha, sigma))
     prediction, variance = process.split(output, x)  # (B, C, *spatial) each
-    x0 = process.predict_x0(prediction, x, alpha, sigma, clip=config.clip_sample and config.dynamic_threshold is None)
+    clip = config.clip_sample and config.dynamic_threshold is None
+    x0 = process.predict_x0(prediction, x, alpha, sigma, clip=clip)
+    if clip and process.step_rules.keeps_noise and config.sampler == "ddim":  # the x_t of this x0 and the noise found
+        x = x + alpha * (x0 - process.predict_x0(prediction, x, alpha, sigma, clip=False))
     if config.dynamic_threshold is not None:
         assert process.data_range is not None  # checked by Sampler
         x0 = apply_dynamic_threshold(x0, config.dynamic_threshold, process.data_range)

@@ -122,13 +122,15 @@ class Sampler:
         call_ratios = torch.from_numpy(_expand_to_calls(self._spec, _read_ratios(self._initial), between)).float()
         alphas = 1 / (1 + call_ratios.square()).sqrt()
         self._alphas_sigmas = [*zip(alphas, call_ratios * alphas, strict=True), (torch.ones(()), torch.zeros(()))]
+        if config.sampler == "ddim" and process.step_rules.ends_noisy:
+            self._alphas_sigmas[-1] = (process.alphas[0], process.sigmas[0])
 
     def __len__(self) -> int:
         """Return the number of network calls."""
         return len(self.timesteps)
 
     def alpha_sigma(self, i: int) -> tuple[Tensor, Tensor]:
-        """Return (alpha, sigma) of x_t at network call i, float32 scalars on the CPU; at i == len(self), (1, 0)."""
+        """Return (alpha, sigma) of x_t at network call i, float32 scalars on the CPU; at i == len(self), of the end."""
         return self._alphas_sigmas[i]
 
     def expand_timestep(self, i: int, x: Tensor) -> Tensor:
@@ -147,13 +149,15 @@ class Sampler:
             x, x0, variance: (B, C, *spatial); only ddpm uses a learned variance.
             generators: for samplers that draw noise.
         """
-        if i == len(self) - 1:
+        (alpha, sigma), (alpha_after, sigma_after) = self.alpha_sigma(i), self.alpha_sigma(i + 1)
+        if i == len(self) - 1 and sigma_after == 0:
             return x0
+        noise = (x - alpha * x0) / sigma  # DDPM, equation 4
+        if i == len(self) - 1:
+            return alpha_after * x0 + sigma_after * noise
         if i != self._next_call:
             self._restart(i)
         self._next_call = i + 1
-        (alpha, sigma), (alpha_after, _) = self.alpha_sigma(i), self.alpha_sigma(i + 1)
-        noise = (x - alpha * x0) / sigma  # DDPM, equation 4
         output = PREDICTIONS[self._spec.prediction_type].target(x0, noise, alpha, sigma)
         if variance is not None and self.config.sampler == "ddpm":
             output = torch.cat([output, variance], dim=1)
@@ -216,7 +220,8 @@ def select_steps(config: SamplingConfig, process: Diffusion) -> tuple[Numbers, N
     elif config.timestep_spacing == "linspace":
         indices = np.round(np.linspace(total - 1, 0, count))
     else:
-        indices = np.arange(count - 1.0, -1, -1) * (total // count)
+        indices = np.arange(count - 1.0, -1, -1) * (total // count) + process.step_rules.steps_offset
+        indices = indices.clip(max=total - 1)
     indices = indices.astype(np.int64)
     return process.times.double().numpy()[indices], trained[indices]
 

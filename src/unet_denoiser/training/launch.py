@@ -20,14 +20,16 @@ from unet_denoiser.config.training import TRAINING_CHANGEABLE, TrainingConfig
 from unet_denoiser.config.unet import UNetConfig
 from unet_denoiser.convert.checkpoint_files import read_process
 from unet_denoiser.data.dataset import ImageDataset, StreamDataset
-from unet_denoiser.data.load import check_places, load_data, with_found_values
+from unet_denoiser.data.load import WRAPPERS, check_places, load_data, with_found_values
 from unet_denoiser.data.summary import describe_data
 from unet_denoiser.diffusion.process import Diffusion
+from unet_denoiser.models.fetch import fetch_pipeline
 from unet_denoiser.models.pretrained import write_pretrained
 from unet_denoiser.models.unet import UNet
 from unet_denoiser.sampling.pipeline.pipeline import find_scheduler_config
 from unet_denoiser.training.finetuning import LoadReport, guess_process, load_matching, with_image_size
 from unet_denoiser.training.loop import check_new, load_trainer
+from unet_denoiser.training.pipelines import read_pipeline
 from unet_denoiser.training.run import Run
 from unet_denoiser.training.trainer import Trainer
 from unet_denoiser.utils.device import resolve_device
@@ -62,12 +64,16 @@ class TrainRequest:
 
 
 class Initialization(NamedTuple):
-    """The start of a training: the architecture and weights of a preset or checkpoint, if any, and the process."""
+    """The start of a training: the architecture and weights of a preset or checkpoint, if any, and the process.
+
+    `data` are options of the data, which a published pipeline gives: its size, autoencoder and text encoder.
+    """
 
     config: UNetConfig | None
     network: UNet | None
     process: Diffusion
     messages: list[str]
+    data: Mapping[str, Any] = {}  # never modified
 
 
 def start_run(request: TrainRequest, say: Say) -> tuple[Run, Trainer]:
@@ -79,7 +85,7 @@ def start_run(request: TrainRequest, say: Say) -> tuple[Run, Trainer]:
     check_writable(out)
     _check_outside(out, [folder, Path(expand_home(request.data.get("concat") or ""))])
     initial = initialization(request, training)
-    data_config, data = _load_data(request, source, initial.config)
+    data_config, data = _load_data(request, source, initial)
     say(describe_data(replace(data_config, source=request.source or ""), data))
     config = _choose_architecture(request, initial, data, on_cpu=resolve_device(training.device) == "cpu")
     rate = training.learning_rate or default_learning_rate(config.model_channels)
@@ -158,14 +164,19 @@ def initialization(request: TrainRequest, training: TrainingConfig) -> Initializ
         unbounded = {"clip_sample_range": None} if request.data.get("vae") else {}  # latents have no fixed range
         config = preset(request.preset) if request.preset else None
         return Initialization(config, None, Diffusion(**unbounded | dict(request.process)), [])
-    run = Run.find(init)
-    folder, messages = init if run is None else run.model_folder, []
-    network, saved = UNet.from_pretrained(folder), find_scheduler_config(folder)
-    if saved is None:
-        saved, told = guess_process(network.config, read_process(folder) if folder.is_file() else {})
-        messages.append(f"{init}: no schedule beside it; {told} unless --process.* says else")
+    run, data, saved = Run.find(init), dict[str, Any](), None
+    if run is None and (found := fetch_pipeline(init)) is not None:
+        network, saved, data = read_pipeline(found, request.data)
+        parts = [name for name in WRAPPERS if name in data and name not in request.data]
+        messages = [f"{init}: its {' and '.join(parts)} prepare the data"] * bool(parts)
+    else:
+        folder, messages = init if run is None else run.model_folder, []
+        network, saved = UNet.from_pretrained(folder), find_scheduler_config(folder)
+        if saved is None:
+            saved, told = guess_process(network.config, read_process(folder) if folder.is_file() else {})
+            messages.append(f"{init}: no schedule beside it; {told} unless --process.* says else")
     process = Diffusion.from_dict(saved, **request.process)
-    return Initialization(network.config, network, process, messages)
+    return Initialization(network.config, network, process, messages, data)
 
 
 def _absolute_source(source: str) -> tuple[str, Path]:
@@ -195,12 +206,14 @@ def _check_outside(out: Path, folders: list[Path]) -> None:
 
 
 def _load_data(
-    request: TrainRequest, source: str, base: UNetConfig | None
+    request: TrainRequest, source: str, initial: Initialization
 ) -> tuple[DataConfig, ImageDataset | StreamDataset]:
     """Load the dataset, by default with the channels and size of the architecture that was chosen."""
     # a network for latents has neither the size nor the channels of the images
-    size = {} if base is None or request.data.get("vae") else {"image_size": base.image_size}
-    config = DataConfig(source, **{"channels": request.model.get("in_channels"), **size, **request.data})
+    base = None if request.data.get("vae") or initial.data else initial.config
+    defaults: dict[str, Any] = {} if base is None else {"image_size": base.image_size}
+    defaults |= {"channels": request.model.get("in_channels"), **initial.data}
+    config = DataConfig(source, **defaults | dict(request.data))
     data = load_data(config)
     if data.captions and config.text_encoder is None:
         warnings.warn("the data have captions, which are not learned without a text_encoder", stacklevel=3)

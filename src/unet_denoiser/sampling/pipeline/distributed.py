@@ -77,6 +77,8 @@ def _settings(pipeline: Pipeline, request: GenerationRequest) -> dict[str, Any]:
     files = [file for file in (edit.image, edit.mask, request.concat_image) if file is not None]
     options = asdict(request.config) | asdict(edit)
     del options["compile"]
+    if options["image_guidance_scale"] is None:  # as in folders of older versions, which lack it
+        del options["image_guidance_scale"]
     return {name: str(value) if isinstance(value, Path) else value for name, value in options.items()} | {
         "seed": request.seeds[0],
         "class": request.classes,

@@ -18,6 +18,7 @@ from unet_denoiser.sampling.editing.interpolation import interpolate
 from unet_denoiser.sampling.editing.inversion import invert, regenerate
 from unet_denoiser.sampling.loop import sample
 from unet_denoiser.sampling.pipeline.pipeline import Pipeline
+from unet_denoiser.sampling.pipeline.published_tasks import inpaint_options, translate_options, upscale_options, vary
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,18 @@ def generate(pipeline: Pipeline, request: GenerationRequest, **options: Any) -> 
     one line, before the network runs.
     """
     edit, process, model = request.edit, pipeline.process, pipeline.model
+    if pipeline.published is not None:
+        _check_published(pipeline, request)
     conditions, negative = _read_conditions(pipeline, request), _read_negative(pipeline, request)
     conditional = bool(conditions.given()) or pipeline.data.concat is not None
     _check_guidance(request, conditional, has_negative=bool(negative.given()))
+    if request.config.guidance_scale != 1 and request.guide is None and not negative.given():
+        negative = pipeline.encode_absence(conditions, request.image_size)
     options |= {"config": request.config, "negative": negative.given(), "guide": request.guide, **conditions.given()}
+    options |= _published_options(pipeline, request, options)
     if edit.image is not None:
         return _edit_image(pipeline, request, edit.image, options)
-    options["image_size"] = pipeline.sample_size(request.image_size)
+    options.setdefault("image_size", pipeline.sample_size(request.image_size))
     if edit.interpolates:
         seeds = edit.interpolate_seeds or (request.seeds[0], request.seeds[0])
         return pipeline.decode(interpolate(model, process, seeds=seeds, count=len(request.seeds), **options))
@@ -76,12 +82,12 @@ def _read_conditions(pipeline: Pipeline, request: GenerationRequest) -> Conditio
     classes, captions = edit.interpolate_classes or request.classes, edit.interpolate_captions or request.captions
     conditions = Conditions()
     if captions:
-        conditions = pipeline.encode_captions([captions[i % len(captions)] for i in range(count)])
+        conditions = pipeline.encode_captions([captions[i % len(captions)] for i in range(count)], request.image_size)
     if classes or (pipeline.class_names and not captions):
         conditions = replace(conditions, class_labels=pipeline.labels(count, classes))
     if request.vector:
         conditions = replace(conditions, vector=torch.tensor(request.vector).expand(count, -1))
-    if request.concat_image is not None:
+    if request.concat_image is not None and pipeline.published is None:
         concat = pipeline.read_concat(request.concat_image)
         conditions = replace(conditions, concat=concat.expand(count, *concat.shape[1:]))
     return conditions
@@ -107,10 +113,46 @@ def _read_negative(pipeline: Pipeline, request: GenerationRequest) -> Conditions
     """Return the negative conditions, one for all images."""
     negative = Conditions()
     if request.negative_caption is not None:
-        negative = pipeline.encode_captions([request.negative_caption])
+        negative = pipeline.encode_captions([request.negative_caption], request.image_size, negative=True)
     if request.negative_class is not None:
         negative = replace(negative, class_labels=pipeline.labels(1, [request.negative_class]))
     return negative
+
+
+def _check_published(pipeline: Pipeline, request: GenerationRequest) -> None:
+    """Raise ValueError for a request without what the network of a published pipeline needs, or with what it lacks."""
+    assert pipeline.published is not None
+    edit, task, whose = request.edit, pipeline.published.task, f"{pipeline.path}, a {pipeline.published.name},"
+    if pipeline.data.text_encoder is not None and not (request.captions or edit.interpolate_captions):
+        raise ValueError(f"{whose} draws what a caption says; give caption, for example 'a red fox'")
+    if task == "inpainting" and edit.mask is None and edit.outpaint is None:
+        raise ValueError(f"{whose} paints into an image; give image, and mask or outpaint")
+    if task == "inpainting" and edit.resample > 1:
+        raise ValueError(f"resample={edit.resample}: {whose} was trained to fit what it paints; leave it out")
+    changes_image = task in ("translation", "upscaling")
+    if changes_image != (request.concat_image is not None):
+        found = f"concat_image={request.concat_image}: " * (request.concat_image is not None)
+        raise ValueError(
+            f"{found}{whose} sees {'an' if changes_image else 'no such'} image; "
+            + ("give it as concat_image" if changes_image else "leave it out")
+        )
+    if changes_image and (edit.image is not None or edit.interpolates):
+        raise ValueError(f"{whose} makes images from that of concat_image alone; leave out other ways of editing")
+    if request.vector:
+        raise ValueError(f"vector={request.vector}: {whose} computes its own; leave it out")
+
+
+def _published_options(pipeline: Pipeline, request: GenerationRequest, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the keywords of `sample` that the task of a published pipeline adds to `options`."""
+    task = None if pipeline.published is None else pipeline.published.task
+    more: dict[str, Any] = {}
+    if task in ("inpainting", "upscaling") and options["negative"]:  # the image stays in the reference of guidance
+        more["guided"] = tuple(name for name in options["negative"] if name != "context_mask")
+    if task == "translation" and request.concat_image is not None:
+        more |= translate_options(pipeline, request.concat_image, request.image_size, request.seeds)
+    if task == "upscaling" and request.concat_image is not None:
+        more |= upscale_options(pipeline, request.concat_image, request.seeds)
+    return more
 
 
 def _check_guidance(request: GenerationRequest, conditional: bool, has_negative: bool) -> None:
@@ -132,7 +174,10 @@ def _edit_image(pipeline: Pipeline, request: GenerationRequest, file: Path, opti
         return _inpaint(pipeline, request, image, options)
     if edit.invert:
         return _regenerate(pipeline, request, image, options)
-    options["strength"] = DEFAULT_STRENGTH if edit.strength is None else edit.strength
+    strength = DEFAULT_STRENGTH if edit.strength is None else edit.strength
+    if pipeline.published is not None and pipeline.data.vae is not None:
+        return pipeline.decode(vary(pipeline, image, strength, request.seeds, options))
+    options["strength"] = strength
     x = pipeline.encode(image)
     return pipeline.decode(image_to_image(pipeline.model, pipeline.process, x, seeds=request.seeds, **options))
 
@@ -164,6 +209,10 @@ def _inpaint(pipeline: Pipeline, request: GenerationRequest, image: Tensor, opti
     else:
         assert edit.mask is not None
         mask = pipeline.read_mask(edit.mask, image.shape[2:])
+    if pipeline.published is not None and pipeline.published.task == "inpainting":
+        options |= inpaint_options(pipeline, image, mask, request.seeds)
+        x = pipeline.decode(sample(pipeline.model, pipeline.process, seeds=request.seeds, **options))
+        return torch.where(mask.to(x.device), x, image.to(x))
     hidden = F.max_pool2d(mask.float(), factor) > 0  # a latent is new if any of its pixels is
     options |= {"seeds": request.seeds, "resample": edit.resample}
     x = pipeline.decode(inpaint(pipeline.model, pipeline.process, pipeline.encode(image), hidden, **options))

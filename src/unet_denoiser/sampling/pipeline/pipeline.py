@@ -14,16 +14,20 @@ from torch import Tensor
 
 from unet_denoiser.config.data import DataConfig
 from unet_denoiser.config.paths import local_path
+from unet_denoiser.config.sampling import SamplingConfig
 from unet_denoiser.data.load import load_autoencoder, load_text_encoder
 from unet_denoiser.diffusion.process import SCHEDULER_NAME, Diffusion
-from unet_denoiser.models.conditions import Conditions
+from unet_denoiser.models.conditions import Conditions, join_text_and_sizes
+from unet_denoiser.models.fetch import fetch_pipeline
 from unet_denoiser.models.unet import UNet
+from unet_denoiser.sampling.pipeline.published import HELD, Published, load_published
 from unet_denoiser.sampling.pipeline.read_images import read_concat, read_image, read_mask
 from unet_denoiser.utils.files import read_json
 from unet_denoiser.utils.images import MODES, save_grid
 
 if TYPE_CHECKING:
     from unet_denoiser.models.autoencoder import Autoencoder
+    from unet_denoiser.models.text_encoder import Prompt
 
 CLASS_NAMES = "class_names.json"
 
@@ -42,20 +46,25 @@ class Pipeline:
         path: the directory it was loaded from, for messages.
         model: samples are made on its device.
         data: size, channels, class names, text encoder and VAE that it was trained on.
+        published: what a published pipeline has beside these; None for others.
     """
 
     path: Path
     model: UNet
     process: Diffusion
     data: DataConfig
+    published: Published | None = None
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> Pipeline:
-        """Load a saved model, such as RUN/model, or a U-Net folder of diffusers with the folder `scheduler` beside it.
+        """Load a published pipeline, or a saved model.
 
-        Classes are named by their numbers, unless the folder has a class_names.json. FileNotFoundError or ValueError
-        if the folder has no readable network or no schedule.
+        A pipeline is a folder that diffusers wrote or its name on the hub. A model is a folder such as RUN/model, or a
+        U-Net folder of diffusers with the folder `scheduler` beside it; its classes are named by their numbers, unless
+        the folder has a class_names.json. FileNotFoundError or ValueError if there is no readable network or schedule.
         """
+        if (pipeline := fetch_pipeline(folder)) is not None:
+            return cls(pipeline, *load_published(pipeline, device))
         folder = local_path(folder)
         model, schedule = UNet.from_pretrained(folder), find_scheduler_config(folder)
         if schedule is None:
@@ -72,6 +81,16 @@ class Pipeline:
         """Names of the classes in label order, or None if the network has no classes."""
         return list(self.data.class_names) if self.model.config.num_classes and self.data.class_names else None
 
+    def sampling_config(self, **options: Any) -> SamplingConfig:
+        """Return a configuration in which a published pipeline's own guidance and spacing stand where none is given."""
+        if self.published is None:
+            return SamplingConfig(**options)
+        defaults: dict[str, Any] = dict(HELD[self.published.name][1])
+        spacing = self.process.scheduler.config.timestep_spacing
+        is_cut = spacing == "leading" and not self.process.alphas[-1] > 0  # would leave out the pure noise
+        defaults |= {} if is_cut or options.get("sigma_schedule") else {"timestep_spacing": spacing}
+        return SamplingConfig(**defaults | options)
+
     def labels(self, count: int, names: Sequence[str] = ()) -> Tensor:
         """Return (count,) labels that repeat the classes `names` (default: all) in turn; ValueError if unknown."""
         if self.class_names is None:
@@ -81,22 +100,56 @@ class Pipeline:
         labels = [self.class_names.index(name) for name in names or self.class_names]
         return torch.tensor([labels[i % len(labels)] for i in range(count)])
 
-    def encode_captions(self, captions: Sequence[str]) -> Conditions:
-        """Return `context` and `context_mask` of captions; ValueError if the network was trained without them."""
+    def encode_captions(
+        self, captions: Sequence[str], image_size: Sequence[int] | None = None, *, negative: bool = False
+    ) -> Conditions:
+        """Return the conditions of captions; ValueError if the network was trained without them.
+
+        Args:
+            image_size: of the images in pixels, which SDXL is given too (default: the pipeline's).
+            negative: the captions are those to lead away from.
+        """
         if self.data.text_encoder is None:
             raise ValueError(f"caption={captions[0]!r}: {self.path} was trained without captions (text_encoder)")
+        from unet_denoiser.models.prompt_encoder import PromptEncoder
         from unet_denoiser.models.text_encoder import pad_tokens
 
-        if new := [caption for caption in dict.fromkeys(captions) if caption not in self._tokens]:
-            encoder = load_text_encoder(self.data)
-            self._tokens.update(zip(new, encoder.tokens(new), strict=True))
+        if new := [caption for caption in dict.fromkeys(captions) if caption not in self._prompts]:
+            name, length = self.data.text_encoder, self.data.caption_length
+            encoder = load_text_encoder(self.data) if self.published is None else PromptEncoder(name, length)
+            self._prompts.update(zip(new, encoder.encode(new), strict=True))
             encoder.warn_cut(encoder.num_cut, len(new))
-        context, mask = pad_tokens([self._tokens[caption] for caption in captions])
-        return Conditions(context=context, context_mask=mask)
+        prompts = [self._prompts[caption] for caption in captions]
+        context, mask = pad_tokens([prompt.tokens for prompt in prompts])
+        if self.published is None:
+            return Conditions(context=context, context_mask=mask)
+        pooled = [prompt.pooled for prompt in prompts if prompt.pooled is not None]
+        vector = self._vector(torch.stack(pooled), image_size, negative) if pooled else None
+        return Conditions(context=context, vector=vector)
+
+    def encode_absence(self, conditions: Conditions, image_size: Sequence[int] | None = None) -> Conditions:
+        """Return what guidance leads away from where nothing else is given.
+
+        It is the empty caption, or SDXL's zeros; and nothing if the network has learned a null.
+        """
+        if conditions.context is None or self.model.config.learned_null or self.data.text_encoder is None:
+            return Conditions()
+        absent, pooled = self.encode_captions([""], image_size, negative=True), self._prompts[""].pooled
+        if pooled is None or absent.context is None or self.published is None or not self.published.zero_negative:
+            return absent
+        vector = self._vector(torch.zeros_like(pooled)[None], image_size, negative=True)
+        return Conditions(context=torch.zeros_like(absent.context), vector=vector)
+
+    def _vector(self, pooled: Tensor, image_size: Sequence[int] | None, negative: bool) -> Tensor:
+        """Return SDXL's vector (B, vector_dim) of pooled text (B, D) and sizes."""
+        assert self.published is not None
+        size: Any = self._check_size(image_size) or self.data.image_size
+        numbers = torch.tensor(self.published.numbers(size, negative=negative), dtype=torch.float32)
+        return join_text_and_sizes(self.model.config, pooled, numbers.expand(len(pooled), -1))
 
     @cached_property
-    def _tokens(self) -> dict[str, Tensor]:
-        """Tokens of the captions encoded so far; the encoder, which may be large, is not kept."""
+    def _prompts(self) -> dict[str, Prompt]:
+        """The captions encoded so far; the encoder, which may be large, is not kept."""
         return {}
 
     def read_image(self, image: str | Path, size: Sequence[int] | None = None, *, keep_size: bool = False) -> Tensor:
@@ -125,31 +178,34 @@ class Pipeline:
 
     def encode(self, images: Tensor) -> Tensor:
         """Turn images (B, C, H, W) into samples: latents, or the images themselves if there is no VAE."""
-        return images if self.data.vae is None else self._autoencoder.encode(images)
+        return images if self.data.vae is None else self.autoencoder.encode(images)
 
     def decode(self, x: Tensor) -> Tensor:
-        """Turn samples into images; without a VAE they are that already."""
-        return x if self.data.vae is None else self._autoencoder.decode(x)
+        """Turn samples into images; without a VAE they are that already, and of a published pipeline clipped."""
+        if self.data.vae is None:
+            return x if self.published is None else x.clamp(-1, 1)
+        return self.autoencoder.decode(x)
 
     @cached_property
-    def _autoencoder(self) -> Autoencoder:
+    def autoencoder(self) -> Autoencoder:
+        """The autoencoder that `data.vae` names."""
         return load_autoencoder(self.data)
 
     @property
     def latent_factor(self) -> int:
         """Pixels along an axis for each value of a sample: 1, except for latents."""
-        return 1 if self.data.vae is None else self._autoencoder.factor
+        return 1 if self.data.vae is None else self.autoencoder.factor
 
     @property
     def image_channels(self) -> int:
         """Channels of the images that `decode` returns."""
         latent = self.data.vae is not None
-        return self._autoencoder.image_channels if latent else self.process.data_channels(self.model.config)
+        return self.autoencoder.image_channels if latent else self.process.data_channels(self.model.config)
 
     @property
     def image_range(self) -> tuple[float, float] | None:
         """Range of the values that `decode` returns; None for unbounded data."""
-        return self.process.data_range if self.data.vae is None else (-1.0, 1.0)
+        return self.process.data_range if self.data.vae is None and self.published is None else (-1.0, 1.0)
 
     @property
     def makes_images(self) -> bool:

@@ -70,7 +70,7 @@ def evaluate(
             raise ValueError(f"{useless[0]} means nothing with --samples, which are made already; leave it out")
         if out is not None and out.is_file():
             raise ValueError(f"out={out} is a file; give a folder")
-        config = SamplingConfig(**sampling)
+        SamplingConfig(**sampling)  # what is wrong is said before the imports
         print(f"evaluating {run or samples} ...", flush=True)  # the imports alone take seconds
         from unet_denoiser.evaluation import samples as sample_sources
         from unet_denoiser.evaluation.evaluator import MIN_SAMPLES, check_count
@@ -92,6 +92,7 @@ def evaluate(
             source, about = sample_sources.read_samples(samples, images), {"source": str(samples)}
         else:
             assert loaded is not None
+            config = SamplingConfig(**loaded.process.sampling_defaults | sampling)
             conditioned = sample_sources.load_conditioned_data(data_config, images)
             options = {"config": config, "device": resolved, **given}
             if num_samples is None:

@@ -79,7 +79,7 @@ def sample(
         edit = EditingConfig(**editing)
         needs_ddim = edit.invert or edit.resample > 1  # another sampler that was given is refused by its name
         defaults: dict[str, Any] = {"sampler": "ddim"} if needs_ddim else {}
-        config = SamplingConfig(**defaults | sampling)
+        SamplingConfig(**defaults | sampling)  # what is wrong is said before the imports, which take seconds
         _check_options(num_images, seed, out, preview_every, batch_size)
         from unet_denoiser.sampling.pipeline.distributed import join_processes
         from unet_denoiser.sampling.pipeline.generation import GenerationRequest
@@ -89,6 +89,7 @@ def sample(
         path = run / "samples.png" if out is None else out
         output = _Output(path, separate, strip, gif, preview_every)
         loaded = Run.load(run)
+        config = SamplingConfig(**defaults | loaded.process.sampling_defaults | sampling)
         check_writable(path.parent if path.suffix else path)
         state, place = join_processes(device)
         pipeline = loaded.load_pipeline(checkpoint, place)

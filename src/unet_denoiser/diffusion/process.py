@@ -18,6 +18,7 @@ from torch import Tensor
 
 from unet_denoiser.config.base import PredictionType, VarianceType, signature_of
 from unet_denoiser.config.diffusion import DiffusionConfig
+from unet_denoiser.config.distillation import DistillationConfig
 from unet_denoiser.config.paths import local_path
 from unet_denoiser.config.unet import UNetConfig
 from unet_denoiser.diffusion.predictions import PREDICTIONS
@@ -38,6 +39,7 @@ class Diffusion:
         alphas, sigmas, snr: (T,) of every timestep; snr is the signal-to-noise ratio alpha^2 / sigma^2.
         learns_variance: True if the second half of the network's output is a variance.
         data_range: bounds of the data, to which predicted x0 are clipped; None for unbounded data.
+        distillation: the steps of a distilled network; None for a network that predicts as the prediction type says.
 
     Raises:
         ValueError: an option that cannot work.
@@ -53,7 +55,11 @@ class Diffusion:
     def _configure(self, config: Mapping[str, Any]) -> None:
         config = dict(config)
         self.self_conditioning: bool = config.pop("self_conditioning", False)
+        distilled = config.pop("distillation", None)
+        self.distillation = None if distilled is None else DistillationConfig(**distilled)
         self.scheduler = DDPMScheduler.from_config(config)
+        if distilled is not None:
+            self.scheduler.register_to_config(distillation=asdict(self.distillation))
         if self.self_conditioning:  # an option that diffusers does not have, but keeps in the file
             self.scheduler.register_to_config(self_conditioning=True)
         self.prediction_type: PredictionType = self.scheduler.config.prediction_type
@@ -168,6 +174,15 @@ class Diffusion:
         self._configure(config)
         return self
 
+    @property
+    def sampling_defaults(self) -> dict[str, Any]:
+        """The options of `SamplingConfig` that a distilled network was made for; empty for other networks."""
+        return {} if self.distillation is None else self.distillation.sampling
+
+    def distilled(self, config: DistillationConfig) -> Self:
+        """Return this process for a network that is distilled from one of it."""
+        return self.from_dict(self.to_dict() | {"distillation": asdict(config)})
+
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write `scheduler_config.json` atomically."""
         write_json(local_path(save_directory) / SCHEDULER_NAME, self.to_dict())
@@ -185,7 +200,8 @@ def _scheduler_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     be lost.
     """
     name, keys = config.get("_class_name", "DDPMScheduler"), {key for key in config if not key.startswith("_")}
-    keys -= {"self_conditioning", "predict_epsilon", "tensor_format"}  # ours, and names of diffusers' first versions
+    keys -= {"self_conditioning", "distillation"}  # ours
+    keys -= {"predict_epsilon", "tensor_format"}  # names of diffusers' first versions
     parameters = signature(getattr(diffusers, str(name), DDPMScheduler)).parameters
     if not {"beta_schedule", "kwargs"} & set(parameters) or "snr_shift_scale" in parameters:
         raise ValueError(f"_class_name={name!r} is no scheduler of DDPM's family, whose noise levels come from betas")

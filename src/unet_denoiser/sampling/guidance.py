@@ -13,6 +13,7 @@ from unet_denoiser.config.sampling import SamplingConfig
 from unet_denoiser.config.unet import CONDITIONS
 from unet_denoiser.diffusion.predictions import PREDICTIONS
 from unet_denoiser.models.conditions import Conditions
+from unet_denoiser.models.layers.embeddings import SinusoidalPosEmb
 
 GUIDABLE = (*CONDITIONS, "concat")  # conditions that the reference can go without
 MIN_CLASSIFIER_ALPHA = 2.0**-11  # below it x_t tells nothing of x0, and the gradient would be divided by alpha
@@ -88,7 +89,7 @@ class Guidance:
         elif scale == 0:
             output = self.reference_network(x, t, **self.reference)
         else:
-            output = self._combine(*self._run_both(x, t))
+            output = self._combine(*self.run_both(x, t))
         if self.classifier is None or not is_active:
             return output
         return self._add_classifier_gradient(output, x, t, alpha_sigma)
@@ -103,7 +104,7 @@ class Guidance:
         alpha, sigma = map(float, alpha_sigma)
         return interval[0] < sigma / alpha <= interval[1]
 
-    def _run_both(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def run_both(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return the conditional output and the reference, (B, C, ...) each."""
         if not self.both:  # autoguidance
             return self.network(x, t, **self.conditional), self.reference_network(x, t, **self.reference)
@@ -136,6 +137,14 @@ class Guidance:
         factor = PREDICTIONS[self.prediction_type].score_scale(alpha, sigma)
         guided = output[:, :count] + self.classifier_scale * factor * gradient  # Dhariwal and Nichol 2021, equation 14
         return guided if self.channels is None else torch.cat([guided, output[:, count:]], dim=1)
+
+
+def embed_guidance_scale(scale: Tensor, dim: int) -> Tensor:
+    """Embed guidance scales (B,) as (B, dim), the `time_cond` of networks that have guidance built in.
+
+    Source: Meng et al. 2023, arXiv 2210.03142; in the form of Luo et al. 2023 (LCM), sinusoids of 1000 (scale - 1).
+    """
+    return SinusoidalPosEmb(dim)(1000 * (scale - 1))
 
 
 def as_conditions(name: str, given: Conditions | Mapping[str, Any] | None) -> Conditions:

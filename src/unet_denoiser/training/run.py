@@ -166,6 +166,8 @@ class Run:
 
         if self.process.self_conditioning:
             raise ValueError(f"self_conditioning=True: {self.path} has no counterpart among diffusers' pipelines")
+        if self.process.distillation is not None:
+            raise ValueError(f"{self.path}: {self.process.distillation.describe()}, which DDPMPipeline does not have")
         model = self.load_model()
         with TemporaryDirectory() as folder:
             export_checkpoint(model.state_dict(), model.config, Path(folder), "diffusers")

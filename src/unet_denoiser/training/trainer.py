@@ -24,6 +24,7 @@ from unet_denoiser.diffusion.process import Diffusion
 from unet_denoiser.models.conditions import Conditions
 from unet_denoiser.models.unet import UNet
 from unet_denoiser.training.checkpoints import select_averages
+from unet_denoiser.training.distillation import Distillation, check_training
 from unet_denoiser.training.distributed import gather_full, make_accelerator, shard_like
 from unet_denoiser.training.ema import EMA, inner_name, unwrap
 from unet_denoiser.training.lora import add_lora, merge_lora_weights
@@ -75,14 +76,25 @@ class Trainer:
         model: trained in place, from its present weights, on the device of `config`; also a compiled or wrapped one.
         data: map-style or iterable dataset of dicts, such as `load_data` returns: "image" (C, *spatial) in the
             process's range, and conditions under the names of `UNet.forward`'s arguments.
+        distillation: the loss of a network of few steps, for a process with `distillation`.
 
-    ValueError if the network does not fit the data.
+    ValueError if the network does not fit the data, or the loss not the process.
     """
 
-    def __init__(self, model: UNet, process: Diffusion, data: Any, config: TrainingConfig | Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        model: UNet,
+        process: Diffusion,
+        data: Any,
+        config: TrainingConfig | Mapping[str, Any],
+        *,
+        distillation: Distillation | None = None,
+    ) -> None:
         config = config if isinstance(config, TrainingConfig) else TrainingConfig(**config)
         given, model, data = model, unwrap(model), as_dataset(data)
         _check_fit(model.config, process, data)
+        if (process.distillation is None) != (distillation is None):
+            raise ValueError("a process with distillation needs the loss `distillation`, and only that one")
         self.process, self.data, self.config = process, data, config
         self.step, self.skipped_steps, self.bad_in_a_row = 0, 0, 0
         self.stop = False  # a signal handler may set it: all processes then see `stop` after this step
@@ -93,7 +105,11 @@ class Trainer:
         model.gradient_checkpointing = config.gradient_checkpointing
         if config.lora_rank:
             add_lora(model, config.lora_rank)
-        if model.time_cond is not None:
+        self.distillation = distillation
+        if distillation is not None:
+            check_training(config)
+            distillation.to(self.accelerator.device)
+        if model.time_cond is not None and not (distillation and distillation.config.draws_guidance):
             model.time_cond.requires_grad_(False)  # nothing feeds it here, and DDP waits for every weight's gradient
         trained = [p for p in model.parameters() if p.requires_grad]
         self.learning_rate = config.learning_rate or default_learning_rate(model.config.model_channels)
@@ -211,11 +227,14 @@ class Trainer:
     def _losses(self, part: MicroBatch) -> Losses:
         """Compute the losses of a micro-batch, each (B,)."""
         seed_dropout(self.config.seed, part.first)
-        inputs: dict[str, Any] = part.conditions.given()
+        inputs: dict[str, Any] = part.conditions.given() | {"t": part.draws.t, "noise": part.draws.noise}
+        if self.distillation is not None:
+            with self.accelerator.autocast():  # for the teacher, which is not prepared
+                return self.distillation(self.prepared, part.x0, guidance=part.draws.guidance, **inputs)
         droppable = [n for n in DROPPABLE if n in inputs and (self.model.config.learned_null or n == "concat")]
         if drop := condition_dropout(droppable, part.draws.chances, self.config.condition_dropout):
             inputs["drop"] = drop
-        inputs |= {"t": part.draws.t, "noise": part.draws.noise, "self_condition": part.draws.self_condition}
+        inputs["self_condition"] = part.draws.self_condition
         return training_losses(self.process, self.prepared, part.x0, weighting=self.weighting, **inputs)
 
     def _backward(self, part: MicroBatch, last: bool) -> Losses:

@@ -58,7 +58,7 @@ class Diffusion:
         distilled = config.pop("distillation", None)
         self.distillation = None if distilled is None else DistillationConfig(**distilled)
         self.scheduler = DDPMScheduler.from_config(config)
-        if distilled is not None:
+        if self.distillation is not None:
             self.scheduler.register_to_config(distillation=asdict(self.distillation))
         if self.self_conditioning:  # an option that diffusers does not have, but keeps in the file
             self.scheduler.register_to_config(self_conditioning=True)

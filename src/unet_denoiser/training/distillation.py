@@ -141,8 +141,12 @@ class Distillation:
         return self._x0(guided_output, x, level, clip=True)
 
 
-def check_training(config: TrainingConfig) -> None:
-    """Raise ValueError for options of training that have no meaning in distillation."""
+def check_loss(process: Diffusion, config: TrainingConfig, distillation: Distillation | None) -> None:
+    """Raise ValueError for another loss than the process's, or options that have no meaning in distillation."""
+    if (process.distillation is None) != (distillation is None):
+        raise ValueError("a process with distillation needs the loss `distillation`, and only that one")
+    if distillation is None:
+        return
     for name, valid, reason in (
         ("condition_dropout", 0.0, "a distilled network is never without its conditions"),
         ("loss_weighting", "constant", "distillation weights the error of the velocity alike at all levels"),

@@ -8,6 +8,7 @@ from unet_denoiser.training.run import Run
 from unet_denoiser.training.trainer import Trainer
 
 TEACHER_SHARE = 4  # of the teacher's steps; a step of distillation takes two to four times as long as one of training
+WARMUP_PART = 6  # of the steps, at most
 
 
 def start_distillation(request: TrainRequest, say: Say) -> tuple[Run, Trainer]:
@@ -29,7 +30,12 @@ def start_distillation(request: TrainRequest, say: Say) -> tuple[Run, Trainer]:
         raise ValueError(f"process.{next(iter(request.process))}: {teacher} has its process; leave it out")
     data, training = asdict(run.data), asdict(run.training)
     source = data.pop("source")
-    training |= {"steps": max(1, run.training.steps // TEACHER_SHARE), "lora_rank": None}
+    steps = request.training.get("steps", max(1, run.training.steps // TEACHER_SHARE))
+    training |= {
+        "steps": steps,
+        "warmup_steps": min(run.training.warmup_steps, steps // WARMUP_PART),
+        "lora_rank": None,
+    }
     return start_run(
         replace(
             request,

@@ -12,11 +12,9 @@ from torch import Tensor
 
 from unet_denoiser.config.defaults import default_learning_rate
 from unet_denoiser.config.training import TrainingConfig
-from unet_denoiser.config.unet import CONDITIONS, UNetConfig
 from unet_denoiser.data.contents import describe_contents
 from unet_denoiser.data.dataloader import DataTimer, EndlessBatches, make_loader
-from unet_denoiser.data.dataset import ImageDataset, StreamDataset
-from unet_denoiser.data.load import first_item
+from unet_denoiser.data.dataset import StreamDataset
 from unet_denoiser.data.sources.custom import as_dataset
 from unet_denoiser.diffusion.loss import Losses, training_losses
 from unet_denoiser.diffusion.loss_weighting import LossWeighting
@@ -24,9 +22,10 @@ from unet_denoiser.diffusion.process import Diffusion
 from unet_denoiser.models.conditions import Conditions
 from unet_denoiser.models.unet import UNet
 from unet_denoiser.training.checkpoints import select_averages
-from unet_denoiser.training.distillation import Distillation, check_training
+from unet_denoiser.training.distillation import Distillation, check_loss
 from unet_denoiser.training.distributed import gather_full, make_accelerator, shard_like
 from unet_denoiser.training.ema import EMA, inner_name, unwrap
+from unet_denoiser.training.fit import check_fit
 from unet_denoiser.training.lora import add_lora, merge_lora_weights
 from unet_denoiser.training.randomness import DROPPABLE, LossDraws, condition_dropout, draw_for_loss, seed_dropout
 from unet_denoiser.utils.finite import NonFiniteError, first_nonfinite_gradient, first_nonfinite_module
@@ -92,10 +91,9 @@ class Trainer:
     ) -> None:
         config = config if isinstance(config, TrainingConfig) else TrainingConfig(**config)
         given, model, data = model, unwrap(model), as_dataset(data)
-        _check_fit(model.config, process, data)
-        if (process.distillation is None) != (distillation is None):
-            raise ValueError("a process with distillation needs the loss `distillation`, and only that one")
-        self.process, self.data, self.config = process, data, config
+        check_fit(model.config, process, data)
+        check_loss(process, config, distillation)
+        self.process, self.data, self.config, self.distillation = process, data, config, distillation
         self.step, self.skipped_steps, self.bad_in_a_row = 0, 0, 0
         self.stop = False  # a signal handler may set it: all processes then see `stop` after this step
         # called in each step with its number: (save, preview); the answers of the main process count for all
@@ -105,9 +103,7 @@ class Trainer:
         model.gradient_checkpointing = config.gradient_checkpointing
         if config.lora_rank:
             add_lora(model, config.lora_rank)
-        self.distillation = distillation
         if distillation is not None:
-            check_training(config)
             distillation.to(self.accelerator.device)
         if model.time_cond is not None and not (distillation and distillation.config.draws_guidance):
             model.time_cond.requires_grad_(False)  # nothing feeds it here, and DDP waits for every weight's gradient
@@ -302,16 +298,3 @@ class Trainer:
             return highest * (step + 1) / (warmup + 1)
         progress = (step - warmup) / max(1, c.steps - warmup)
         return highest * float(0.5 + 0.5 * np.cos(np.pi * min(1.0, progress)))
-
-
-def _check_fit(config: UNetConfig, process: Diffusion, data: ImageDataset | StreamDataset) -> None:
-    """Raise ValueError if the network cannot be trained on the data."""
-    process.check_channels(config, data.channels, data.concat_channels)
-    if config.dims != len(data.image_size):
-        raise ValueError(f"dims={config.dims}, but the data have {len(data.image_size)} axes")
-    if config.num_classes is not None and config.num_classes < (classes := len(data.class_names or [])):
-        raise ValueError(f"num_classes={config.num_classes}, but the data have {classes} classes; give that, or None")
-    item = first_item(data)
-    if missing := [name for name in config.conditions if name not in item]:
-        option = CONDITIONS[missing[0]]
-        raise ValueError(f"{option}={getattr(config, option)}, but the data have no {missing[0]}; give None")

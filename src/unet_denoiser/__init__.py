@@ -22,7 +22,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "config": (
         *("UNetConfig", "DiffusionConfig", "TrainingConfig", "DataConfig", "SamplingConfig", "EditingConfig"),
-        *("MemoryConfig", "preset", "list_presets"),
+        *("DistillationConfig", "MemoryConfig", "preset", "list_presets"),
     ),
     "models": ("UNet", "ResBlock", "SinusoidalPosEmb", "SelfAttention", "CrossAttention"),
     "models.diffusers_adapter": ("DiffusersUNet",),
@@ -34,7 +34,7 @@ _EXPORTS = {
         *("image_to_image", "inpaint", "outpaint", "upscale", "interpolate", "invert", "regenerate"),
     ),
     "sampling.pipeline": ("Pipeline",),
-    "training": ("Trainer", "TrainingStep", "EMA", "Run", "load_trainer", "train"),
+    "training": ("Trainer", "TrainingStep", "Distillation", "EMA", "Run", "load_trainer", "train"),
     "evaluation": ("evaluate", "load_extractor", "frechet_distance", "kernel_distance"),
     "convert": ("import_checkpoint", "export_state_dict", "export_checkpoint", "merge_lora"),
     "utils.images": ("save_grid",),

@@ -14,6 +14,7 @@ HEAVY = ["diffusers", "accelerate", "transformers", "datasets", "huggingface_hub
 PUBLIC_NAMES = {
     "cli": "main",
     "config": "UNetConfig DiffusionConfig TrainingConfig DataConfig SamplingConfig EditingConfig MemoryConfig preset "
+    "DistillationConfig "
     "list_presets",
     "convert": "import_checkpoint export_state_dict export_checkpoint merge_lora",
     "data": "load_data make_loader ImageDataset ArrayDataset ImageFolder",
@@ -22,7 +23,7 @@ PUBLIC_NAMES = {
     "models": "UNet ResBlock SinusoidalPosEmb SelfAttention CrossAttention",
     "sampling": "sample sample_steps denoise Sampler Guidance Start TrajectoryRecorder image_to_image inpaint outpaint "
     "upscale interpolate invert regenerate",
-    "training": "Trainer TrainingStep EMA Run load_trainer train",
+    "training": "Trainer TrainingStep Distillation EMA Run load_trainer train",
     "utils": "",
 }
 FROM_DEEPER = {"save_grid", "summarize", "DiffusersUNet", "Pipeline"}  # public, but in no sub-package's __init__

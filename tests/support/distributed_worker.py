@@ -47,12 +47,13 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     first = finish(folder / "ddp", 2)
     assert type(first.prepared).__name__ == "DistributedDataParallel"
-    if first.accelerator.is_main_process:
-        shutil.copy(Run.load(folder / "ddp").checkpoints.find("3"), folder / "again" / "checkpoints")
-    finish(folder / "again", 3)
-    torch.compile = partial(torch.compile, backend="aot_eager")  # without generating code
-    warnings.filterwarnings("error", "compile=True")  # as when torch cannot compile
-    finish(folder / "ddp-compiled", 2)
+    if sys.argv[2:] != ["distilled"]:
+        if first.accelerator.is_main_process:
+            shutil.copy(Run.load(folder / "ddp").checkpoints.find("3"), folder / "again" / "checkpoints")
+        finish(folder / "again", 3)
+        torch.compile = partial(torch.compile, backend="aot_eager")  # without generating code
+        warnings.filterwarnings("error", "compile=True")  # as when torch cannot compile
+        finish(folder / "ddp-compiled", 2)
     distributed.Accelerator = sharding
     sharded = finish(folder / "fsdp", 2)
     assert all(isinstance(p, DTensor) for p in sharded.model.parameters())

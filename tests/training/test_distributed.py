@@ -4,13 +4,14 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from support.trainings import NET, two_classes, without_times
-from unet_denoiser import DataConfig, Diffusion, Run, TrainingConfig, UNet
+from unet_denoiser import DataConfig, Diffusion, DistillationConfig, Run, TrainingConfig, UNet
 from unet_denoiser.data.dataloader import make_loader
 from unet_denoiser.training.checkpoints import read_checkpoint
 from unet_denoiser.training.loop import load_trainer, train
@@ -43,11 +44,41 @@ def folder(tmp_path_factory):
         other = new_run(folder / name, folder / "two.npz", config, compile=name.endswith("compiled"))
         if name != "again":
             shutil.copy(one.checkpoints.find("2"), other.checkpoints.folder)
+    run_worker(folder)
+    return folder
+
+
+def run_worker(*args):
     worker = Path(__file__).parents[1] / "support" / "distributed_worker.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", worker, folder]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", worker, *args]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory):
+    """A student of a random teacher: `one` in one process, `ddp` and `fsdp` in two from its second step on."""
+    folder = tmp_path_factory.mktemp("distilled")
+    data = two_classes()
+    np.savez(folder / "two.npz", images=data.images[:, 0].numpy(), labels=data.labels.numpy())
+    teacher = UNet(**NET | {"num_classes": 2, "dropout": 0.0})
+    for name in ("one", "ddp", "fsdp"):
+        run = new_run(folder / name, folder / "two.npz", teacher.config)
+        process = run.process.distilled(DistillationConfig(2, 2.0, 4))
+        run = replace(run.with_training(condition_dropout=0.0), process=process)
+        run.write()
+        teacher.save_pretrained(run.path / "init")
+        if name == "one":
+            list(train(run, load_trainer(run)))
+        else:
+            shutil.copy(Run.load(folder / "one").checkpoints.find("2"), run.checkpoints.folder)
+    run_worker(folder, "distilled")
     return folder
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_two_processes_distil_as_one(distilled, engine):
+    assert largest_difference(end(distilled / "one")[0], end(distilled / engine)[0]) < 1e-6
 
 
 def end(path):

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from unet_denoiser.cli.convert import convert
+from unet_denoiser.cli.distill import distill
 from unet_denoiser.cli.doctor import doctor
 from unet_denoiser.cli.errors import one_line_errors, one_line_warning
 from unet_denoiser.cli.evaluate import evaluate
@@ -16,7 +17,7 @@ from unet_denoiser.cli.train import train
 from unet_denoiser.utils.cache import provide_caches
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    command.__name__: command for command in (train, sample, evaluate, doctor, info, convert)
+    command.__name__: command for command in (train, distill, sample, evaluate, doctor, info, convert)
 }
 
 

@@ -92,13 +92,16 @@ def evaluate(
         check_writable(folder)
         if run is not None and loaded is None:
             loaded = load_pipeline(run, resolved, checkpoint=checkpoint or "latest")
-        config = loaded.sampling_config(**sampling) if isinstance(loaded, Pipeline) else SamplingConfig(**sampling)
         data_config, images, unseen = sample_sources.load_compared_data(loaded, data, held_out, held_out_split)
         source: Any
         if samples is not None:
             source, about = sample_sources.read_samples(samples, images), {"source": str(samples)}
         else:
             assert loaded is not None
+            if isinstance(loaded, Pipeline):
+                config = loaded.sampling_config(**sampling)
+            else:
+                config = SamplingConfig(**loaded.process.sampling_defaults | sampling)
             conditioned = sample_sources.load_conditioned_data(data_config, images)
             options = {"config": config, "device": resolved, **given}
             if num_samples is None:

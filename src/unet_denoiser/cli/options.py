@@ -17,6 +17,7 @@ from docstring_parser import parse
 from unet_denoiser.config.base import QKVOrder
 from unet_denoiser.config.data import DataConfig
 from unet_denoiser.config.diffusion import DiffusionConfig
+from unet_denoiser.config.distillation import DistillationConfig
 from unet_denoiser.config.editing import EditingConfig
 from unet_denoiser.config.memory import MemoryConfig
 from unet_denoiser.config.paths import local_path
@@ -134,6 +135,7 @@ if TYPE_CHECKING:
     MemoryOptions: TypeAlias = dict[str, Any]
     SamplingOptions: TypeAlias = dict[str, Any]
     EditingOptions: TypeAlias = dict[str, Any]
+    DistillationOptions: TypeAlias = dict[str, Any]
 else:
     DataOptions = Annotated[make_options(DataConfig, without=("source",)), tyro.conf.OmitArgPrefixes]
     TrainingOptions = Annotated[make_options(TrainingConfig), tyro.conf.OmitArgPrefixes]
@@ -142,6 +144,7 @@ else:
     MemoryOptions = Annotated[make_options(MemoryConfig), tyro.conf.OmitArgPrefixes]
     SamplingOptions = Annotated[make_options(SamplingConfig), tyro.conf.OmitArgPrefixes]
     EditingOptions = Annotated[make_options(EditingConfig), tyro.conf.OmitArgPrefixes]
+    DistillationOptions = Annotated[make_options(DistillationConfig), tyro.conf.OmitArgPrefixes]
 OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 OptionalSize = Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="INT [INT]", help_behavior_hint="")]
 OptionalNumber = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import tyro
@@ -48,13 +49,19 @@ def train(
             raise ValueError("give either DATA or --resume RUN; if its data moved, --resume RUN --data NEW")
         if out is not None and not out.name:
             raise ValueError(f"out={str(out)!r} names no new directory; give one, as in runs/images")
-        say = _say if os.environ.get("RANK", "0") == "0" else _say_nothing
+        say = choose_say()
         say(f"reading {data or resume} ...")  # the imports alone take seconds
         from unet_denoiser.training.launch import TrainRequest, resume_run, start_run
-        from unet_denoiser.training.loop import train as train_run
 
         request = TrainRequest(data if resume is None else moved, out, init, preset, dataset, training, process, model)
         run, trainer = resume_run(resume, request, say) if resume else start_run(request, say)
+    train_to_end(run, trainer, say)
+
+
+def train_to_end(run: Any, trainer: Any, say: Callable[[str], object]) -> None:
+    """Train a run to its last step, with a progress bar; a training that ends early prints why, and exits."""
+    from unet_denoiser.training.loop import train as train_run
+
     with one_line_training_errors(run.path), _progress(run, trainer) as bar:
         for step in train_run(run, trainer):
             skipped = f", {trainer.skipped_steps} steps skipped" if trainer.skipped_steps else ""
@@ -64,6 +71,11 @@ def train(
                 bar.refresh()  # the time left is known from here on
     trainer.accelerator.end_training()
     say(f"{run.path}: trained; to sample: {command('sample', run.path)}")
+
+
+def choose_say() -> Callable[[str], object]:
+    """Return a function that prints a line in the main process, and does nothing in the others."""
+    return _say if os.environ.get("RANK", "0") == "0" else _say_nothing
 
 
 def _say(text: str) -> None:

@@ -6,6 +6,7 @@ alpha_t^2 + sigma_t^2 = 1, whatever the path.
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from unet_denoiser.config.base import PathName, VarianceType, signature_of
 from unet_denoiser.config.diffusion import DiffusionConfig
+from unet_denoiser.config.distillation import DistillationConfig
 from unet_denoiser.config.paths import local_path
 from unet_denoiser.config.unet import UNetConfig
 from unet_denoiser.diffusion.paths import PATHS, density_quantiles
@@ -54,6 +56,7 @@ class Diffusion:
         learns_variance: True if the second half of the network's output is a variance.
         data_range: bounds of the data, to which predicted x0 are clipped; None for unbounded data.
         step_rules: how samplers step; only a published pipeline's differ. They are not saved.
+        distillation: the steps of a distilled network; None for a network that predicts as the prediction type says.
 
     Raises:
         ValueError: an option that cannot work.
@@ -66,6 +69,9 @@ class Diffusion:
         self._configure(to_options(DiffusionConfig(**options)) | {"timestep_spacing": "trailing"})
 
     def _configure(self, options: Options) -> None:
+        options = dict(options)
+        distilled = options.pop("distillation", None)
+        self.distillation = None if distilled is None else DistillationConfig(**distilled)
         self.path: PathName = options["path"]
         self.prediction_type: str = options["prediction_type"]
         self.variance_type: VarianceType = options["variance_type"]
@@ -73,6 +79,8 @@ class Diffusion:
         self.sigma_data: float = options.get("sigma_data", 1.0)
         self.prediction = get_prediction(self.prediction_type, self.sigma_data)
         self.scheduler = make_scheduler(options)
+        if self.distillation is not None:  # an option that diffusers does not have, but keeps in the file
+            self.scheduler.register_to_config(distillation=asdict(self.distillation))
         self.alphas, self.sigmas, betas, self.ratios, self.times = PATHS[self.path].levels(self.scheduler)
         self.quantiles, self.snr = density_quantiles(options, self.ratios), (self.alphas / self.sigmas).square()
         self.num_train_timesteps, self.learns_variance = len(self.alphas), self.variance_type == "learned_range"
@@ -195,6 +203,15 @@ class Diffusion:
         self = cls.__new__(cls)
         self._configure(change_options(read_options(config), changes))
         return self
+
+    @property
+    def sampling_defaults(self) -> dict[str, Any]:
+        """The options of `SamplingConfig` that a distilled network was made for; empty for other networks."""
+        return {} if self.distillation is None else self.distillation.sampling
+
+    def distilled(self, config: DistillationConfig) -> Self:
+        """Return this process for a network that is distilled from one of it."""
+        return self.from_dict(self.to_dict() | {"distillation": asdict(config)})
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write `scheduler_config.json` atomically."""

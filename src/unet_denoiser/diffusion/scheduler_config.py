@@ -61,7 +61,8 @@ def read_options(config: Mapping[str, Any]) -> Options:
             f"_class_name={name!r} is no scheduler of DDPM's family, whose noise levels come from betas, nor {known}"
         )
     defaults = _defaults(path)
-    keys -= {*defaults, "predict_epsilon", "tensor_format"}  # ours, and names of diffusers' first versions
+    keys -= {*defaults, "distillation"}  # ours
+    keys -= {"predict_epsilon", "tensor_format"}  # names of diffusers' first versions
     if keys - set(found):  # only then, since looking at all schedulers takes a second
         every = (getattr(diffusers, other) for other in dir(diffusers) if other.endswith("Scheduler"))
         if unknown := sorted(keys.difference(*(signature(scheduler).parameters for scheduler in every))):

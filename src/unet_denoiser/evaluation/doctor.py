@@ -79,6 +79,9 @@ def diagnose(
     for name, value in (("num_images", num_images), ("num_samples", num_samples)):
         if value < 2:
             raise ValueError(f"{name}={value} must be at least 2")
+    if run.process.distillation is not None:
+        reason = run.process.distillation.describe()
+        raise ValueError(f"{run.path}: {reason}, so its losses mean nothing; examine the run it was distilled from")
     pipeline = run.load_pipeline(device=device)
     data = load_data(run.data) if data is None else data
     if not isinstance(data, ImageDataset):

@@ -57,7 +57,7 @@ class GeneratedSamples:
         config: SamplingConfig | None = None,
     ) -> None:
         self.data, self.count, self.seed, self.batch_size = data, count, seed, batch_size
-        self.config = config or SamplingConfig()
+        self.config = config or SamplingConfig(**run.process.sampling_defaults)
         Sampler(self.config, run.process)  # refuses options that cannot work before anything else takes time
         self.pipeline = run.load_pipeline(checkpoint, device) if isinstance(run, Run) else run
         self.names = [*self.pipeline.model.config.conditions, *(["concat"] if data.concat_channels > 0 else [])]
@@ -145,7 +145,8 @@ def affordable_samples(run: Run | Pipeline, data: ImageDataset, seconds: float, 
         ValueError, OSError: see `GeneratedSamples`.
     """
     config = options.pop("config")
-    short = replace(config, num_inference_steps=min(2, config.num_inference_steps))
+    few = config.num_inference_steps if run.process.distillation else min(2, config.num_inference_steps)
+    short = replace(config, num_inference_steps=few)
     trial = GeneratedSamples(run, data, TRIAL_SIZE, config=short, **options | {"batch_size": TRIAL_SIZE})
     taken = _time_second(lambda: list(trial)) / TRIAL_SIZE * config.num_inference_steps / short.num_inference_steps
     return round_down(seconds / taken, 64)

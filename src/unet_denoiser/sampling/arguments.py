@@ -49,10 +49,13 @@ class SamplingRequest:
     classifier_scale: float = 1.0
 
     @classmethod
-    def parse(cls, seeds: Sequence[int] | int, options: Mapping[str, Any]) -> Self:
-        """Sort the keywords of `sample` into configuration, conditions and the rest; ValueError for unknown ones."""
+    def parse(cls, seeds: Sequence[int] | int, options: Mapping[str, Any], **defaults: Any) -> Self:
+        """Sort the keywords of `sample` into configuration, conditions and the rest; ValueError for unknown ones.
+
+        `defaults` are those of `SamplingConfig` for the process.
+        """
         options, names, seeds = dict(options), Conditions.names(), as_seeds(seeds)
-        config = pop_config(options)
+        config = pop_config(options, **defaults)
         given = {name: options.pop(name) for name in names if name in options}
         label = given.get("class_labels")
         if getattr(label, "ndim", 0) == 0 and isinstance(label := as_plain(label), int):  # one class for all samples
@@ -90,6 +93,10 @@ class SamplingRequest:
             raise ValueError(f"concat has size {tuple(concat.shape[2:])}; the samples have {sizes}")
         if self.start is not None and (len(self.start.x), *self.start.x.shape[2:]) != (count, *sizes):
             raise ValueError(f"start has shape {tuple(self.start.x.shape)}; there are {count} seeds of size {sizes}")
+        if process.distillation is not None:
+            beside = {"negative": self.negative.given(), "guide": self.guide, "classifier": self.classifier}
+            if given := [name for name, value in beside.items() if value or callable(value)]:
+                raise ValueError(f"{given[0]} needs guidance, and {process.distillation.describe()}; leave it out")
         channels = self._check_channels(model.config, process)
         if self.guide is not None and self._check_channels(self.guide.config, process) != channels:
             found, wanted = self.guide.config.out_channels, model.config.out_channels

@@ -12,6 +12,7 @@ from unet_denoiser.config.sampling import SamplingConfig
 from unet_denoiser.config.unet import CONDITIONS
 from unet_denoiser.diffusion.predictions import get_prediction
 from unet_denoiser.models.conditions import Conditions
+from unet_denoiser.models.layers.embeddings import SinusoidalPosEmb
 
 GUIDABLE = (*CONDITIONS, "concat")  # conditions that the reference can go without
 MIN_CLASSIFIER_ALPHA = 2.0**-11  # below it x_t tells nothing of x0, and the gradient would be divided by alpha
@@ -98,7 +99,7 @@ class Guidance:
         elif scale == 0 and self.config.image_guidance_scale is None:
             output = self.reference_network(x, t, **self.reference)
         else:
-            output = self._combine(*self._run_all(x, t))
+            output = self._combine(*self.run_all(x, t))
         if self.classifier is None or not is_active:
             return output
         return self._add_classifier_gradient(output, x, t, alpha_sigma)
@@ -117,7 +118,7 @@ class Guidance:
         alpha, sigma = map(float, alpha_sigma)
         return interval[0] < sigma / alpha <= interval[1]
 
-    def _run_all(self, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+    def run_all(self, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
         """Return the conditional output, with `image_guidance_scale` that of the image alone, and the reference."""
         if not self.both:  # autoguidance
             return self.network(x, t, **self.conditional), self.reference_network(x, t, **self.reference)
@@ -125,7 +126,7 @@ class Guidance:
         return self.network(torch.cat([x] * parts), torch.cat([t] * parts), **self.both).chunk(parts)
 
     def _combine(self, conditional: Tensor, *others: Tensor) -> Tensor:
-        """Combine outputs (B, C, ...): the conditional one, and those of `_run_all` that it is led away from."""
+        """Combine outputs (B, C, ...): the conditional one, and those of `run_all` that it is led away from."""
         wanted, (base, *rest) = conditional[:, : self.channels], (other[:, : self.channels] for other in others)
         guided = base + self.config.guidance_scale * (wanted - base)  # Ho and Salimans 2022, equation 6
         if rest and (image_scale := self.config.image_guidance_scale) is not None:
@@ -155,6 +156,14 @@ class Guidance:
         factor = self.prediction.score_scale(alpha, sigma)
         guided = output[:, :count] + self.classifier_scale * factor * gradient  # Dhariwal and Nichol 2021, equation 14
         return guided if self.channels is None else torch.cat([guided, output[:, count:]], dim=1)
+
+
+def embed_guidance_scale(scale: Tensor, dim: int) -> Tensor:
+    """Embed guidance scales (B,) as (B, dim), the `time_cond` of networks that have guidance built in.
+
+    Source: Meng et al. 2023, arXiv 2210.03142; in the form of Luo et al. 2023 (LCM), sinusoids of 1000 (scale - 1).
+    """
+    return SinusoidalPosEmb(dim)(1000 * (scale - 1))
 
 
 def as_conditions(name: str, given: Conditions | Mapping[str, Any] | None) -> Conditions:

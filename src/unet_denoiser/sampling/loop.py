@@ -16,7 +16,7 @@ from unet_denoiser.models.conditions import Conditions
 from unet_denoiser.models.unet import UNet
 from unet_denoiser.sampling.arguments import SamplingRequest
 from unet_denoiser.sampling.cached_unet import make_cached_unet
-from unet_denoiser.sampling.guidance import Guidance
+from unet_denoiser.sampling.guidance import Guidance, embed_guidance_scale
 from unet_denoiser.sampling.samplers import Generators, Sampler
 from unet_denoiser.utils.broadcasting import append_dims
 from unet_denoiser.utils.device import allow_tf32
@@ -178,7 +178,7 @@ def sample_steps(model: UNet, process: Diffusion, *, seeds: Sequence[int] | int,
     Raises:
         ValueError: as `sample`; at the call, but for errors of guidance, which come with the first step.
     """
-    parsed = SamplingRequest.parse(seeds, request)
+    parsed = SamplingRequest.parse(seeds, request, **process.sampling_defaults)
     shape = parsed.check(model, process)
     sampler = Sampler(parsed.config, process, 0 if parsed.start is None else parsed.start.first_step)
     return _run_batches(model, sampler, parsed, shape)
@@ -218,6 +218,10 @@ def _make_guidance(model: UNet, sampler: Sampler, request: SamplingRequest, indi
         classifier = partial(classifier, **conditions.without(known).given())
         conditions, negative = (Conditions.select(values.given(), known) for values in (conditions, negative))
         guided = guided if guided is None else [name for name in guided if name in known]
+    if process.distillation is not None and process.distillation.draws_guidance:
+        scales = torch.full((indices.stop - indices.start,), config.guidance_scale, device=model.device)
+        time_cond = embed_guidance_scale(scales, model.config.time_cond_dim or 0)
+        conditions, config = replace(conditions, time_cond=time_cond), replace(config, guidance_scale=1.0)
 
     def network(unet: UNet) -> Callable[..., Tensor]:
         return accepts_concat(make_cached_unet(unet, sampler.timesteps, reuse=config.reuse, compile=config.compile))

@@ -176,6 +176,8 @@ class Sampler:
 
 def _check(config: SamplingConfig, process: Diffusion) -> None:
     """Raise ValueError for options that cannot run on the process, with the reason and a way out."""
+    if process.distillation is not None:
+        process.distillation.check_sampling(config)
     if config.dynamic_threshold is not None and process.data_range is None:
         raise ValueError(
             f"dynamic_threshold={config.dynamic_threshold} needs data of a known range, and this process has none "

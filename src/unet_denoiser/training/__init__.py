@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from unet_denoiser.training.distillation import Distillation as Distillation
     from unet_denoiser.training.ema import EMA as EMA
     from unet_denoiser.training.loop import load_trainer as load_trainer
     from unet_denoiser.training.loop import train as train
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from unet_denoiser.training.trainer import TrainingStep as TrainingStep
 
 _FILES = {"EMA": "ema", "load_trainer": "loop", "train": "loop", "Run": "run"}
-_FILES |= {"Trainer": "trainer", "TrainingStep": "trainer"}
+_FILES |= {"Distillation": "distillation", "Trainer": "trainer", "TrainingStep": "trainer"}
 
 
 def __getattr__(name: str) -> Any:

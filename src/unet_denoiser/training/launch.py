@@ -14,6 +14,7 @@ import torch
 from unet_denoiser.config.base import per_axis
 from unet_denoiser.config.data import DATA_CHANGEABLE, DATA_MOVABLE, DataConfig
 from unet_denoiser.config.defaults import MAX_PASSES, architecture_for, default_learning_rate, default_steps
+from unet_denoiser.config.distillation import DistillationConfig
 from unet_denoiser.config.paths import expand_home, local_path
 from unet_denoiser.config.presets import preset
 from unet_denoiser.config.training import TRAINING_CHANGEABLE, TrainingConfig
@@ -27,6 +28,7 @@ from unet_denoiser.models.fetch import fetch_pipeline
 from unet_denoiser.models.pretrained import write_pretrained
 from unet_denoiser.models.unet import UNet
 from unet_denoiser.sampling.pipeline.pipeline import find_scheduler_config
+from unet_denoiser.training.distillation import GUIDANCE_DIM
 from unet_denoiser.training.finetuning import LoadReport, guess_process, load_matching, with_image_size
 from unet_denoiser.training.loop import check_new, load_trainer
 from unet_denoiser.training.pipelines import read_pipeline
@@ -51,6 +53,7 @@ class TrainRequest:
     Args:
         data, training, process, model: the options given, of `DataConfig`, `TrainingConfig`, `DiffusionConfig` and
             `UNetConfig`.
+        distillation: makes a network of few steps out of `init`.
     """
 
     source: str | None = None
@@ -61,6 +64,7 @@ class TrainRequest:
     training: Mapping[str, Any] = field(default_factory=dict)
     process: Mapping[str, Any] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
+    distillation: DistillationConfig | None = None
 
 
 class Initialization(NamedTuple):
@@ -113,11 +117,23 @@ def _load_initialized(run: Run, data: ImageDataset | StreamDataset, network: UNe
             f"lora_rank={run.training.lora_rank}: a LoRA would leave {changed[0]} untrained; use data that fit the "
             "checkpoint, or train all weights"
         )
+    if run.process.distillation is not None:
+        _begin_as_teacher(model, report)
     weights = {name: t.clone() for name, t in model.state_dict().items()}  # training changes the network's
     trainer = load_trainer(run, data, model)
     if trainer.accelerator.is_main_process:
         write_pretrained(run.path / "init", run.model.to_dict(), weights)
     return trainer, report
+
+
+@torch.no_grad()
+def _begin_as_teacher(model: UNet, report: LoadReport) -> None:
+    """Let guidance that is built in have no effect at first; ValueError if the teacher does not fit the data."""
+    changed = report.widened + [name for name in report.missed if not name.startswith("time_cond")]
+    if changed:
+        raise ValueError(f"the data do not fit the teacher, which lacks {changed[0]}; give data like those of its own")
+    if model.time_cond is not None:
+        model.time_cond.weight.zero_()
 
 
 def resume_run(path: Path, request: TrainRequest, say: Say) -> tuple[Run, Trainer]:
@@ -175,7 +191,10 @@ def initialization(request: TrainRequest, training: TrainingConfig) -> Initializ
         if saved is None:
             saved, told = guess_process(network.config, read_process(folder) if folder.is_file() else {})
             messages.append(f"{init}: no schedule beside it; {told} unless --process.* says else")
+    if "distillation" in saved:
+        raise ValueError(f"{init} was distilled, which more training would undo; give what it was distilled from")
     process = Diffusion.from_dict(saved, **request.process)
+    process = process if request.distillation is None else process.distilled(request.distillation)
     return Initialization(network.config, network, process, messages, data)
 
 
@@ -230,6 +249,8 @@ def _choose_architecture(
     base = with_image_size(initial.network.config, data.image_size) if initial.network else initial.config
     classes = None if data.class_names is None else len(data.class_names)
     options = {"vector_dim": data.vector_dim, "context_dim": data.context_dim, **request.model}
+    if request.distillation is not None and request.distillation.draws_guidance:
+        options["time_cond_dim"] = GUIDANCE_DIM
     channels = initial.process.channels(data.channels, data.concat_channels)
     return architecture_for(
         data.channels, data.image_size, classes, options, base=base, network_channels=channels, on_cpu=on_cpu
@@ -279,5 +300,7 @@ def _introduce(run: Run, trainer: Trainer, say: Say, seconds_per_step: float | N
         length += f"; about {minutes} min at {seconds_per_step:.2g} s a step; --steps changes it"
     if trainer.step:
         length += f"; goes on after step {trainer.step:,}"
+    if run.process.distillation is not None:
+        say(run.process.distillation.describe())
     say(f"training: {length}")
     say(f"run: {run.path}, with previews in {run.path / 'samples'}")

@@ -5,6 +5,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
+from copy import deepcopy
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from unet_denoiser.models.unet import UNet
 from unet_denoiser.sampling.loop import Step, sample
 from unet_denoiser.sampling.pipeline.pipeline import CLASS_NAMES, Pipeline
 from unet_denoiser.training.checkpoints import read_metadata, select_averages
+from unet_denoiser.training.distillation import Distillation
 from unet_denoiser.training.distributed import is_sharded
 from unet_denoiser.training.lora import save_lora
 from unet_denoiser.training.run import MODEL_STEP, Run
@@ -55,8 +57,8 @@ def check_new(path: Path) -> None:
 def load_trainer(run: Run, data: Any = None, model: UNet | None = None) -> Trainer:
     """Build a run's trainer and restore the latest good checkpoint, if there is one.
 
-    The default of `data` loads the run's; that of `model` is the network in init/, else one with random weights. It
-    warns of damaged checkpoints, and of data that changed since.
+    The default of `data` loads the run's; that of `model` is the network in init/, else one with random weights. The
+    start of a run that is distilled is its teacher. It warns of damaged checkpoints, and of data that changed since.
 
     Raises:
         ValueError: no checkpoint is good, or an option that cannot change is another than in the checkpoint.
@@ -66,7 +68,8 @@ def load_trainer(run: Run, data: Any = None, model: UNet | None = None) -> Train
     if model is None:
         init = run.path / "init"
         model = UNet.from_pretrained(init) if init.is_dir() else UNet.from_config(run.model)
-    trainer = Trainer(model, run.process, data, run.training)
+    distillation = _make_distillation(run, model) if run.process.distillation else None
+    trainer = Trainer(model, run.process, data, run.training, distillation=distillation)
     if newest := run.checkpoints.read_newest():
         path, tensors, metadata = newest
         run.check_unchanged(metadata.get("run", {}))
@@ -77,6 +80,14 @@ def load_trainer(run: Run, data: Any = None, model: UNet | None = None) -> Train
         if changes := describe_changes(metadata.get("data", {}), trainer.contents):
             warnings.warn(f"the data changed since step {trainer.step}: {changes}; training goes on", stacklevel=2)
     return trainer
+
+
+def _make_distillation(run: Run, start: UNet) -> Distillation:
+    """Return the loss of a run that is distilled from the network it starts from."""
+    pipeline, negative = Pipeline(run.path, deepcopy(start), run.process, run.data), None
+    if start.config.context_dim and not start.config.learned_null:  # guidance's reference has an empty caption
+        negative = pipeline.encode_captions([""])
+    return Distillation(run.process, pipeline.model, negative)
 
 
 def train(run: Run, trainer: Trainer) -> Iterator[TrainingStep]:
@@ -242,6 +253,7 @@ def preview(run: Run, trainer: Trainer, most: int | None = None) -> Path:
         warnings.warn(f"{count} samples would take a preview minutes here; it has {most}", stacklevel=3)
         count, options = most, conditions.rows(slice(most)).given()
     options["num_inference_steps"] = min(PREVIEW_STEPS, run.process.num_train_timesteps)
+    options |= run.process.sampling_defaults
     stoppable = not is_sharded(trainer.accelerator)
 
     def check_stop(step: Step) -> None:

@@ -168,6 +168,8 @@ class Run:
             raise ValueError(f"self_conditioning=True: {self.path} has no counterpart among diffusers' pipelines")
         if self.process.path == "edm":
             raise ValueError(f"path='edm': diffusers' pipelines do not scale the network's input, as {self.path} needs")
+        if self.process.distillation is not None:
+            raise ValueError(f"{self.path}: {self.process.distillation.describe()}, which DDPMPipeline does not have")
         model = self.load_model()
         with TemporaryDirectory() as folder:
             export_checkpoint(model.state_dict(), model.config, Path(folder), "diffusers")

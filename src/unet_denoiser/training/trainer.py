@@ -11,11 +11,9 @@ from torch import Tensor
 
 from unet_denoiser.config.defaults import default_learning_rate
 from unet_denoiser.config.training import TrainingConfig
-from unet_denoiser.config.unet import CONDITIONS, UNetConfig
 from unet_denoiser.data.contents import describe_contents
 from unet_denoiser.data.dataloader import DataTimer, EndlessBatches, make_loader
-from unet_denoiser.data.dataset import ImageDataset, StreamDataset
-from unet_denoiser.data.load import first_item
+from unet_denoiser.data.dataset import StreamDataset
 from unet_denoiser.data.sources.custom import as_dataset
 from unet_denoiser.diffusion.loss import Losses, training_losses
 from unet_denoiser.diffusion.loss_weighting import LossWeighting
@@ -24,8 +22,10 @@ from unet_denoiser.models.conditions import Conditions
 from unet_denoiser.models.unet import UNet
 from unet_denoiser.training.checkpoints import select_averages
 from unet_denoiser.training.compilation import compile_blocks
+from unet_denoiser.training.distillation import Distillation, check_loss
 from unet_denoiser.training.distributed import gather_full, make_accelerator, shard_like, with_precision
 from unet_denoiser.training.ema import EMA, inner_name, unwrap
+from unet_denoiser.training.fit import check_fit
 from unet_denoiser.training.lora import add_lora, merge_lora_weights
 from unet_denoiser.training.prefetch import to_device
 from unet_denoiser.training.randomness import DROPPABLE, LossDraws, condition_dropout, draw_for_loss, seed_dropout
@@ -77,15 +77,25 @@ class Trainer:
         model: trained in place, from its present weights, on the device of `config`; also a compiled or wrapped one.
         data: map-style or iterable dataset of dicts, such as `load_data` returns: "image" (C, *spatial) in the
             process's range, and conditions under the names of `UNet.forward`'s arguments.
+        distillation: the loss of a network of few steps, for a process with `distillation`.
 
-    ValueError if the network does not fit the data.
+    ValueError if the network does not fit the data, or the loss not the process.
     """
 
-    def __init__(self, model: UNet, process: Diffusion, data: Any, config: TrainingConfig | Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        model: UNet,
+        process: Diffusion,
+        data: Any,
+        config: TrainingConfig | Mapping[str, Any],
+        *,
+        distillation: Distillation | None = None,
+    ) -> None:
         config = with_precision(config if isinstance(config, TrainingConfig) else TrainingConfig(**config))
         given, model, data = model, unwrap(model), as_dataset(data)
-        _check_fit(model.config, process, data)
-        self.process, self.data, self.config = process, data, config
+        check_fit(model.config, process, data)
+        check_loss(process, config, distillation)
+        self.process, self.data, self.config, self.distillation = process, data, config, distillation
         self.step, self.skipped_steps, self.bad_in_a_row = 0, 0, 0
         self.stop = False  # a signal handler may set it: all processes then see `stop` after this step
         # called in each step with its number: (save, preview); the answers of the main process count for all
@@ -95,7 +105,9 @@ class Trainer:
         model.gradient_checkpointing = config.gradient_checkpointing
         if config.lora_rank:
             add_lora(model, config.lora_rank)
-        if model.time_cond is not None:
+        if distillation is not None:
+            distillation.to(self.accelerator.device)
+        if model.time_cond is not None and not (distillation and distillation.config.draws_guidance):
             model.time_cond.requires_grad_(False)  # nothing feeds it here, and DDP waits for every weight's gradient
         if config.compile:
             compile_blocks(model)
@@ -216,11 +228,14 @@ class Trainer:
     def _losses(self, part: MicroBatch) -> Losses:
         """Compute the losses of a micro-batch, each (B,)."""
         seed_dropout(self.config.seed, part.first)
-        inputs: dict[str, Any] = part.conditions.given()
+        inputs: dict[str, Any] = part.conditions.given() | {"t": part.draws.t, "noise": part.draws.noise}
+        if self.distillation is not None:
+            with self.accelerator.autocast():  # for the teacher, which is not prepared
+                return self.distillation(self.prepared, part.x0, guidance=part.draws.guidance, **inputs)
         droppable = [n for n in DROPPABLE if n in inputs and (self.model.config.learned_null or n == "concat")]
         if drop := condition_dropout(droppable, part.draws.chances, self.config.condition_dropout):
             inputs["drop"] = drop
-        inputs |= {"t": part.draws.t, "noise": part.draws.noise, "self_condition": part.draws.self_condition}
+        inputs["self_condition"] = part.draws.self_condition
         return training_losses(self.process, self.prepared, part.x0, weighting=self.weighting, **inputs)
 
     def _backward(self, part: MicroBatch, last: bool) -> Losses:
@@ -279,16 +294,3 @@ class Trainer:
         start = part.first - self.step * size
         indices = next(iter(batches))[start : start + len(part.x0)]
         return f"{', '.join(str(int(index)) for index in indices)} of the data"
-
-
-def _check_fit(config: UNetConfig, process: Diffusion, data: ImageDataset | StreamDataset) -> None:
-    """Raise ValueError if the network cannot be trained on the data."""
-    process.check_channels(config, data.channels, data.concat_channels)
-    if config.dims != len(data.image_size):
-        raise ValueError(f"dims={config.dims}, but the data have {len(data.image_size)} axes")
-    if config.num_classes is not None and config.num_classes < (classes := len(data.class_names or [])):
-        raise ValueError(f"num_classes={config.num_classes}, but the data have {classes} classes; give that, or None")
-    item = first_item(data)
-    if missing := [name for name in config.conditions if name not in item]:
-        option = CONDITIONS[missing[0]]
-        raise ValueError(f"{option}={getattr(config, option)}, but the data have no {missing[0]}; give None")

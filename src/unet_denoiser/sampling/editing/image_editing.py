@@ -39,7 +39,7 @@ def image_to_image(
     if not 0 < strength <= 1:
         raise ValueError(f"strength={strength} must be above 0 and at most 1")
     seeds = as_seeds(seeds)
-    config, images = pop_config(request), _expand_to_seeds("images", images, seeds)
+    config, images = pop_config(request, **process.sampling_defaults), _expand_to_seeds("images", images, seeds)
     first = config.num_inference_steps - max(1, round(strength * config.num_inference_steps))
     start = Start(images, first) if first else None
     return sample(model, process, seeds=seeds, image_size=images.shape[2:], config=config, start=start, **request)
@@ -182,7 +182,7 @@ def _sample_edited(
     if images.shape[1] != (channels := process.data_channels(model.config)):
         raise ValueError(f"images have {images.shape[1]} channels; the samples have {channels}")
     if resample > 1:
-        request["config"] = config = pop_config(request, sampler="ddim")
+        request["config"] = config = pop_config(request, **{"sampler": "ddim"} | process.sampling_defaults)
         if config.sampler not in MEMORYLESS:
             raise ValueError(
                 f"resample={resample} with sampler={config.sampler!r}, whose steps depend on those before; use "

@@ -97,6 +97,8 @@ def _max_abs(x: Tensor) -> Tensor:
 
 def check_inversion(config: SamplingConfig, process: Diffusion) -> None:
     """Raise ValueError for a sampler or process whose steps cannot be inverted."""
+    if process.distillation is not None:
+        raise ValueError(f"{process.distillation.describe()}, which cannot be inverted; invert with its teacher")
     if config.sampler != "ddim":
         raise ValueError(f"sampler={config.sampler!r} cannot be inverted; give 'ddim', or leave it out")
     if config.eta > 0:

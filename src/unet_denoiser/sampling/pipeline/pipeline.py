@@ -82,9 +82,9 @@ class Pipeline:
         return list(self.data.class_names) if self.model.config.num_classes and self.data.class_names else None
 
     def sampling_config(self, **options: Any) -> SamplingConfig:
-        """Return a configuration in which a published pipeline's own guidance and spacing stand where none is given."""
+        """Return a configuration, by default with the steps and guidance of a distilled or published network."""
         if self.published is None:
-            return SamplingConfig(**options)
+            return SamplingConfig(**self.process.sampling_defaults | options)
         defaults: dict[str, Any] = dict(HELD[self.published.name][1])
         spacing = self.process.scheduler.config.timestep_spacing
         is_cut = spacing == "leading" and not self.process.alphas[-1] > 0  # would leave out the pure noise

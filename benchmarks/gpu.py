@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("gpu"), help="folder for the picture and the report")
     parser.add_argument("--minutes", type=float, default=6.5, help="no row begins after this time; one may take 1.5")
     parser.add_argument("--only", nargs="*", choices=list(PARTS), default=list(PARTS))
+    vars(options).clear()
     parser.parse_args(namespace=options)
     options.out.mkdir(parents=True, exist_ok=True)
     if options.quick:  # graphs are traced, which takes seconds, but no kernels are made

@@ -40,7 +40,7 @@ def test_bfloat16_has_tables_of_its_own(tmp_path):
     done = run_speed(*options, "--json", str(tmp_path / "speed.json"))
     assert done.returncode == 0, done.stderr
     assert "### narrow, bfloat16" in done.stdout
-    assert "float32:" not in done.stdout
+    assert "### narrow, float32" not in done.stdout
     found = json.loads((tmp_path / "speed.json").read_text())
     assert set(found["peak"]) == {"bfloat16"}
     assert len(found["rows"]) == 3 * 3

@@ -245,7 +245,10 @@ def test_refuses_a_missing_gpu():
 
 
 @pytest.mark.parametrize("wrap", [partial(torch.compile, backend="eager"), torch.nn.DataParallel])
-def test_wrapped_networks_train_and_resume_as_plain_ones(wrap):
+def test_wrapped_networks_train_and_resume_as_plain_ones(wrap, monkeypatch):
+    for module in ("norm", "resblock"):  # compiled code would draw other masks and round differently
+        monkeypatch.setattr(f"unet_denoiser.models.layers.{module}.is_generated", lambda x: False)
+    monkeypatch.setattr("unet_denoiser.models.layers.rules.load_kernels", lambda: None)
     plain = make_trainer({"steps": 1})
     list(plain.steps())
     torch.manual_seed(0)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from unet_denoiser.models.layers.common import may_overwrite_output
 from unet_denoiser.models.layers.kernels import Problem, require_kernels
@@ -107,17 +108,20 @@ class _Call(NamedTuple):
     def forward(self, x: Tensor, *vectors: Any) -> tuple[Tensor, Tensor]:
         """Return the output, and mean and inverse standard deviation (2, N, groups)."""
         y, statistics = torch.empty_like(x), x.new_empty((2, len(x), self.groups), dtype=torch.float32)
-        problem = self._pose(x, vectors)
-        require_kernels().norm_forward(problem, x.data_ptr(), y.data_ptr(), statistics.data_ptr())
+        self._call("norm_forward", x, vectors, y, statistics)
         return y, statistics
 
     def backward(self, x: Tensor, dy: Tensor, statistics: Tensor, *vectors: Any) -> tuple[Tensor, Tensor]:
         """Return the gradients of x and, in (2 + 2 N, C), of weight, bias, and pre or scale and shift."""
         dx, gradients = torch.empty_like(x), x.new_empty((2 + 2 * len(x), x.shape[1]), dtype=torch.float32)
         dy = dy.contiguous(memory_format=torch.channels_last)
-        pointers = [t.data_ptr() for t in (x, dy, statistics, dx, gradients)]
-        require_kernels().norm_backward(self._pose(x, vectors), *pointers)
+        self._call("norm_backward", x, vectors, dy, statistics, dx, gradients)
         return dx, gradients
+
+    def _call(self, function: str, x: Tensor, vectors: tuple[Any, ...], *more: Tensor) -> None:
+        if type(x) is not FakeTensor:  # which has a size, to count memory, but no values
+            pointers = [t.data_ptr() for t in (x, *more)]
+            getattr(require_kernels(), function)(self._pose(x, vectors), *pointers)
 
     def _pose(self, x: Tensor, vectors: tuple[Any, ...]) -> Any:
         samples, channels, height, width = x.shape

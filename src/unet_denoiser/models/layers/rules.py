@@ -15,6 +15,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -26,6 +27,7 @@ _MAX_TIME_RATIO = 0.95  # Winograd's filtering is used up to this ratio of its t
 # recomputing less than half a MiB costs up to a fifth of the step, by the number of calls, and saves little
 _MIN_RECOMPUTE_NUMEL = 2**17
 _MAX_SCORES = 2**22  # of an attention by products: more leave the cache
+_PLAIN = (Tensor, nn.Parameter, FakeTensor)  # not, for example, a part of a sharded tensor
 _plain = False
 _assumed_device: str | None = None
 
@@ -183,11 +185,10 @@ def has_norm_kernel(norm: nn.GroupNorm, x: Tensor, modulation: tuple[Tensor | No
         and not requires_plain()
         and load_kernels() is not None
         and (x.dtype is torch.float32 or x.dtype is torch.bfloat16)
-        and type(x) is Tensor  # no fake one, no part of a sharded one
         and is_channels_last(x)
         and is_on_cpu(x)
         and x.numel() > 0
-        and type(weight) is type(bias) is nn.Parameter
+        and (type(x) in _PLAIN and type(weight) in _PLAIN and type(bias) in _PLAIN)
         and (weight.dtype is torch.float32 or weight.dtype is x.dtype)
         and all(t is None or (t.dtype is x.dtype and t.stride(1) == 1) for t in modulation)
         and not has_hooks(norm)

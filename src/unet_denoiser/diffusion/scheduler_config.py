@@ -84,9 +84,9 @@ def read_options(config: Mapping[str, Any]) -> Options:
     return options | {"variance_type": variances.get(options["variance_type"], options["variance_type"])}
 
 
-def change_options(options: Options, changes: Mapping[str, Any]) -> Options:
+def change_options(options: Options, given: Mapping[str, Any]) -> Options:
     """Change options of `DiffusionConfig`, and check all; ValueError or TypeError if one cannot work."""
-    changes = dict(changes)
+    changes: Options = dict(given)
     path: PathName = changes.get("path", options["path"])
     if path != options["path"]:  # it has its own levels and prediction type
         kept = ("num_train_timesteps", "variance_type", "self_conditioning", "clip_sample", "clip_sample_range")
@@ -94,8 +94,8 @@ def change_options(options: Options, changes: Mapping[str, Any]) -> Options:
     if any(name.startswith("density") for name in changes):
         options = options | dict.fromkeys(["density", "density_mean", "density_std", "density_table"])
     if "clip_sample_range" in changes:  # diffusers has two options for it
-        options = options | {"clip_sample": (clip := changes.pop("clip_sample_range")) is not None}
-        changes["clip_sample_range"] = clip or 1.0
+        clip = changes["clip_sample_range"]
+        changes |= {"clip_sample": clip is not None, "clip_sample_range": clip or 1.0}
     options = options | changes
     checked = {field.name for field in fields(DiffusionConfig)} & (_defaults(path).keys() | changes.keys())
     config = asdict(DiffusionConfig(**{name: options[name] for name in checked}))

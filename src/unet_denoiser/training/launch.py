@@ -32,7 +32,7 @@ from unet_denoiser.training.distillation import GUIDANCE_DIM
 from unet_denoiser.training.finetuning import LoadReport, guess_process, load_matching, with_image_size
 from unet_denoiser.training.loop import check_new, load_trainer
 from unet_denoiser.training.pipelines import read_pipeline
-from unet_denoiser.training.run import Run
+from unet_denoiser.training.run import Run, default_name
 from unet_denoiser.training.trainer import Trainer
 from unet_denoiser.utils.device import resolve_device
 from unet_denoiser.utils.files import check_writable
@@ -84,7 +84,7 @@ def start_run(request: TrainRequest, say: Say) -> tuple[Run, Trainer]:
     """Return a new run and its trainer; ValueError or OSError if an option cannot work."""
     training = TrainingConfig(**request.training)
     source, folder = _absolute_source(request.source or "")
-    out = request.out or Path("runs") / _default_name(source, folder)
+    out = request.out or Path("runs") / default_name(source, folder)
     check_new(out)
     check_writable(out)
     _check_outside(out, [folder, Path(expand_home(request.data.get("concat") or ""))])
@@ -204,14 +204,6 @@ def _absolute_source(source: str) -> tuple[str, Path]:
         return source, Path()
     path = local_path(source).absolute()
     return str(path), path
-
-
-def _default_name(source: str, path: Path) -> str:
-    """Return the name of a run on this source: that of the folder, of the file without its suffix, or of hf:NAME."""
-    if not path.name:  # no local one, or "/"
-        return Path(source.removeprefix("hf:").replace(":", "/")).name or "data"
-    path = path.resolve() if path.name == ".." else path
-    return (path.name if path.is_dir() else path.stem) or "data"
 
 
 def _check_outside(out: Path, folders: list[Path]) -> None:

@@ -176,3 +176,11 @@ class Run:
             unet = diffusers.UNet2DModel.from_pretrained(folder)
         pipeline: Any = diffusers.DDPMPipeline(unet, self.process.scheduler)
         pipeline.save_pretrained(path)
+
+
+def default_name(source: str, path: Path) -> str:
+    """Return the name of a run on this source: that of the folder, of the file without its suffix, or of hf:NAME."""
+    if not path.name:  # no local one, or "/"
+        return Path(source.removeprefix("hf:").replace(":", "/")).name or "data"
+    path = path.resolve() if path.name == ".." else path
+    return (path.name if path.is_dir() else path.stem) or "data"

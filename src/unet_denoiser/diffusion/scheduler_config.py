@@ -87,7 +87,7 @@ def read_options(config: Mapping[str, Any]) -> Options:
 def change_options(options: Options, given: Mapping[str, Any]) -> Options:
     """Change options of `DiffusionConfig`, and check all; ValueError or TypeError if one cannot work."""
     changes: Options = dict(given)
-    path: PathName = changes.get("path", options["path"])
+    path: PathName = changes["path"] if "path" in changes else options["path"]
     if path != options["path"]:  # it has its own levels and prediction type
         kept = ("num_train_timesteps", "variance_type", "self_conditioning", "clip_sample", "clip_sample_range")
         options = _defaults(path) | {name: options[name] for name in kept}

@@ -79,8 +79,7 @@ class SamplingRequest:
         concat, count = self.conditions.concat, len(self.seeds)
         like = concat if concat is not None or self.start is None else self.start.x
         sizes = sample_sizes(model.config, self.image_size, like)
-        if not isinstance(process, Diffusion):
-            raise TypeError(f"process is a {type(process).__name__}; give a Diffusion, such as Diffusion(**options)")
+        check_process(process)
         if not isinstance(self.batch_size, int) or self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size!r} must be an int of at least 1")
         if not count:
@@ -155,3 +154,9 @@ def sample_sizes(config: UNetConfig, image_size: int | Sequence[int] | None, lik
     if image_size is None:
         image_size = config.sizes if like is None else tuple(like.shape[2:])
     return per_axis(image_size, config.dims)
+
+
+def check_process(process: Any) -> None:
+    """Raise TypeError for what is no process, such as its options."""
+    if not isinstance(process, Diffusion):
+        raise TypeError(f"process is a {type(process).__name__}; give a Diffusion, such as Diffusion(**options)")

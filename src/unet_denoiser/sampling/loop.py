@@ -14,7 +14,7 @@ from unet_denoiser.config.sampling import SamplingConfig
 from unet_denoiser.diffusion.process import Diffusion, accepts_concat
 from unet_denoiser.models.conditions import Conditions
 from unet_denoiser.models.unet import UNet
-from unet_denoiser.sampling.arguments import SamplingRequest
+from unet_denoiser.sampling.arguments import SamplingRequest, check_process
 from unet_denoiser.sampling.cached_unet import make_cached_unet
 from unet_denoiser.sampling.guidance import Guidance, embed_guidance_scale
 from unet_denoiser.sampling.samplers import Generators, Sampler
@@ -178,6 +178,7 @@ def sample_steps(model: UNet, process: Diffusion, *, seeds: Sequence[int] | int,
     Raises:
         ValueError: as `sample`; at the call, but for errors of guidance, which come with the first step.
     """
+    check_process(process)
     parsed = SamplingRequest.parse(seeds, request, **process.sampling_defaults)
     shape = parsed.check(model, process)
     sampler = Sampler(parsed.config, process, 0 if parsed.start is None else parsed.start.first_step)

@@ -16,7 +16,7 @@ def _restored_precision():
     yield
     torch.set_float32_matmul_precision(before)
     if hasattr(torch.backends.mkldnn, "matmul"):
-        torch.backends.mkldnn.matmul.fp32_precision = "none"
+        torch.backends.cuda.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = "none"
 
 
 @pytest.mark.usefixtures("_restored_precision")

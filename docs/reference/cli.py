@@ -19,8 +19,8 @@ in step with the command.
 - A switch `--name` is turned off with `--no-name`.
 - `--name INT ...` takes several values, as in `--image-size 32 48`.
 - An empty default means that the option is not set.
-- `UNET_DENOISER_CACHE` names the directory for scans, encoded captions, latents and features. The default is
-  `~/.cache/unet-denoiser`.
+- `UNET_DENOISER_CACHE` names the directory for scans, encoded captions, latents, features and compiled CPU kernels. The
+  default is `~/.cache/unet-denoiser`.
 
 | exit code | meaning |
 |---|---|

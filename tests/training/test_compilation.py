@@ -86,16 +86,19 @@ def test_hooks_of_inner_layers_see_their_calls(graphs):
     assert place == "the output of encoder.0.0.norm2 (GroupNorm) from finite inputs"
 
 
+def state_after_three_steps(trainer):
+    for step in trainer.steps():
+        if step.step == 3:
+            break
+    return trainer.state()
+
+
 @pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"gradient_accumulation_steps": 2}])
 def test_resumes_exactly_and_with_or_without_compile(graphs, options):
     whole = make_trainer({"compile": True} | options)
     list(whole.steps())
     assert graphs.frame_count > 0
-    half = make_trainer({"compile": True} | options)
-    for step in half.steps():
-        if step.step == 3:
-            break
-    state = half.state()
+    state = state_after_three_steps(make_trainer({"compile": True} | options))
     found = {}
     for compiled in (True, False):
         resumed = make_trainer({"compile": compiled, "seed": 0} | options)
@@ -109,11 +112,7 @@ def test_resumes_exactly_and_with_or_without_compile(graphs, options):
 
 
 def test_an_uncompiled_training_resumes_compiled(graphs):
-    plain = make_trainer(net={"dropout": 0.0})
-    for step in plain.steps():
-        if step.step == 3:
-            break
-    state = plain.state()
+    state = state_after_three_steps(make_trainer(net={"dropout": 0.0}))
     losses = {}
     for compiled in (True, False):
         resumed = make_trainer({"compile": compiled}, net={"dropout": 0.0})

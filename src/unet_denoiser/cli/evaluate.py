@@ -98,12 +98,8 @@ def evaluate(
             source, about = sample_sources.read_samples(samples, images), {"source": str(samples)}
         else:
             assert loaded is not None
-            if isinstance(loaded, Pipeline):
-                config = loaded.sampling_config(**sampling)
-            else:
-                config = SamplingConfig(**loaded.process.sampling_defaults | sampling)
             conditioned = sample_sources.load_conditioned_data(data_config, images)
-            options = {"config": config, "device": resolved, **given}
+            options = {"config": loaded.sampling_config(**sampling), "device": resolved, **given}
             if num_samples is None:
                 num_samples, allow_few = 10_000, True
                 if resolved == "cpu":

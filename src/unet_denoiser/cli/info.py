@@ -70,7 +70,7 @@ def _find_network(name: str) -> tuple[UNetConfig, Any]:
 
         with open_network(folder / "unet") as network:
             return read_architecture(network), None
-    if (path := local_path(name)).is_file() or any((path / f).is_file() for f in ("config.json",)):
+    if (path := local_path(name)).is_file() or (path / "config.json").is_file():
         return read_architecture(path), None
     raise ValueError(f"{name!r} is neither a run, a model's directory or file nor a preset: {', '.join(PRESETS)}")
 

@@ -57,7 +57,7 @@ class GeneratedSamples:
         config: SamplingConfig | None = None,
     ) -> None:
         self.data, self.count, self.seed, self.batch_size = data, count, seed, batch_size
-        self.config = config or SamplingConfig(**run.process.sampling_defaults)
+        self.config = config or run.sampling_config()
         Sampler(self.config, run.process)  # refuses options that cannot work before anything else takes time
         self.pipeline = run.load_pipeline(checkpoint, device) if isinstance(run, Run) else run
         self.names = [*self.pipeline.model.config.conditions, *(["concat"] if data.concat_channels > 0 else [])]

@@ -130,9 +130,8 @@ class Guidance:
         wanted, (base, *rest) = conditional[:, : self.channels], (other[:, : self.channels] for other in others)
         guided = base + self.config.guidance_scale * (wanted - base)  # Ho and Salimans 2022, equation 6
         if rest and (image_scale := self.config.image_guidance_scale) is not None:
-            guided = guided + (image_scale - 1) * (
-                base - rest[0]
-            )  # Brooks et al. 2023, equation 3; base is the image's
+            # Brooks et al. 2023, equation 3; base has the image alone
+            guided = guided + (image_scale - 1) * (base - rest[0])
         if phi := self.config.guidance_rescale:  # Lin et al. 2023, equations 15 and 16
             axes = tuple(range(1, guided.ndim))
             factor = wanted.std(axes, keepdim=True) / guided.std(axes, keepdim=True).clamp_min(1e-12)

@@ -1,4 +1,4 @@
-"""What samples are made with, by its name: a run, a saved model, a published pipeline, or a single file."""
+"""From a name to a pipeline: of a run, a saved model, a published pipeline or a single file."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,7 +30,7 @@ def load_pipeline(
     vae: str | None = None,
     text_encoder: str | None = None,
 ) -> Pipeline:
-    """Load what samples are made with.
+    """Load the pipeline that samples are made with.
 
     Args:
         source: a run directory; what `Pipeline.from_pretrained` takes; or a single file with the weights of a network.

@@ -22,6 +22,7 @@ import torch
 
 from unet_denoiser.config.data import DATA_CHANGEABLE, DATA_MOVABLE, DataConfig
 from unet_denoiser.config.paths import local_path
+from unet_denoiser.config.sampling import SamplingConfig
 from unet_denoiser.config.training import TRAINING_CHANGEABLE, TrainingConfig
 from unet_denoiser.config.unet import UNetConfig
 from unet_denoiser.convert.checkpoint import export_checkpoint
@@ -152,6 +153,10 @@ class Run:
             return None
         found = self.checkpoints.read_newest()
         return found[0] if found and parse_step(found[0]) > int(step) else None
+
+    def sampling_config(self, **options: Any) -> SamplingConfig:
+        """Return a configuration, by default with the steps and guidance of a distilled network."""
+        return SamplingConfig(**self.process.sampling_defaults | options)
 
     def load_pipeline(self, checkpoint: str = "latest", device: str | torch.device = "cpu") -> Pipeline:
         """Load everything that sampling needs, with the averaged weights of a checkpoint (see `load_model`)."""

@@ -7,6 +7,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -14,6 +15,8 @@ from functools import cache
 from pathlib import Path
 
 import torch
+
+from unet_denoiser.utils.cache import cache_directory
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
@@ -34,22 +37,20 @@ class Problem(ctypes.Structure):
 
 @cache
 def load_kernels() -> ctypes.CDLL | None:
-    """Return the compiled library, or None if there is no compiler or it fails."""
+    """Return the compiled library, or None if there is no compiler or it fails; it is kept in `cache_directory`."""
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
     if compiler is None or not _SOURCE.is_file():
         return None
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "unet-denoiser")
-    path = folder / f"kernels-{_fingerprint(compiler)}.so"
+    path = cache_directory() / f"kernels-{_fingerprint(compiler)}.so"
     try:
         if not path.is_file():
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:  # other processes may compile too
+            with tempfile.TemporaryDirectory(dir=path.parent) as scratch:  # other processes may compile too
                 built = Path(scratch, "kernels.so")
-                command = [compiler, *_FLAGS, *_MATH_FLAGS, str(_SOURCE), "-o", str(built)]
+                command = [*shlex.split(compiler), *_FLAGS, *_MATH_FLAGS, str(_SOURCE), "-o", str(built)]
                 subprocess.run(command, check=True, capture_output=True, timeout=120)
                 os.replace(built, path)
         library = ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, ValueError, subprocess.SubprocessError):
         return None
     for function, pointers in ((library.norm_forward, 3), (library.norm_backward, 5)):
         function.argtypes, function.restype = [ctypes.POINTER(Problem), *[ctypes.c_void_p] * pointers], None

@@ -2,10 +2,10 @@
 
 import pytest
 
-from unet_denoiser.models.layers import rules
+from support.convolutions import take_each_way
 
 
 @pytest.fixture(autouse=True)
-def _recompute_all(monkeypatch):
-    """Small networks compute again what large ones do, so that the gradients that are compared are those."""
-    monkeypatch.setattr(rules, "_MIN_RECOMPUTE_NUMEL", 0)
+def _compute_as_large_networks(monkeypatch):
+    """Small networks compute as large ones do, so that the gradients that are compared are those."""
+    take_each_way(monkeypatch)

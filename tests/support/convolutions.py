@@ -9,6 +9,7 @@ from torch import nn
 
 from support.networks import SMALL, inputs, randomise
 from unet_denoiser import ResBlock, UNet
+from unet_denoiser.models.layers import rules
 from unet_denoiser.models.layers.recompute import recompute_input
 from unet_denoiser.models.layers.rules import plain_convolutions
 
@@ -59,6 +60,17 @@ def assert_same(actual, expected, tolerance=1e-5):
         if e is not None:
             assert (a.shape, a.dtype) == (e.shape, e.dtype), name
             assert (a - e).abs().max() <= tolerance * (e.abs().max() + largest / 30), name
+
+
+SMALLEST = {"_MIN_RECOMPUTE_NUMEL": 0, "_MIN_RECOMPUTE_CHANNELS": 0, "_MIN_TRAINED_PIXELS": 0}
+DEFAULTS = {name: getattr(rules, name) for name in (*SMALLEST, "_MAX_TIME_RATIO")}
+
+
+def take_each_way(monkeypatch):
+    """Compute in a small network as in a large one, and as on a processor with AVX2, whatever this one has."""
+    monkeypatch.setattr(rules, "_WINOGRAD_COSTS", (24, 60, 220))
+    for name, value in SMALLEST.items():
+        monkeypatch.setattr(rules, name, value)
 
 
 def count_recomputed_steps(out):

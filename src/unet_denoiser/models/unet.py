@@ -20,11 +20,12 @@ from unet_denoiser.models.input_checks import check_inputs
 from unet_denoiser.models.layers.attention import ContextAttention, SelfAttention, SpatialTransformer
 from unet_denoiser.models.layers.common import full_precision, input_device, input_dtype, join_graph, zero_init
 from unet_denoiser.models.layers.context import Context, build_context
-from unet_denoiser.models.layers.conv import CONV, channels_last
+from unet_denoiser.models.layers.conv import CONV
 from unet_denoiser.models.layers.embeddings import ClassEmbedding, TimeMLP, VectorEmbedding
 from unet_denoiser.models.layers.norm import group_norm
 from unet_denoiser.models.layers.resampling import AveragePool, Downsample, NearestUpsample, TransposedUpsample
 from unet_denoiser.models.layers.resblock import Block, ResBlock
+from unet_denoiser.models.layers.rules import channels_last
 from unet_denoiser.models.pretrained import Pretrained, is_own, load_strictly
 
 
@@ -79,8 +80,7 @@ class UNet(Pretrained, nn.Module):
         self.output = nn.Sequential(group_norm(ch, c.norm_groups, c.norm_eps), nn.SiLU(), conv_out)
 
         # accelerate wraps these classes for FSDP, which gathers and frees the parameters of each block at once
-        blocks = [*self.encoder, *self.bottleneck, *self.decoder]
-        self._no_split_modules = sorted({type(block).__name__ for block in blocks})
+        self._no_split_modules = sorted({type(b).__name__ for b in [*self.encoder, *self.bottleneck, *self.decoder]})
 
     @classmethod
     def from_preset(cls, name: str, **options: Any) -> Self:

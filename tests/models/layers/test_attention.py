@@ -11,9 +11,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.testing import assert_close
 
 from support import specification
+from support.convolutions import take_each_way
 from support.networks import as_multihead, randomise, relative_error
 from unet_denoiser import CrossAttention, SelfAttention
-from unet_denoiser.models.layers import rules
 from unet_denoiser.models.layers.attention import (
     ContextAttention,
     FeedForward,
@@ -157,7 +157,7 @@ def test_a_new_layer_is_the_identity(layer):
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_feed_forward_recomputes_its_gate(autocast, monkeypatch):
-    monkeypatch.setattr(rules, "_MIN_RECOMPUTE_NUMEL", 0)
+    take_each_way(monkeypatch)
     layer = randomise(FeedForward(8))
     x, weights = torch.randn(2, 5, 8, requires_grad=True), torch.randn(2, 5, 8)
 
@@ -178,6 +178,6 @@ def test_feed_forward_recomputes_its_gate(autocast, monkeypatch):
 
 
 def test_second_derivatives_of_the_feed_forward_layer(monkeypatch):
-    monkeypatch.setattr(rules, "_MIN_RECOMPUTE_NUMEL", 0)
+    take_each_way(monkeypatch)
     layer = randomise(FeedForward(3)).double()
     assert gradgradcheck(layer, torch.randn(1, 2, 3, dtype=torch.float64, requires_grad=True))

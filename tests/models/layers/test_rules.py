@@ -78,3 +78,13 @@ def test_few_pixels_keep_the_channels_last():
     x = torch.randn(2, 128, 4, 4).bfloat16().contiguous(memory_format=torch.channels_last)
     assert rules.channels_last_costs(layer, x)
     assert layer(x).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_few_pixels_are_trained_with_the_channels_as_given():
+    few, more = torch.randn(4, 3, 8, 8), torch.randn(5, 3, 8, 8)
+    assert rules.channels_last(few) is few
+    assert rules.is_channels_last(rules.channels_last(more))
+    with torch.no_grad():
+        assert rules.is_channels_last(rules.channels_last(few))
+    layer = Conv2d(128, 128, 3, padding=1)
+    assert not rules.is_channels_last(layer(torch.randn(2, 128, 4, 4)))

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from unet_denoiser.models.layers import weight_cache
 from unet_denoiser.models.layers.rules import (
     can_keep_transformed,
-    channels_last,
     channels_last_costs,
     has_static_shape,
     is_channels_last,
@@ -46,8 +45,8 @@ class Conv2d(nn.Conv2d):
         pointwise = self.kernel_size == self.stride == (1, 1) and self.padding == (0, 0) and self.groups == 1
         if pointwise and is_channels_last(x):
             return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
-        if channels_last_costs(self, x):
-            return channels_last(super().forward(x.contiguous()))
+        if is_channels_last(x) and channels_last_costs(self, x):
+            return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
         return super().forward(x)
 
 

@@ -1,6 +1,5 @@
 """GroupNorm (Wu and He 2018, arXiv 1803.08494), alone or with what follows it: modulation, SiLU, dropout."""
 
-import ctypes
 from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from unet_denoiser.models.layers.common import may_overwrite_output
-from unet_denoiser.models.layers.kernels import Problem, require_kernels
+from unet_denoiser.models.layers.kernels import PROBLEM, require_kernels
 from unet_denoiser.models.layers.rules import has_norm_kernel
 from unet_denoiser.models.layers.traced import group_norm_by_sums, is_generated
 from unet_denoiser.utils.broadcasting import append_dims
@@ -123,15 +122,16 @@ class _Call(NamedTuple):
             pointers = [t.data_ptr() for t in (x, *more)]
             getattr(require_kernels(), function)(self._pose(x, vectors), *pointers)
 
-    def _pose(self, x: Tensor, vectors: tuple[Any, ...]) -> Any:
+    def _pose(self, x: Tensor, vectors: tuple[Any, ...]) -> bytes:
         samples, channels, height, width = x.shape
-        weight, keep = vectors[0], self.activation.keep
-        row = next((t.stride(0) for t in vectors[2:] if t is not None), 0)
+        weight, bias, pre, scale, shift = vectors
+        first = pre if scale is None else scale
         threads = torch.get_num_threads() if x.numel() >= _MIN_NUMEL_FOR_THREADS else 1
-        flags = (x.dtype is torch.bfloat16, weight.dtype is torch.bfloat16, self.activation.used)
-        sizes = (samples, height * width, channels, self.groups, threads, row)
-        pointers = [None if t is None else t.data_ptr() for t in (*vectors, keep)]
-        return ctypes.byref(Problem(*sizes, *flags, self.eps, self.activation.keep_scale, *pointers))
+        sizes = (samples, height * width, channels, self.groups, threads, 0 if first is None else first.stride(0))
+        used, keep, keep_scale = self.activation
+        flags = (x.dtype is torch.bfloat16, weight.dtype is torch.bfloat16, used)
+        pointers = [0 if t is None else t.data_ptr() for t in (weight, bias, pre, scale, shift, keep)]
+        return PROBLEM.pack(*sizes, *flags, self.eps, keep_scale, *pointers)
 
 
 class _FusedNorm(torch.autograd.Function):
@@ -156,8 +156,13 @@ class _FusedNorm(torch.autograd.Function):
             found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
             return None, *(next(found) if t is not None and t.requires_grad else None for t in inputs)
         dx, gradients = ctx.call.backward(x, dy, statistics, weight, bias, *modulation)
-        dweight, dbias = (row.to(weight.dtype) for row in gradients[:2])
+        dweight, dbias = gradients[0].to(weight.dtype), gradients[1].to(weight.dtype)
+        pre, scale, _ = modulation
+        if pre is None and scale is None:
+            return None, dx, dweight, dbias, None, None, None
         first, second = gradients[2:].to(x.dtype).split(len(x))
-        pre, scale, shift = modulation
-        more = (None if pre is None else first, None if scale is None else first, None if shift is None else second)
-        return None, dx, dweight, dbias, *more
+        return (
+            (None, dx, dweight, dbias, first, None, None)
+            if scale is None
+            else (None, dx, dweight, dbias, None, first, second)
+        )

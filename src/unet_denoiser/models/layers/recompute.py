@@ -27,13 +27,13 @@ def recompute_input(
         layer: a convolution or a linear layer.
         norm: the module that `input_fn` calls, if any.
     """
-    if not torch.is_grad_enabled() or not recomputing_pays(x):
-        return layer(input_fn(x, *more))
     modules = [layer] if norm is None else [layer, norm]
     plain = (
-        requires_plain()
-        or any(map(has_hooks, modules))
+        not torch.is_grad_enabled()
         or type(layer) not in (nn.Linear, *CONV.values())
+        or not recomputing_pays(x, layer)
+        or requires_plain()
+        or any(map(has_hooks, modules))
         or getattr(layer, "padding_mode", "zeros") != "zeros"
         or isinstance(getattr(layer, "padding", 0), str)
     )

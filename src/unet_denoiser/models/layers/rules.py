@@ -24,8 +24,13 @@ from unet_denoiser.models.layers.kernels import load_kernels
 from unet_denoiser.models.layers.winograd import first_block_only
 
 _MAX_TIME_RATIO = 0.95  # Winograd's filtering is used up to this ratio of its time to torch's
-# recomputing less than half a MiB costs up to a fifth of the step, by the number of calls, and saves little
-_MIN_RECOMPUTE_NUMEL = 2**17
+# recomputing costs a share of a layer's time that falls with its channels: 8 % of the step in a network of 32 and 64,
+# 2 to 4 % in one of 128 and 256; for less than half a MiB up to a fifth, by the number of calls
+_MIN_RECOMPUTE_CHANNELS, _MIN_RECOMPUTE_NUMEL = 128, 2**17
+# of Winograd's filtering, see `winograd_time_ratio`: per channel, per pixel with kept and with new weights;
+# with vectors of 512 bits it gains less on torch's convolutions
+_WINOGRAD_COSTS = {"AVX512": (38, 110, 300)}.get(torch.backends.cpu.get_cpu_capability(), (24, 60, 220))
+_MIN_TRAINED_PIXELS = 256  # of a batch's images, to train with the channels last
 _MAX_SCORES = 2**22  # of an attention by products: more leave the cache
 _PLAIN = (Tensor, nn.Parameter, FakeTensor)  # not, for example, a part of a sharded tensor
 _plain = False
@@ -79,8 +84,12 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """Return an image on a CPU with its channels last: convolutions and norms there are fastest so, and keep it."""
-    use = x.ndim == 4 and is_on_cpu(x) and not requires_plain()
+    """Return an image on a CPU with its channels last: convolutions and norms there are fastest so, and keep it.
+
+    Training on few pixels is faster with them as given: by up to a quarter, since the weights' gradients are.
+    """
+    few = torch.is_grad_enabled() and x.numel() <= _MIN_TRAINED_PIXELS * x.shape[1]
+    use = x.ndim == 4 and not few and is_on_cpu(x) and not requires_plain()
     return x.contiguous(memory_format=torch.channels_last) if use else x
 
 
@@ -143,7 +152,8 @@ def has_static_shape(x: Tensor) -> bool:
 def winograd_time_ratio(in_ch: int, out_ch: int, shape: Sequence[int], cached: bool) -> float:
     """Estimate the time of Winograd's filtering over that of torch's convolution.
 
-    Fitted to measurements of `benchmarks/winograd.py`. The first term is a quarter of the multiplications, and the
+    Fitted to measurements of `benchmarks/winograd.py` and of whole networks, where its share is smaller than alone,
+    on a processor with AVX2 and on one with AVX-512. The first term is a quarter of the multiplications, and the
     transforms of input and output, which weigh more with few channels; both count whole tiles, and partly empty tiles
     cost more. The second is reading the transformed weights, or making them. The third is some twenty calls of torch.
 
@@ -153,13 +163,14 @@ def winograd_time_ratio(in_ch: int, out_ch: int, shape: Sequence[int], cached: b
     """
     images, _, height, width = shape
     pixels, in_tiles = images * height * width, images * 16 * -(-height // 4) * -(-width // 4)
+    _, kept, anew = _WINOGRAD_COSTS
     arithmetic = (in_tiles / pixels) ** 1.5 * _least_time_ratio(in_ch, out_ch)
-    return arithmetic + (60 if cached else 220) / pixels + 1.2e6 / (pixels * in_ch * out_ch)
+    return arithmetic + (kept if cached else anew) / pixels + 1.2e6 / (pixels * in_ch * out_ch)
 
 
 def _least_time_ratio(in_ch: int, out_ch: int) -> float:
     """Return the time ratio of many pixels in whole tiles."""
-    return 0.28 + 24 / in_ch + 24 / out_ch
+    return 0.28 + _WINOGRAD_COSTS[0] * (1 / in_ch + 1 / out_ch)
 
 
 def can_keep_transformed(weight: Tensor) -> bool:
@@ -169,12 +180,15 @@ def can_keep_transformed(weight: Tensor) -> bool:
     return weight_cache.can_keep(weight, 4 * weight.nbytes)
 
 
-def recomputing_pays(x: Tensor) -> bool:
-    """Return True if what is computed from x before a layer costs less to compute twice than to keep.
+def recomputing_pays(x: Tensor, layer: nn.Module) -> bool:
+    """Return True if what is computed from x before a layer costs little to compute twice, for what it saves.
 
     A GPU steps 1.25 to 1.6 times as fast without recomputing (docs/results/gpu.md).
     """
-    return not torch.compiler.is_compiling() and is_on_cpu(x) and x.numel() >= _MIN_RECOMPUTE_NUMEL
+    if torch.compiler.is_compiling() or not is_on_cpu(x) or x.numel() < _MIN_RECOMPUTE_NUMEL:
+        return False
+    weight = layer.weight
+    return isinstance(weight, Tensor) and len(weight) >= _MIN_RECOMPUTE_CHANNELS
 
 
 def has_norm_kernel(norm: nn.GroupNorm, x: Tensor, modulation: tuple[Tensor | None, ...]) -> bool:

@@ -4,23 +4,22 @@ import pytest
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from support.convolutions import DEFAULTS, take_each_way
 from unet_denoiser.models.layers import conv, rules, weight_cache
-
-MAX_TIME_RATIO, MIN_RECOMPUTE_NUMEL = rules._MAX_TIME_RATIO, rules._MIN_RECOMPUTE_NUMEL
 
 
 @pytest.fixture(autouse=True)
 def narrow_winograd(monkeypatch):
     """Use Winograd's filtering also with 64 channels, where it is slower, and recompute small inputs too."""
+    take_each_way(monkeypatch)
     monkeypatch.setattr(rules, "_MAX_TIME_RATIO", 2.5)
-    monkeypatch.setattr(rules, "_MIN_RECOMPUTE_NUMEL", 0)
 
 
 @pytest.fixture
 def default_thresholds(monkeypatch, narrow_winograd):
     """Use the thresholds of the package."""
-    monkeypatch.setattr(rules, "_MAX_TIME_RATIO", MAX_TIME_RATIO)
-    monkeypatch.setattr(rules, "_MIN_RECOMPUTE_NUMEL", MIN_RECOMPUTE_NUMEL)
+    for name, value in DEFAULTS.items():
+        monkeypatch.setattr(rules, name, value)
 
 
 @pytest.fixture

@@ -147,6 +147,12 @@ def test_in_place_change_before_backward_is_refused():
 
 @pytest.mark.usefixtures("default_thresholds")
 def test_small_inputs_are_not_recomputed():
-    block, x, emb = make_block(64, 64, (32, 32), torch.float32, 1, norm_groups=8)
+    block, x, emb = make_block(128, 128, (16, 16), torch.float32, 3, norm_groups=8)
     assert count_recomputed_steps(block(x, emb)) == 0
     assert count_recomputed_steps(block(torch.cat([x, x[:1]]), torch.cat([emb, emb[:1]]))) == 2
+
+
+@pytest.mark.usefixtures("default_thresholds")
+def test_few_channels_are_not_recomputed():
+    block, *args = make_block(64, 64, (32, 32), torch.float32, 2, norm_groups=8)
+    assert count_recomputed_steps(block(*args)) == 0

@@ -6,7 +6,7 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint c
 .PHONY: demo test lint docs bench clean
 
 demo: .venv/installed  ## train on handwritten digits, generate new ones, measure them
-	rm -rf runs/digits
+	rm -rf runs/digits runs/digits-4
 	$(BIN)/python examples/demo.py
 
 test: .venv/installed  ## all tests

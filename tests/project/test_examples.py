@@ -24,12 +24,14 @@ def test_demo(tmp_path, monkeypatch, capsys):
     )
     assert train != settings["TRAIN"]
     settings.update(TRAIN=train, SAMPLE=settings["SAMPLE"] + " --num-inference-steps 2", SAMPLES=20)
+    settings["DISTILL"] += " --steps 2"
     demo["main"]()
     report = (tmp_path / "runs" / "digits" / "report.txt").read_text()
     assert report.strip() in capsys.readouterr().out
     assert "1438 digits to train on, 359 held out; 20 samples" in report
     assert "99.2%" in report  # the SVC on digits it was not trained on
     assert (tmp_path / "runs" / "digits" / "samples.png").exists()
+    assert (tmp_path / "runs" / "digits-4" / "samples.png").exists()
 
 
 def test_text_to_image(tmp_path, monkeypatch, capsys):

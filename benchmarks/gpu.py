@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ from gpu_networks import (
 from measure import format_table
 from torch import Tensor, nn
 
-from unet_denoiser import Diffusion, Trainer, TrainingConfig, UNet, load_data, sample, save_grid
+from unet_denoiser import Diffusion, Trainer, UNet, load_data, sample, save_grid
 from unet_denoiser.sampling import cached_unet
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -201,13 +201,12 @@ def train_digits() -> Iterator[Row]:
     width, steps = (8, 3) if options.quick else (96, 1500)
     batch = 8 if options.quick else 256
     training: dict[str, Any] = {"steps": steps, "batch_size": batch, "device": options.device, "num_workers": 0}
-    for way in ("as it comes", "compiled")[: 1 + ("compile" in {field.name for field in fields(TrainingConfig)})]:
+    for way in ("as it comes", "compiled"):
         model = UNet(
             in_channels=1, model_channels=width, out_channels=1, channel_mult=(1, 2, 2), attention_resolutions=(16, 8),
             num_heads=4, context_dim=None, image_size=32, num_classes=10, norm_groups=8,
         )  # fmt: skip
-        more = {"compile": True} if way == "compiled" else {}
-        yield [way, *attempt(partial(_train, model, data, training | more), 4)]
+        yield [way, *attempt(partial(_train, model, data, training | {"compile": way == "compiled"}), 4)]
 
 
 def _train(model: UNet, data: list[Any], config: dict[str, Any]) -> Row:

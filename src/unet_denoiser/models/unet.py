@@ -25,7 +25,7 @@ from unet_denoiser.models.layers.embeddings import ClassEmbedding, TimeMLP, Vect
 from unet_denoiser.models.layers.norm import group_norm
 from unet_denoiser.models.layers.resampling import AveragePool, Downsample, NearestUpsample, TransposedUpsample
 from unet_denoiser.models.layers.resblock import Block, ResBlock
-from unet_denoiser.models.layers.rules import channels_last
+from unet_denoiser.models.layers.rules import preferred_layout
 from unet_denoiser.models.pretrained import Pretrained, is_own, load_strictly
 
 
@@ -206,7 +206,7 @@ class UNet(Pretrained, nn.Module):
 
     def encode_shallow(self, x: Tensor, emb: Tensor, context: Context | None, depth: int = 1) -> list[Tensor]:
         """Compute the first `depth` skips, which the decoder's last `depth` blocks take."""
-        skips = [self.input_conv(channels_last(x))]
+        skips = [self.input_conv(preferred_layout(x))]
         for block in list(self.encoder)[: depth - 1]:
             skips.append(self._run(block, skips[-1], emb, context))
         return skips

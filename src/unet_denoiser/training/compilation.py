@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from unet_denoiser.models.layers.attention import ContextAttention, SelfAttention, SpatialTransformer
 from unet_denoiser.models.layers.context import Context
 from unet_denoiser.models.layers.resblock import ResBlock
+from unet_denoiser.models.layers.rules import channels_last
 
 REPEATED = (ResBlock, SelfAttention, ContextAttention, SpatialTransformer)
 
@@ -32,6 +33,7 @@ def compile_blocks(network: nn.Module) -> None:
     def run(module: nn.Module, inner: list[nn.Module], compiled: Callable[..., Tensor], *args: Any) -> Tensor:
         nonlocal usable
         if usable and module.training and not any(m._forward_hooks for m in inner):
+            args = (channels_last(args[0]), *args[1:])  # another layout would be another graph
             _mark_sizes(args)
             try:
                 with config.patch(optimize_ddp=False):  # else DDP would cut the graph of a block into several

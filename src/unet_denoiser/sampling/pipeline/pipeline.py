@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from unet_denoiser.config.data import DataConfig
-from unet_denoiser.config.paths import local_path
 from unet_denoiser.config.sampling import SamplingConfig
 from unet_denoiser.data.load import load_autoencoder, load_text_encoder
 from unet_denoiser.diffusion.process import SCHEDULER_NAME, Diffusion
 from unet_denoiser.models.conditions import Conditions, join_text_and_sizes
-from unet_denoiser.models.fetch import fetch_pipeline
+from unet_denoiser.models.fetch import fetch_model, fetch_pipeline
 from unet_denoiser.models.unet import UNet
 from unet_denoiser.sampling.pipeline.published import HELD, Published, load_published
 from unet_denoiser.sampling.pipeline.read_images import read_concat, read_image, read_mask
@@ -29,13 +28,28 @@ if TYPE_CHECKING:
     from unet_denoiser.models.autoencoder import Autoencoder
     from unet_denoiser.models.text_encoder import Prompt
 
-CLASS_NAMES = "class_names.json"
+CLASS_NAMES, DATA_NAME = "class_names.json", "data.json"
+# fields of `DataConfig` that data.json tells of a shared model; other models are described by their networks alone
+SAMPLING_FIELDS = (
+    *("image_size", "channels", "resize_mode", "background", "concat"),
+    *("text_encoder", "caption_length", "vae", "latent_mean", "latent_std"),
+)
 
 
 def find_scheduler_config(folder: Path) -> dict[str, Any] | None:
     """Read the `scheduler_config.json` of a model: in its folder, or in a folder `scheduler` beside it (diffusers)."""
     files = [folder / SCHEDULER_NAME, folder.parent / "scheduler" / SCHEDULER_NAME]
     return next((read_json(file) for file in files if file.is_file()), None)
+
+
+def _read_data(folder: Path) -> dict[str, Any]:
+    """Read the data.json of a shared model, its places as paths; {} without one, ValueError for an unknown field."""
+    path = folder / DATA_NAME
+    data = read_json(path) if path.is_file() else {}
+    if unknown := [name for name in data if name not in SAMPLING_FIELDS]:
+        raise ValueError(f"{path} has {unknown[0]!r}; valid are {', '.join(SAMPLING_FIELDS)}")
+    places = {name: data.get(name) for name in ("text_encoder", "vae")}
+    return data | {name: str(folder / value) for name, value in places.items() if value and (folder / value).is_dir()}
 
 
 @dataclass(frozen=True)
@@ -60,12 +74,13 @@ class Pipeline:
         """Load a published pipeline, or a saved model.
 
         A pipeline is a folder that diffusers wrote or its name on the hub. A model is a folder such as RUN/model, or a
-        U-Net folder of diffusers with the folder `scheduler` beside it; its classes are named by their numbers, unless
-        the folder has a class_names.json. FileNotFoundError or ValueError if there is no readable network or schedule.
+        U-Net folder of diffusers with the folder `scheduler` beside it, or what `share` wrote, here or on the hub; its
+        classes are named by their numbers, unless the folder has a class_names.json. FileNotFoundError or ValueError if
+        there is no readable network or schedule.
         """
         if (pipeline := fetch_pipeline(folder)) is not None:
             return cls(pipeline, *load_published(pipeline, device))
-        folder = local_path(folder)
+        folder = fetch_model(folder)
         model, schedule = UNet.from_pretrained(folder), find_scheduler_config(folder)
         if schedule is None:
             advice = f"write one with Diffusion(...).save_pretrained({str(folder)!r})"
@@ -73,7 +88,8 @@ class Pipeline:
         process, names = Diffusion.from_dict(schedule), folder / CLASS_NAMES
         found = json.loads(names.read_text("utf-8")) if names.is_file() else range(model.config.num_classes or 0)
         classes, channels = tuple(map(str, found)) or None, process.data_channels(model.config)
-        data = DataConfig(str(folder), image_size=model.config.sizes, channels=channels, class_names=classes)
+        known = {"image_size": model.config.sizes, "channels": channels} | _read_data(folder)
+        data = DataConfig.from_dict(known | {"source": str(folder), "class_names": classes})
         return cls(folder, model.to(device), process, data)
 
     @property

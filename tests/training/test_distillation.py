@@ -285,21 +285,6 @@ def test_refuses_what_cannot_be_distilled():
         Trainer(model, process, two_classes(), options | {"loss_weighting": "min_snr"}, distillation=loss)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ((4, 1.0, 6), "teacher_steps=6 must be a multiple of num_steps=4"),
-        ((4, 1.0, 4), "teacher_steps=4 must be a multiple of num_steps=4, at least twice as many; for example 16"),
-        ((0, 1.0, 8), "num_steps=0 must be at least 1"),
-        ((4, (4.0, 1.0), 16), "guidance_scale=.* the lower one first"),
-        ((4, -1.0, 16), "guidance_scale=-1.0 must be a number of at least 0"),
-    ],
-)
-def test_refuses_options(options, message):
-    with pytest.raises(ValueError, match=message):
-        DistillationConfig(*options)
-
-
 def test_captions_and_vectors_are_guided_too():
     process = Diffusion().distilled(DistillationConfig(2, 2.0, 4))
     net = NET | {"context_dim": 5, "vector_dim": 3, "dropout": 0.0}

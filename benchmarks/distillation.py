@@ -20,6 +20,7 @@ from sklearn.svm import SVC
 from torch import Tensor
 
 from unet_denoiser import DataConfig, Pipeline, Run, load_data, load_extractor, sample
+from unet_denoiser.config.base import per_axis
 from unet_denoiser.evaluation.feature_extractors import extract
 from unet_denoiser.evaluation.metrics import kernel_distance
 
@@ -91,18 +92,29 @@ def measure_quality(rows: list[Row], run: Run, options: argparse.Namespace) -> l
     return lines
 
 
+def match_sizes(side: Side) -> None:
+    """Let diffusers' network go from a side of 4 to one of 7, which only its text-conditional networks do."""
+    size, blocks = per_axis(side.run.model.image_size, 2), side.peer.up_blocks
+    sizes = [tuple(-(-s // 2**level) for s in size) for level in range(len(blocks))]
+    for block, wanted in zip(blocks[:-1], sizes[-2::-1], strict=True):
+        block.upsamplers[0].forward = partial(block.upsamplers[0].forward, output_size=wanted)
+
+
 def measure_times(rows: list[Row], teacher: Path) -> list[list[str]]:
     """Return the lines of the table of times; ValueError for a teacher whose network diffusers would call otherwise."""
     if rows[0].pipeline.process.path != "vp":
         raise ValueError(f"--times: {teacher} has another path than vp, for which this script has no loop of diffusers")
     side, seeds = Side("teacher", teacher, Path()), range(TIMED_IMAGES)
     peer, peer_name = Setting("ddim", 50, ours=False), "diffusers, ddim, 50 steps"
+    match_sizes(side)
+    error = (rows[0].sample(range(2))[0] - sample_with_diffusers(side, peer, range(2)).clamp(-1, 1)).abs().max()
+    print_progress(f"images of both sides differ by {error:.1e} at most")
     calls: dict[str, Any] = {row.name: partial(row.sample, seeds) for row in rows}
     calls[peer_name] = partial(sample_with_diffusers, side, peer, seeds)
     for row in rows:  # the first call is slow
         if row.name.startswith(("student", "teacher, dpm++, 1 ")):
             row.sample(seeds)
-    seconds = measure_seconds(calls, ROUNDS, min_seconds=0.0)
+    seconds = measure_seconds(calls, ROUNDS)
     whole = seconds[peer_name]
     return [[name, f"{1e3 * s / TIMED_IMAGES:.1f}", f"{s / whole:.3f}"] for name, s in seconds.items()]
 

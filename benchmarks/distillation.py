@@ -2,8 +2,9 @@
 
 Each row compares samples with the teacher's own of 25 guided steps from other seeds, or with held-out images
 (--held-out). "as asked" is the share of samples that a support vector machine, trained on the teacher's data, puts into
-the class that was asked for. Samplings of 25 and more steps make a quarter of the samples. With --times the table has
-times instead, measured in turn in one process, beside diffusers with the teacher's weights; use a quiet machine.
+the class that was asked for. Samplings of 25 and more steps make a quarter of the samples. Compare rows of equal count:
+as the classes come in turn, distances of few samples can lie a little too low. With --times the table has times
+instead, measured in turn in one process, beside diffusers with the teacher's weights; use a quiet machine.
 
 Run: python benchmarks/distillation.py runs/digits runs/digits-4 runs/digits-2 [--num-samples 1000] [--times]
 """

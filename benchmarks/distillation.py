@@ -1,38 +1,66 @@
-"""Samples of distilled runs beside those of their teacher in as many steps and in more.
+"""Samples of distilled runs beside those of their teacher: their distance to images, their classes, their time.
 
 Each row compares samples with the teacher's own of 25 guided steps from other seeds, or with held-out images
 (--held-out). "as asked" is the share of samples that a support vector machine, trained on the teacher's data, puts into
-the class that was asked for.
+the class that was asked for. Samplings of 25 and more steps make a quarter of the samples. Compare rows of equal count:
+as the classes come in turn, distances of few samples can lie a little too low. With --times the table has times
+instead, measured in turn in one process, beside diffusers with the teacher's weights; use a quiet machine.
 
-Run: python benchmarks/distillation.py runs/digits runs/digits-4 runs/digits-2 [--num-samples 1000]
+Run: python benchmarks/distillation.py runs/digits runs/digits-4 runs/digits-2 [--num-samples 1000] [--times]
 """
 
 import argparse
-import time
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from measure import format_machine, format_table, print_progress, read_machine
+from measure import format_machine, format_table, measure_seconds, print_progress, read_command, read_machine
+from reuse import Setting, Side, sample_with_diffusers
 from sklearn.svm import SVC
 from torch import Tensor
 
-from unet_denoiser import DataConfig, Run, load_data, load_extractor, sample
-from unet_denoiser.evaluation.feature_extractors import Extractor
+from unet_denoiser import DataConfig, Pipeline, Run, load_data, load_extractor, sample
+from unet_denoiser.config.base import per_axis
+from unet_denoiser.evaluation.feature_extractors import extract
 from unet_denoiser.evaluation.metrics import kernel_distance
 
-TEACHER_STEPS = (25, 8, 4, 2, 1)
-MAX_JUDGED = 5000  # training images of the support vector machine
+SLOW = {  # name -> options of sampling
+    "ddim, 50 steps": {"sampler": "ddim", "num_inference_steps": 50},
+    "ddim, 50 steps, reuse 5": {"sampler": "ddim", "num_inference_steps": 50, "reuse": 5},
+    "dpm++, 25 steps": {"num_inference_steps": 25},
+}
+FAST = {f"dpm++, {n} step{'s' * (n > 1)}": {"num_inference_steps": n} for n in (8, 4, 2, 1)}
+SLOW_PART = 4  # a slow row has the samples divided by this
+SAMPLE_BATCH, TIMED_IMAGES, ROUNDS = 50, 8, 2
+MAX_JUDGED, MAX_HELD_OUT = 5000, 2000  # images of the support vector machine, and to compare with
 REFERENCE_SEED = 100_000
-HEAD = ["", "network calls", "ms per image", "1000 x kernel distance", "as asked"]
+HEAD = ["", "samples", "1000 x kernel distance", "as asked"]
+TIMES_HEAD = ["", "ms per image", "of diffusers' time"]
 
 
-def make_samples(path: Path, count: int, seed: int, **options: Any) -> tuple[Tensor, Tensor, float]:
-    """Return samples (N, C, *spatial), their labels in turn, and the seconds of an image."""
-    pipeline = Run.load(path).load_pipeline()
-    labels, start = pipeline.labels(count), time.perf_counter()
-    x = sample(pipeline.model, pipeline.process, seeds=range(seed, seed + count), class_labels=labels, **options)
-    return pipeline.decode(x).clamp(-1, 1), labels, (time.perf_counter() - start) / count
+class Row(NamedTuple):
+    """A network and its options of sampling."""
+
+    name: str
+    pipeline: Pipeline
+    options: dict[str, Any]
+    part: int = 1
+
+    def sample(self, seeds: range) -> tuple[Tensor, Tensor]:
+        """Return samples (N, C, *spatial) and their labels, which come in turn."""
+        p, labels = self.pipeline, self.pipeline.labels(len(seeds))
+        options = self.options | {"batch_size": SAMPLE_BATCH}
+        x = sample(p.model, p.process, seeds=seeds, class_labels=labels, **options)
+        return p.decode(x).clamp(-1, 1), labels
+
+
+def make_rows(teacher: Path, students: list[Path], guidance_scale: float) -> list[Row]:
+    """Return the samplings of the teacher, the slow ones first, and those of the students."""
+    pipeline, guided = Run.load(teacher).load_pipeline(), {"guidance_scale": guidance_scale}
+    rows = [Row(f"teacher, {name}", pipeline, guided | more, SLOW_PART) for name, more in SLOW.items()]
+    rows += [Row(f"teacher, {name}", pipeline, guided | more) for name, more in FAST.items()]
+    return rows + [Row(f"student, {path.name}", Run.load(path).load_pipeline(), {}) for path in students]
 
 
 def train_judge(run: Run) -> SVC:
@@ -43,9 +71,53 @@ def train_judge(run: Run) -> SVC:
     return SVC(C=10).fit(images.flatten(1).numpy(), labels)
 
 
-def features(extractor: Extractor, images: Tensor) -> Tensor:
-    """Return the features of images (N, D), in batches."""
-    return torch.cat([extractor(part) for part in images.split(100)])
+def measure_quality(rows: list[Row], run: Run, options: argparse.Namespace) -> list[list[str]]:
+    """Return the lines of the table of distances and classes."""
+    extractor, judge = load_extractor(options.extractor), train_judge(run)
+    lines: list[list[str]] = []
+    if options.held_out is None:
+        reference = rows[0]._replace(options={"guidance_scale": options.guidance_scale})
+        real = reference.sample(range(REFERENCE_SEED, REFERENCE_SEED + options.num_samples))[0]
+    else:
+        data = load_data(DataConfig(options.held_out, run.data.image_size, run.data.channels))
+        real = torch.stack([data[i]["image"] for i in range(min(len(data), MAX_HELD_OUT))])
+    real_features = extract(extractor, real.split(SAMPLE_BATCH))
+    print_progress(f"{len(real)} images to compare with")
+    for row in rows:
+        x, labels = row.sample(range(options.num_samples // row.part))
+        distance = kernel_distance(extract(extractor, x.split(SAMPLE_BATCH)), real_features)
+        asked = (judge.predict(x.flatten(1).numpy()) == labels.numpy()).mean()
+        shown = f"{1e3 * distance.value:.1f} ± {1e3 * distance.standard_error:.1f}"
+        lines.append([row.name, f"{len(x):,}", shown, f"{asked:.1%}"])
+        print_progress(", ".join(lines[-1]))
+    return lines
+
+
+def match_sizes(side: Side) -> None:
+    """Let diffusers' network go from a side of 4 to one of 7, which only its text-conditional networks do."""
+    size, blocks = per_axis(side.run.model.image_size, 2), side.peer.up_blocks
+    sizes = [tuple(-(-s // 2**level) for s in size) for level in range(len(blocks))]
+    for block, wanted in zip(blocks[:-1], sizes[-2::-1], strict=True):
+        block.upsamplers[0].forward = partial(block.upsamplers[0].forward, output_size=wanted)
+
+
+def measure_times(rows: list[Row], teacher: Path) -> list[list[str]]:
+    """Return the lines of the table of times; ValueError for a teacher whose network diffusers would call otherwise."""
+    if rows[0].pipeline.process.path != "vp":
+        raise ValueError(f"--times: {teacher} has another path than vp, for which this script has no loop of diffusers")
+    side, seeds = Side("teacher", teacher, Path()), range(TIMED_IMAGES)
+    peer, peer_name = Setting("ddim", 50, ours=False), "diffusers, ddim, 50 steps"
+    match_sizes(side)
+    error = (rows[0].sample(range(2))[0] - sample_with_diffusers(side, peer, range(2)).clamp(-1, 1)).abs().max()
+    print_progress(f"images of both sides differ by {error:.1e} at most")
+    calls: dict[str, Any] = {row.name: partial(row.sample, seeds) for row in rows}
+    calls[peer_name] = partial(sample_with_diffusers, side, peer, seeds)
+    for row in rows:  # the first call is slow
+        if row.name.startswith(("student", "teacher, dpm++, 1 ")):
+            row.sample(seeds)
+    seconds = measure_seconds(calls, ROUNDS)
+    whole = seconds[peer_name]
+    return [[name, f"{1e3 * s / TIMED_IMAGES:.1f}", f"{s / whole:.3f}"] for name, s in seconds.items()]
 
 
 def main() -> None:
@@ -56,45 +128,13 @@ def main() -> None:
     parser.add_argument("--guidance-scale", type=float, default=2.0, help="of the teacher")
     parser.add_argument("--extractor", default="pixels")
     parser.add_argument("--held-out", metavar="DATA", help="compare with these images, as of `train`")
+    parser.add_argument("--times", action="store_true")
     options = parser.parse_args()
-    machine, count, run = read_machine(), options.num_samples, Run.load(options.teacher)
-    extractor, judge, guided = (
-        load_extractor(options.extractor),
-        train_judge(run),
-        {"guidance_scale": options.guidance_scale},
-    )
-    if options.held_out is None:
-        reference = make_samples(options.teacher, count, REFERENCE_SEED, **guided)[0]
-    else:
-        held_out = load_data(DataConfig(options.held_out, run.data.image_size, run.data.channels))
-        reference = torch.stack([held_out[i]["image"] for i in range(min(len(held_out), 2 * count))])
-    real, rows = features(extractor, reference), []
-
-    def add(name: str, path: Path, calls: int, **more: Any) -> None:
-        x, labels, seconds = make_samples(path, count, 0, **more)
-        distance = kernel_distance(features(extractor, x), real)
-        asked = (judge.predict(x.flatten(1).numpy()) == labels.numpy()).mean()
-        shown = f"{1e3 * distance.value:.1f} ± {1e3 * distance.standard_error:.1f}"
-        rows.append([name, str(calls), f"{1e3 * seconds:.1f}", shown, f"{asked:.1%}"])
-        print_progress(f"{name}: {shown}, {asked:.1%} as asked")
-
-    for steps in TEACHER_STEPS:
-        add(
-            f"teacher, dpm++ {steps}",
-            options.teacher,
-            steps * (1 + (guided["guidance_scale"] != 1)),
-            num_inference_steps=steps,
-            **guided,
-        )
-    for path in options.students:
-        config = Run.load(path).process.distillation
-        assert config is not None
-        add(f"{path.name}: {config.num_steps} steps", path, config.num_steps)
-    students = " ".join(map(str, options.students))
-    print(
-        format_machine(machine, f"python benchmarks/distillation.py {options.teacher} {students} --num-samples {count}")
-    )
-    print(format_table(HEAD, rows))
+    machine, run = read_machine(), Run.load(options.teacher)
+    rows = make_rows(options.teacher, options.students, options.guidance_scale)
+    table = measure_times(rows, options.teacher) if options.times else measure_quality(rows, run, options)
+    print(format_machine(machine, read_command()))
+    print(format_table(TIMES_HEAD if options.times else HEAD, table))
 
 
 if __name__ == "__main__":

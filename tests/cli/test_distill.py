@@ -41,7 +41,7 @@ def teacher(trained, tmp_path):
 
 def test_distils_a_run_into_one_that_samples_in_its_steps(teacher, capsys):
     main(["distill", teacher, *student()])
-    assert "this network was distilled for 2 steps of ddim with guidance of 2 built in" in capsys.readouterr().out
+    assert "distillation: into 2 steps of ddim with guidance of 2 built in" in capsys.readouterr().out
     run = Run.load("student")
     assert (run.process.distillation.num_steps, run.training.steps, run.training.batch_size) == (2, 3, 4)
     assert run.training.condition_dropout == 0
@@ -62,6 +62,18 @@ def test_distils_a_run_into_one_that_samples_in_its_steps(teacher, capsys):
     assert "student was distilled, which" in error(capsys, "distill", "student", "--out", "again")
     assert "student was distilled, which" in error(capsys, "train", "digits", "--init", "student", "--out", "again")
     assert "its losses mean nothing" in error(capsys, "doctor", "student")
+
+
+@pytest.mark.parametrize("path", ["flow", "edm"])
+def test_distils_a_run_of_each_path(capsys, path):
+    main(["train", "digits", "--out", "other", "--process.path", path, *TINY])
+    main(["distill", "other", *student()])
+    assert Run.load("student").process.path == path
+    main(["sample", "student", "--num-images", "10", "--out", "ten.png"])
+    with Image.open("ten.png") as grid:
+        assert grid.getextrema()[0] != grid.getextrema()[1]
+    message = error(capsys, "sample", "student", "--num-inference-steps", "3")
+    assert "num_inference_steps=3: this network was distilled for 2 steps" in message
 
 
 def test_resumes_bit_for_bit(teacher):

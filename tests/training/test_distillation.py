@@ -15,7 +15,9 @@ from unet_denoiser import Diffusion, DistillationConfig, Guidance, SamplingConfi
 from unet_denoiser.sampling.guidance import embed_guidance_scale
 from unet_denoiser.training.distillation import GUIDANCE_DIM, Distillation
 
-KINDS = ["epsilon", "v_prediction", "sample"]
+PATHS = ["vp", "flow", "edm"]
+KINDS = [{"prediction_type": kind} for kind in ("epsilon", "v_prediction", "sample")]
+PROCESSES = [kind | {"beta_schedule": "scaled_linear"} for kind in KINDS] + [{"path": "flow"}, {"path": "edm"}]
 
 
 class Oracle(nn.Module):
@@ -32,14 +34,16 @@ class Oracle(nn.Module):
 
 
 class Recorder:
-    """A network that notes its input, and predicts an x0 of 0."""
+    """A network that notes its x_t, timesteps and conditions, and predicts an x0 of 0."""
 
     def __init__(self, process):
         self.process = process
 
-    def __call__(self, x, t, **conditions):
-        self.x, self.t, self.conditions = x, t, conditions
-        return self.process.target(torch.zeros_like(x), x / self.process.alpha_sigma(t, x)[1], t)
+    def __call__(self, seen, time, **conditions):
+        self.t, self.conditions = torch.searchsorted(self.process.times, time.contiguous()), conditions
+        alpha, sigma = levels_of(self.process, self.t, seen)
+        self.x = seen / self.process.prediction.c_in(alpha, sigma)
+        return self.process.target(torch.zeros_like(seen), self.x / sigma, self.t)
 
 
 def target_of(losses, recorder):
@@ -53,17 +57,44 @@ def draw(count=16):
     return x0, {"noise": noise, "t": torch.arange(count) * 1000 // count, "guidance": torch.zeros(count)}
 
 
-def exact_target(process, x, t, end):
-    """Return the x0 whose ddim step leads from x_t along the probability flow of N(0.3, 0.5^2) to a level."""
-    (a, s), (b, r) = process.alpha_sigma(t, x), end
-    x_end = b * 0.3 + (x - a * 0.3) * ((b * 0.5) ** 2 + r**2).sqrt() / ((a * 0.5) ** 2 + s**2).sqrt()
-    return (x_end - r / s * x) / (b - a * r / s)
+def levels_of(process, t, like):
+    """Return alpha and sigma at timesteps of which 0 stands for clean data; pure noise has the alpha of samplers."""
+    alpha, sigma = process.alpha_sigma(t, like)
+    alpha = torch.where(alpha == 0, 1 / process.ratios[-1], alpha)
+    is_clean = (t == 0)[:, None]
+    return torch.where(is_clean, 1, alpha), torch.where(is_clean, 0, sigma)
 
 
-@pytest.mark.parametrize("prediction", KINDS)
-def test_the_target_of_a_perfect_teacher_is_the_exact_jump(prediction):
+def flow_to(x, start, end):
+    """Follow the probability flow of N(0.3, 0.5^2) from x at one level (alpha, sigma) to another."""
+    (a, s), (b, r) = start, end
+    return b * 0.3 + (x - a * 0.3) * ((b * 0.5) ** 2 + r**2).sqrt() / ((a * 0.5) ** 2 + s**2).sqrt()
+
+
+def exact_target(x, start, end):
+    """Return the x0 whose ddim step leads from x along the same flow to another level."""
+    (a, s), (b, r) = start, end
+    return (flow_to(x, start, end) - r / s * x) / (b - a * r / s)
+
+
+class PerfectStudent:
+    """The network whose steps are exact, from each of four levels to the next."""
+
+    def __init__(self, process):
+        self.process = process
+
+    def __call__(self, seen, time, **conditions):
+        t = torch.searchsorted(self.process.times, time.contiguous())
+        alpha, sigma = levels_of(self.process, t, seen)
+        x = seen / self.process.prediction.c_in(alpha, sigma)
+        x0 = exact_target(x, (alpha, sigma), levels_of(self.process, (t - 250).clamp(min=0), x))
+        return self.process.target(x0, (x - alpha * x0) / sigma, t)
+
+
+@pytest.mark.parametrize("options", PROCESSES, ids=str)
+def test_the_target_of_a_perfect_teacher_is_the_exact_jump(options):
     """At each of 4 levels; with twice the steps of the teacher the error is a quarter or less."""
-    base = Diffusion(prediction_type=prediction, beta_schedule="scaled_linear", clip_sample_range=None)
+    base = Diffusion(**options, clip_sample_range=None)
     x0, draws = draw()
     errors = []
     for teacher_steps in (100, 200):
@@ -72,14 +103,24 @@ def test_the_target_of_a_perfect_teacher_is_the_exact_jump(prediction):
         losses = Distillation(process, Oracle(process))(network, x0, **draws)
         assert network.t.tolist() == [249] * 4 + [499] * 4 + [749] * 4 + [999] * 4
         assert torch.equal(losses.t, network.t)
-        ends = torch.tensor([0] * 4 + [249] * 4 + [499] * 4 + [749] * 4)
-        alpha, sigma = process.alpha_sigma(ends, x0)
-        is_clean = (ends == 0)[:, None]
-        end = torch.where(is_clean, 1, alpha), torch.where(is_clean, 0, sigma)
-        exact = exact_target(process, network.x, network.t, end).abs()
+        end = levels_of(process, torch.tensor([0] * 4 + [249] * 4 + [499] * 4 + [749] * 4), x0)
+        exact = exact_target(network.x, levels_of(process, network.t, x0), end).abs()
         errors.append((target_of(losses, network) - exact)[4:].abs().max().item())
     assert errors[1] < 2e-3
     assert errors[0] / errors[1] > 3
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_student_whose_steps_are_exact_has_no_loss_and_samples_the_flow(path):
+    """So training and sampling agree on the levels: four steps end where the flow does."""
+    process = Diffusion(path=path, clip_sample_range=None).distilled(DistillationConfig(4, teacher_steps=200))
+    student, (x0, draws) = PerfectStudent(process), draw()
+    losses = Distillation(process, Oracle(process))(student, x0, **draws)
+    assert losses.error.max() < 1e-4
+    x = draws["noise"]
+    *_, last = denoise(student, process, x, SamplingConfig(**process.sampling_defaults))
+    start = levels_of(process, torch.full((len(x),), 999), x)
+    assert_close(last.x, flow_to(x, start, (torch.ones(1), torch.zeros(1))), rtol=1e-3, atol=1e-3)
 
 
 def make_student(guidance_scale=2.0, num_steps=2, options=None, net=None, seed=0, **more):
@@ -98,10 +139,12 @@ def make_student(guidance_scale=2.0, num_steps=2, options=None, net=None, seed=0
     return Trainer(start, process, two_classes(), options, distillation=Distillation(process, deepcopy(start)))
 
 
-@pytest.mark.parametrize("scale", [0.0, 1.0, 2.5, (1.0, 4.0)])
-def test_the_target_is_what_the_teacher_samples(scale):
+@pytest.mark.parametrize(
+    ("scale", "path"), [(0.0, "vp"), (1.0, "vp"), (2.5, "vp"), (2.5, "flow"), (2.5, "edm"), ((1.0, 4.0), "vp")]
+)
+def test_the_target_is_what_the_teacher_samples(scale, path):
     """With one step, the network learns the images that `denoise` makes of x_t with the teacher's dpm++."""
-    trainer = make_student(scale, num_steps=1)
+    trainer = make_student(scale, num_steps=1, path=path)
     teacher, process = trainer.distillation.teacher, trainer.process
     x0 = two_classes().images[:4]
     noise, labels, place = torch.randn_like(x0), torch.tensor([0, 1, 0, 1]), torch.tensor([0.0, 0.25, 0.5, 1.0])
@@ -113,7 +156,7 @@ def test_the_target_is_what_the_teacher_samples(scale):
         config = SamplingConfig(num_inference_steps=4, guidance_scale=each)
         guidance = Guidance(teacher, config, {"class_labels": labels[i : i + 1]})
         with torch.no_grad():
-            steps = list(denoise(guidance, Diffusion(), recorder.x[i : i + 1], config))
+            steps = list(denoise(guidance, Diffusion(path=path), recorder.x[i : i + 1], config))
         alpha, sigma = process.alpha_sigma(recorder.t[i : i + 1], x0)
         expected = (1 + (alpha / sigma) ** 2).mean() * steps[-1].x.square().mean()
         assert_close(losses.error[i], expected, rtol=1e-3, atol=1e-6)
@@ -121,11 +164,12 @@ def test_the_target_is_what_the_teacher_samples(scale):
         assert_close(recorder.conditions["time_cond"], embed_guidance_scale(torch.tensor(scales), GUIDANCE_DIM))
 
 
-@pytest.mark.parametrize("scale", [2.0, (1.0, 4.0)])
-@pytest.mark.parametrize("parts", [1, 2])
-def test_resumes_bit_for_bit(scale, parts):
+@pytest.mark.parametrize(
+    ("scale", "parts", "path"), [(2.0, 1, "vp"), (2.0, 2, "flow"), (2.0, 2, "edm"), ((1.0, 4.0), 2, "vp")]
+)
+def test_resumes_bit_for_bit(scale, parts, path):
     options = {"gradient_accumulation_steps": parts}
-    straight, first, second = (make_student(scale, options=options) for _ in range(3))
+    straight, first, second = (make_student(scale, options=options, path=path) for _ in range(3))
     losses = [float(step.loss) for step in straight.steps()]
     for step in first.steps():
         if step.step == 3:
@@ -139,15 +183,25 @@ def test_resumes_bit_for_bit(scale, parts):
     assert_equal(weights(first.distillation.teacher), weights(straight.distillation.teacher))
 
 
-def test_a_student_of_two_classes_makes_them_in_two_steps_without_guidance():
-    teacher = make_trainer(
-        {"steps": 200, "batch_size": 32, "learning_rate": 5e-3, "warmup_steps": 20, "ema_decay": 0.95}
-    )
+@pytest.mark.parametrize("path", PATHS)
+def test_each_step_is_learned_equally_often(path):
+    """A density of training times that nearly leaves out pure noise is the teacher's, and not the student's."""
+    student = make_student(num_steps=4, options={"batch_size": 32, "steps": 4}, path=path)
+    levels = torch.cat([step.losses.t for step in student.steps()])
+    timesteps, counts = levels.unique(return_counts=True)
+    assert timesteps.tolist() == [249, 499, 749, 999]
+    assert counts.min() >= 20  # of 128, where 32 are expected, with a standard deviation of 5
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_student_of_two_classes_makes_them_in_two_steps_without_guidance(path):
+    options = {"steps": 200, "batch_size": 32, "learning_rate": 5e-3, "warmup_steps": 20, "ema_decay": 0.95}
+    teacher = make_trainer(options, Diffusion(path=path))
     list(teacher.steps())
     model = teacher.model
     with teacher.ema.swapped():
         start = deepcopy(model).eval()
-    process = Diffusion().distilled(DistillationConfig(2, 2.0, 8))
+    process = teacher.process.distilled(DistillationConfig(2, 2.0, 8))
     options = {"steps": 30, "batch_size": 32, "learning_rate": 2e-3, "warmup_steps": 5, "condition_dropout": 0.0}
     loss = Distillation(process, deepcopy(start))
     student = Trainer(start, process, two_classes(), options | {"device": "cpu"}, distillation=loss)
@@ -229,21 +283,6 @@ def test_refuses_what_cannot_be_distilled():
         Trainer(model, process, two_classes(), options | {"condition_dropout": 0.1}, distillation=loss)
     with pytest.raises(ValueError, match=r"loss_weighting='min_snr': .* give 'constant'"):
         Trainer(model, process, two_classes(), options | {"loss_weighting": "min_snr"}, distillation=loss)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ((4, 1.0, 6), "teacher_steps=6 must be a multiple of num_steps=4"),
-        ((4, 1.0, 4), "teacher_steps=4 must be a multiple of num_steps=4, at least twice as many; for example 16"),
-        ((0, 1.0, 8), "num_steps=0 must be at least 1"),
-        ((4, (4.0, 1.0), 16), "guidance_scale=.* the lower one first"),
-        ((4, -1.0, 16), "guidance_scale=-1.0 must be a number of at least 0"),
-    ],
-)
-def test_refuses_options(options, message):
-    with pytest.raises(ValueError, match=message):
-        DistillationConfig(*options)
 
 
 def test_captions_and_vectors_are_guided_too():

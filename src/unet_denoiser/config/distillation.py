@@ -76,7 +76,11 @@ class DistillationConfig:
 
     def describe(self) -> str:
         """Say what a network was distilled for."""
+        return f"this network was distilled for {self.describe_steps()}"
+
+    def describe_steps(self) -> str:
+        """Return the number of steps and the guidance in words."""
         steps = "1 step" if self.num_steps == 1 else f"{self.num_steps} steps"
         low, high = self.guidance_range
         guided = f"guidance of {low:g} to {high:g}" if self.draws_guidance else f"guidance of {low:g} built in"
-        return f"this network was distilled for {steps} of ddim with {guided}"
+        return f"{steps} of ddim with {guided}"

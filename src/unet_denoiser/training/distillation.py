@@ -69,7 +69,7 @@ class Distillation:
         Args:
             network: the one that learns, called as in `training_losses`.
             x0: (B, C, ...) data.
-            t: (B,) timesteps, which choose the segments.
+            t: (B,) integers from 0 to T - 1, each as likely, which choose the segments.
             noise: like x0.
             guidance: (B,) in [0, 1), the place of the guidance scale in its range.
             inputs: conditions.
@@ -109,6 +109,7 @@ class Distillation:
         timesteps, levels = self._timesteps, []
         for i in range(count // segments + 1):
             alpha, sigma = self.process.alpha_sigma(timesteps[first + i], like)
+            alpha = torch.where(alpha == 0, 1 / self.process.ratios[-1], alpha)  # pure noise, as samplers take it
             clean = append_dims(first + i == count, like.ndim)
             levels.append(_Level(timesteps[first + i], torch.where(clean, 1, alpha), torch.where(clean, 0, sigma)))
         return levels

@@ -293,6 +293,6 @@ def _introduce(run: Run, trainer: Trainer, say: Say, seconds_per_step: float | N
     if trainer.step:
         length += f"; goes on after step {trainer.step:,}"
     if run.process.distillation is not None:
-        say(run.process.distillation.describe())
+        say(f"distillation: into {run.process.distillation.describe_steps()}")
     say(f"training: {length}")
     say(f"run: {run.path}, with previews in {run.path / 'samples'}")

@@ -219,7 +219,8 @@ class Trainer:
             raise ValueError(f"the images lie in {found}; the process has {list(bounds)}, set by clip_sample_range")
         first = self.step * c.batch_size + self.accelerator.process_index * len(x0)
         draws = draw_for_loss(c.seed, first, x0, self.process.num_train_timesteps, c.noise_offset)
-        draws = draws._replace(t=self.process.timestep(draws.t))
+        if self.distillation is None:  # whose steps are learned equally often, whatever the density
+            draws = draws._replace(t=self.process.timestep(draws.t))
         conditions = Conditions.select(batch, [*self.model.config.conditions, "concat"])
         size = len(x0) // c.gradient_accumulation_steps
         slices = [slice(start, start + size) for start in range(0, len(x0), size)]

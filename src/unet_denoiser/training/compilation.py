@@ -33,11 +33,11 @@ def compile_blocks(network: nn.Module) -> None:
     def run(module: nn.Module, inner: list[nn.Module], compiled: Callable[..., Tensor], *args: Any) -> Tensor:
         nonlocal usable
         if usable and module.training and not any(m._forward_hooks for m in inner):
-            args = (channels_last(args[0]), *args[1:])  # another layout would be another graph
-            _mark_sizes(args)
+            given = (channels_last(args[0]), *args[1:])  # another layout would be another graph
+            _mark_sizes(given)
             try:
                 with config.patch(optimize_ddp=False):  # else DDP would cut the graph of a block into several
-                    return compiled(module, *args)
+                    return compiled(module, *given)
             except TorchDynamoException as error:
                 usable = False
                 reason = " ".join(str(error).split("\n\n")[0].split())

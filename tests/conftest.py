@@ -22,6 +22,14 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(skip)
 
 
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working directory with a cache of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("UNET_DENOISER_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     """Every test draws the same random numbers, whichever tests ran before it."""

@@ -24,13 +24,6 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("UNET_DENOISER_CACHE", str(tmp_path / "cache"))
-    return tmp_path
-
-
 def captioned(folder, count=16):
     folder.mkdir()
     rng, rows = np.random.default_rng(0), ["file_name,text"]

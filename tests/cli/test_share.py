@@ -16,11 +16,7 @@ def made(tmp_path_factory):
     return make_run(tmp_path_factory.mktemp("share"), "pixels").path
 
 
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("UNET_DENOISER_CACHE", str(tmp_path / "cache"))
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("here")
 
 
 @pytest.fixture

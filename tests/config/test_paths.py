@@ -9,7 +9,7 @@ from support.networks import small
 from unet_denoiser import Diffusion, Run, UNet, load_data
 from unet_denoiser.config.data import DataConfig
 from unet_denoiser.config.editing import EditingConfig
-from unet_denoiser.config.paths import local_path
+from unet_denoiser.config.paths import is_hub_name, local_path
 from unet_denoiser.models.text_encoder import TextEncoder
 from unet_denoiser.utils.images import save_grid
 
@@ -66,3 +66,11 @@ def test_without_a_home_directory(monkeypatch):
     with pytest.raises(ValueError, match="no home directory is known"):
         local_path("~/x")
     assert local_path("x").name == "x"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("owner/name", True), ("./name", False), ("/name", False), ("~/name", False), ("name", False), ("a/b/c", False)],
+)
+def test_names_of_hub_repositories(name, expected):
+    assert is_hub_name(name) is expected

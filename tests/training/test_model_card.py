@@ -12,12 +12,7 @@ from unet_denoiser import DataConfig, Diffusion, Run, TrainingConfig, UNet
 from unet_denoiser.cli.app import main
 from unet_denoiser.training.sharing import share
 
-
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("UNET_DENOISER_CACHE", str(tmp_path / "cache"))
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("here")
 
 
 @pytest.fixture

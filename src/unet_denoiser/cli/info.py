@@ -10,7 +10,7 @@ from unet_denoiser.cli.errors import one_line_errors
 from unet_denoiser.cli.options import MemoryOptions, OptionalPath, show
 from unet_denoiser.config.base import DeviceName
 from unet_denoiser.config.memory import MemoryConfig
-from unet_denoiser.config.paths import local_path
+from unet_denoiser.config.paths import is_hub_name, local_path
 from unet_denoiser.config.unet import UNetConfig
 
 
@@ -80,8 +80,8 @@ def _find_pipeline(name: str) -> Path | None:
     from unet_denoiser.config.presets import PRESETS
     from unet_denoiser.models.fetch import fetch_pipeline
 
-    is_hub_name = name.count("/") == 1 and not name.startswith((".", "~", "/"))
-    return fetch_pipeline(local_path(name)) if name not in PRESETS and (is_hub_name or Path(name).exists()) else None
+    is_pipeline = name not in PRESETS and (is_hub_name(name) or Path(name).exists())
+    return fetch_pipeline(local_path(name)) if is_pipeline else None
 
 
 def _show_memory(name: str, options: dict[str, Any], device: DeviceName) -> None:

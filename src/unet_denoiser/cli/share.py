@@ -14,7 +14,7 @@ import tyro
 from unet_denoiser.cli.errors import one_line_errors
 from unet_denoiser.cli.options import OptionalName
 from unet_denoiser.config.base import DeviceName
-from unet_denoiser.config.paths import local_path
+from unet_denoiser.config.paths import is_hub_name, local_path
 from unet_denoiser.utils.terminal import printable
 
 if TYPE_CHECKING:
@@ -43,8 +43,9 @@ def share(
     """
     with one_line_errors():
         _check_licence(license)
-        is_hub_name = _is_hub_name(target)
-        if is_hub_name:
+        owner, _, name = target.partition("/")
+        to_hub = is_hub_name(target) and bool(name) and not Path(owner).is_dir()
+        if to_hub:
             from huggingface_hub.utils import validate_repo_id
 
             validate_repo_id(target)
@@ -58,7 +59,7 @@ def share(
 
         found, place = Run.load(run), resolve_device(device)
         assert license is not None
-        if is_hub_name:
+        if to_hub:
             lacks, shown = _upload(found, target, license, place)
         else:
             folder = local_path(target)
@@ -75,13 +76,6 @@ def _check_licence(name: str | None) -> None:
         raise ValueError(f"license is not given; say what others may do with the weights: {examples}")
     if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", name):
         raise ValueError(f"license={name!r} is no licence as the hub writes them; valid are {examples}")
-
-
-def _is_hub_name(target: str) -> bool:
-    """Return True for owner/name, unless `owner` is a folder here."""
-    owner, _, name = target.partition("/")
-    is_path = target.startswith((".", "/", "~")) or not name or "/" in name
-    return not is_path and not Path(owner).is_dir()
 
 
 def _upload(run: Run, name: str, licence: str, device: str) -> tuple[str | None, str]:

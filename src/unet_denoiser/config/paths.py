@@ -17,6 +17,12 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     return Path(expand_home(text))
 
 
+def is_hub_name(name: str | os.PathLike[str]) -> bool:
+    """Return True for the form of a hub repository's name, owner/name; a folder may have it too."""
+    text = os.fspath(name)
+    return text.count("/") == 1 and not text.startswith((".", "/", "~"))
+
+
 def expand_home(text: str) -> str:
     """Replace a leading "~" or "~name", also after "hf:", by a home directory; ValueError if there is none for "~"."""
     if text.startswith("hf:"):

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from unet_denoiser.config.paths import local_path
+from unet_denoiser.config.paths import is_hub_name, local_path
 from unet_denoiser.convert.checkpoint_files import CONFIG_NAME
 from unet_denoiser.utils.files import read_json
 
@@ -21,7 +21,7 @@ def fetch(source: str | Path, name: str, hub: dict[str, Any]) -> Path:
         if (directory / name).is_file():
             return directory / name
         raise FileNotFoundError(f"{directory} has no {name}; {_say_what_to_give(directory)}")
-    if directory.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+    if directory.exists() or not is_hub_name(source):
         raise FileNotFoundError(neither)
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -71,7 +71,7 @@ def fetch_model(source: str | Path) -> Path:
     A path is returned as it is. FileNotFoundError if the files cannot be had.
     """
     place = local_path(source)
-    if place.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+    if place.exists() or not is_hub_name(source):
         return place
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

@@ -30,7 +30,7 @@ _PREDICTIONS = {
 
 
 class DiffusersCopy(NamedTuple):
-    """What diffusers holds of a pipeline.
+    """The part of a pipeline that diffusers holds.
 
     Args:
         write: writes it into a folder: `model_index.json` if it is a pipeline, and a folder for each part.

@@ -34,7 +34,7 @@ class Progress(NamedTuple):
 
 
 class Card(NamedTuple):
-    """What a card tells.
+    """The contents of a card.
 
     Args:
         name: of the folder or hub repository, as code has it.

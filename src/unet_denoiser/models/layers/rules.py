@@ -25,8 +25,8 @@ from unet_denoiser.models.layers.kernels import load_kernels
 from unet_denoiser.models.layers.winograd import first_block_only
 
 _MAX_TIME_RATIO = 0.95  # Winograd's filtering is used up to this ratio of its time to torch's
-# recomputing costs a share of a layer's time that falls with its channels: 8 % of the step in a network of 32 and 64,
-# 2 to 4 % in one of 128 and 256; for less than half a MiB up to a fifth, by the number of calls
+# recomputing costs a share of a layer's time that falls with its channels: 5 to 7 % of the step in a network of 32 and
+# 64, 2 to 4 % in wider ones; for less than half a MiB up to a fifth, by the number of calls
 _MIN_RECOMPUTE_CHANNELS, _MIN_RECOMPUTE_NUMEL = 128, 2**17
 # of Winograd's filtering, see `winograd_time_ratio`: per channel, per pixel with kept and with new weights;
 # with vectors of 512 bits it gains less on torch's convolutions
@@ -87,7 +87,7 @@ def has_hooks(module: nn.Module) -> bool:
 def preferred_layout(x: Tensor) -> Tensor:
     """Return a network's input in the layout that all that follows keeps: its channels last on a CPU.
 
-    Training on few pixels is faster with them as given: by up to a quarter, since the weights' gradients are.
+    On few pixels a training step is up to a quarter faster in the layout given, which the weights' gradients have too.
     """
     few = torch.is_grad_enabled() and not torch.compiler.is_compiling() and x.ndim == 4 and not requires_plain()
     return x if few and x[:, 0].numel() <= _MIN_TRAINED_PIXELS else channels_last(x)

@@ -1,6 +1,7 @@
 """The networks that are compared, and how each side (an implementation) reads and calls them."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from parity import CIFAR, DDPM, DDPM_BLOCKS, randomise
 from unet_denoiser import UNet
+from unet_denoiser.models.layers.rules import prepare_to_sample
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TEXT_BLOCKS = {
@@ -116,6 +118,13 @@ def read(network: Network, side: str, source: Path, precision: str = "float32") 
         model = network.build(**network.options)
         model.load_state_dict(torch.load(source, weights_only=True))
     return model.eval().to(memory_format=torch.channels_last) if "channels-last" in side else model.eval()
+
+
+def as_sampled(models: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Return the sides' models with ours as `Pipeline.from_pretrained` has it; training has the one that was read."""
+    return {
+        side: prepare_to_sample(deepcopy(model)) if side.startswith("ours") else model for side, model in models.items()
+    }
 
 
 def make_call(network: Network, side: str, model: nn.Module, batch: int) -> Callable[[], Tensor]:

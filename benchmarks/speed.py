@@ -35,7 +35,7 @@ from measure import (
 )
 from probe import LOAD, STARTUP
 from report import format_report, format_sweep
-from sides import PRECISIONS, Network, autocast, list_sides, make_call, make_step, networks, read, save
+from sides import PRECISIONS, Network, as_sampled, autocast, list_sides, make_call, make_step, networks, read, save
 from sweep import sweep
 from torch import Tensor, nn
 
@@ -104,7 +104,8 @@ def forward(
     """Measure a forward call in inference mode, after a check that all sides have the expected output."""
     torch.compiler.reset()  # torch limits the compilations of one method, which all sides and batch sizes share
     name, precision = f"{about['network']}, {about['precision']}, forward, batch {about['batch']}", about["precision"]
-    calls = {side: make_call(network, side, model, about["batch"]) for side, model in models.items()}
+    sampled = as_sampled(models)
+    calls = {side: make_call(network, side, model, about["batch"]) for side, model in sampled.items()}
     failed = drop_failing(name, calls)
     errors = {side: relative_error(call(), expected) for side, call in calls.items()}
     end_if_wrong(name, precision, errors)

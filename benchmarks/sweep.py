@@ -12,7 +12,7 @@ import torch
 from checks import find_wrong, gradient_errors, gradient_norm, relative_error
 from diffusers import UNet2DConditionModel, UNet2DModel
 from measure import START_SECONDS, Call, count_gflop, measure_peak, measure_seconds, print_progress
-from sides import PRECISIONS, TEXT_BLOCKS, Network, list_sides, make_call, make_step, read, save
+from sides import PRECISIONS, TEXT_BLOCKS, Network, as_sampled, list_sides, make_call, make_step, read, save
 from torch import nn
 
 Row = dict[str, Any]
@@ -123,7 +123,7 @@ def measure_case(case: Case, models: dict[str, nn.Module], peer: nn.Module, opti
     before = (lambda side: models[side].zero_grad()) if is_training else str
     with torch.inference_mode(not is_training):
         start = time.perf_counter()
-        calls, errors = prepare_calls(case, models, peer)
+        calls, errors = prepare_calls(case, models if is_training else as_sampled(models), peer)
         rounds = count_rounds((time.perf_counter() - start) / (len(SIDES) + 1), options)
         if wrong := find_wrong(name, case.precision, errors):
             print_progress(wrong)

@@ -1,16 +1,20 @@
 """Every sampler against closed forms (a Gaussian's probability flow, a mixture's moments) and diffusers' own loop."""
 
 from itertools import islice, pairwise
+from typing import get_args
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from support.networks import small
 from support.oracles import Mixture
 from unet_denoiser import Diffusion, Guidance, Sampler, SamplingConfig, denoise, inpaint, invert, sample
+from unet_denoiser.config.sampling import TimestepSpacing
 from unet_denoiser.sampling import samplers
 from unet_denoiser.sampling.loop import denoise_steps
 from unet_denoiser.sampling.samplers import MEMORYLESS, SAMPLERS
@@ -169,12 +173,28 @@ def test_more_steps_are_better_where_they_do_not_divide_the_trained_ones():
 
 @pytest.mark.parametrize(
     ("spacing", "expected"),
-    [("trailing", [999, 749, 499, 249]), ("leading", [750, 500, 250, 0]), ("linspace", [999, 666, 333, 0])],
+    [
+        ("trailing", [999, 749, 499, 249]),
+        ("leading", [750, 500, 250, 0]),
+        ("linspace", [999, 666, 333, 0]),
+        ("quadratic", [999, 561, 249, 61]),
+    ],
 )
 def test_timestep_spacing(spacing, expected):
     sampler = Sampler(SamplingConfig("ddim", 4, timestep_spacing=spacing), Diffusion())
     assert sampler.timesteps.tolist() == expected
     assert not sampler.timesteps.is_floating_point()
+
+
+@pytest.mark.parametrize("spacing", get_args(TimestepSpacing))
+@given(st.integers(1, 60), st.integers(1, 60))
+def test_every_spacing_has_different_timesteps(spacing, total, count):
+    process = Diffusion(num_train_timesteps=max(total, count))
+    timesteps = Sampler(SamplingConfig("ddim", count, timestep_spacing=spacing), process).timesteps
+    assert len(timesteps) == count
+    assert (timesteps[1:] < timesteps[:-1]).all()
+    assert timesteps.min() >= 0
+    assert timesteps.max() < process.num_train_timesteps
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

@@ -26,11 +26,12 @@ KINDS = {  # arguments of `train`; {data} are images without classes
 
 
 def make_run(folder: Path, kind: str) -> Run:
-    """Train a small run of a kind for three steps; "distilled" and "distilled pixels" are students of others."""
+    """Train a small run of a kind for three steps; "distilled" and "distilled ..." are students of others."""
     if kind.startswith("distilled"):
         teacher = make_run(folder / "teacher", "pixels" if kind.endswith("pixels") else "classes")
         guidance = [] if kind.endswith("pixels") else ["--guidance-scale", "2"]
-        student = ["--num-steps", "4", "--teacher-steps", "8", "--steps", "2", *guidance]
+        spacing = ["--timestep-spacing", "trailing"] if kind.endswith("trailing") else []
+        student = ["--num-steps", "4", "--teacher-steps", "8", "--steps", "2", *guidance, *spacing]
         main(["distill", str(teacher.path), "--out", str(folder / "run"), *student])
         return Run.load(folder / "run")
     folder.mkdir(parents=True, exist_ok=True)

@@ -13,10 +13,13 @@ from support.oracles import Mixture
 from support.trainings import NET, Vectors, assert_equal, make_trainer, two_classes, weights
 from unet_denoiser import Diffusion, DistillationConfig, Guidance, SamplingConfig, Trainer, UNet, denoise, sample
 from unet_denoiser.sampling.guidance import embed_guidance_scale
+from unet_denoiser.sampling.samplers import Sampler
 from unet_denoiser.training.distillation import GUIDANCE_DIM, Distillation
 
 PATHS = ["vp", "flow", "edm"]
 KINDS = [{"prediction_type": kind} for kind in ("epsilon", "v_prediction", "sample")]
+LEVELS = {"trailing": [249, 499, 749, 999], "quadratic": [61, 249, 561, 999]}  # of four steps; 1000 (1/4)^2 = 62.5
+SPACINGS = {"vp": "quadratic", "flow": "quadratic", "edm": "trailing"}  # the defaults
 PROCESSES = [kind | {"beta_schedule": "scaled_linear"} for kind in KINDS] + [{"path": "flow"}, {"path": "edm"}]
 
 
@@ -82,28 +85,33 @@ class PerfectStudent:
 
     def __init__(self, process):
         self.process = process
+        self.levels = torch.tensor([0, *LEVELS[process.distillation.timestep_spacing]])
 
     def __call__(self, seen, time, **conditions):
         t = torch.searchsorted(self.process.times, time.contiguous())
         alpha, sigma = levels_of(self.process, t, seen)
         x = seen / self.process.prediction.c_in(alpha, sigma)
-        x0 = exact_target(x, (alpha, sigma), levels_of(self.process, (t - 250).clamp(min=0), x))
+        x0 = exact_target(
+            x, (alpha, sigma), levels_of(self.process, self.levels[torch.searchsorted(self.levels, t) - 1], x)
+        )
         return self.process.target(x0, (x - alpha * x0) / sigma, t)
 
 
+@pytest.mark.parametrize("spacing", LEVELS)
 @pytest.mark.parametrize("options", PROCESSES, ids=str)
-def test_the_target_of_a_perfect_teacher_is_the_exact_jump(options):
+def test_the_target_of_a_perfect_teacher_is_the_exact_jump(options, spacing):
     """At each of 4 levels; with twice the steps of the teacher the error is a quarter or less."""
     base = Diffusion(**options, clip_sample_range=None)
     x0, draws = draw()
-    errors = []
+    errors, levels = [], LEVELS[spacing]
+    starts, ends = ([level for level in each for _ in range(4)] for each in (levels, [0, *levels[:-1]]))
     for teacher_steps in (100, 200):
-        process = base.distilled(DistillationConfig(4, teacher_steps=teacher_steps))
+        process = base.distilled(DistillationConfig(4, teacher_steps=teacher_steps, timestep_spacing=spacing))
         network = Recorder(process)
         losses = Distillation(process, Oracle(process))(network, x0, **draws)
-        assert network.t.tolist() == [249] * 4 + [499] * 4 + [749] * 4 + [999] * 4
+        assert network.t.tolist() == starts
         assert torch.equal(losses.t, network.t)
-        end = levels_of(process, torch.tensor([0] * 4 + [249] * 4 + [499] * 4 + [749] * 4), x0)
+        end = levels_of(process, torch.tensor(ends), x0)
         exact = exact_target(network.x, levels_of(process, network.t, x0), end).abs()
         errors.append((target_of(losses, network) - exact)[4:].abs().max().item())
     assert errors[1] < 2e-3
@@ -153,7 +161,7 @@ def test_the_target_is_what_the_teacher_samples(scale, path):
     losses = trainer.distillation(recorder, x0, **draws)
     scales = [1 + 3 * float(p) for p in place] if isinstance(scale, tuple) else [scale] * 4
     for i, each in enumerate(scales):
-        config = SamplingConfig(num_inference_steps=4, guidance_scale=each)
+        config = SamplingConfig(num_inference_steps=4, guidance_scale=each, timestep_spacing=SPACINGS[path])
         guidance = Guidance(teacher, config, {"class_labels": labels[i : i + 1]})
         with torch.no_grad():
             steps = list(denoise(guidance, Diffusion(path=path), recorder.x[i : i + 1], config))
@@ -189,7 +197,7 @@ def test_each_step_is_learned_equally_often(path):
     student = make_student(num_steps=4, options={"batch_size": 32, "steps": 4}, path=path)
     levels = torch.cat([step.losses.t for step in student.steps()])
     timesteps, counts = levels.unique(return_counts=True)
-    assert timesteps.tolist() == [249, 499, 749, 999]
+    assert timesteps.tolist() == LEVELS[SPACINGS[path]]
     assert counts.min() >= 20  # of 128, where 32 are expected, with a standard deviation of 5
 
 
@@ -257,10 +265,24 @@ def test_the_process_keeps_its_distillation_in_its_file(tmp_path):
         process = Diffusion(prediction_type="sample").distilled(DistillationConfig(3, scale, 9))
         process.save_pretrained(tmp_path)
         loaded = Diffusion.from_pretrained(tmp_path)
-        assert loaded.distillation == DistillationConfig(3, scale, 9)
+        assert loaded.distillation == DistillationConfig(3, scale, 9, "quadratic")
         assert loaded.to_dict() == process.to_dict()
     assert Diffusion().distillation is None
     assert "distillation" not in Diffusion().to_dict()
+
+
+def test_a_network_distilled_before_spacings_could_be_chosen_keeps_its_timesteps():
+    saved = Diffusion().distilled(DistillationConfig(4)).to_dict()
+    del saved["distillation"]["timestep_spacing"]
+    process = Diffusion.from_dict(saved)
+    sampler = Sampler(SamplingConfig(**process.sampling_defaults), process)
+    assert sampler.timesteps.tolist() == LEVELS["trailing"][::-1]
+
+
+def test_refuses_more_steps_of_the_teacher_than_end_with_those_of_the_network():
+    process = Diffusion(num_train_timesteps=100).distilled(DistillationConfig(4, teacher_steps=28))
+    with pytest.raises(ValueError, match="teacher_steps=28 must be at most 25 for num_steps=4 with"):
+        Distillation(process, UNet(**NET))
 
 
 def test_refuses_what_cannot_be_distilled():

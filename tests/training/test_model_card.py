@@ -46,7 +46,7 @@ def test_front_matter_and_data(run, here):
 def test_a_student_tells_its_steps(here):
     text = card_of(make_run(here / "made", "distilled"), here / "mine").text
     assert "This network was distilled for 4 steps of ddim with guidance of 2 built in" in text
-    assert "scheduler.set_timesteps(4)" in text
+    assert "scheduler.set_timesteps(timesteps=[999, 561, 249, 61])" in text
     assert "nothing" not in text
     assert "--guidance-scale" not in text
 

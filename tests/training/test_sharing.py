@@ -38,7 +38,7 @@ def share_and_remove(run, folder):
     return lacks
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "distilled", "distilled pixels"])
+@pytest.mark.parametrize("kind", [*KINDS, "distilled", "distilled pixels", "distilled trailing"])
 def test_the_cards_code_samples(kind, here):
     """Its command, its Python and its lines for diffusers, without the run."""
     run, folder = make_run(here / "made", kind), here / "mine"
@@ -62,7 +62,7 @@ def test_the_cards_code_samples(kind, here):
         assert np.array_equal(np.asarray(Image.open("samples.png")), np.asarray(Image.open("shown.png")))
 
 
-@pytest.mark.parametrize("kind", ["classes", "flow", "distilled", "latents", "standardised latents"])
+@pytest.mark.parametrize("kind", ["classes", "flow", "distilled", "distilled trailing", "latents", "standardised latents"])
 def test_the_loop_for_diffusers_gives_our_images(kind, here, monkeypatch):
     """With the noise of our seeds: ddim, guided where the network has a learned null."""
     run, folder = make_run(here / "made", kind), here / "mine"

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from unet_denoiser.config.base import check_minimum, check_types
-from unet_denoiser.config.sampling import SamplingConfig
+from unet_denoiser.config.sampling import SamplingConfig, TimestepSpacing
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,9 @@ class DistillationConfig:
             guidance_scale.
         teacher_steps: steps of the teacher from noise to data, by dpm++; a multiple of num_steps. With more of them the
             teacher is more exact, and a step of the training takes longer.
+        timestep_spacing: of the teacher's steps, and so of the network's. "quadratic" has a last step that begins where
+            details are hardly noise any more (default: "quadratic"; "trailing" with process.path "edm", whose levels
+            are close there anyway). A file without it is of a network with "trailing".
 
     Raises:
         ValueError: an option that cannot work, with its name, its value and a valid one.
@@ -26,6 +29,7 @@ class DistillationConfig:
     num_steps: int = 4
     guidance_scale: float | tuple[float, float] = 1.0
     teacher_steps: int = 16
+    timestep_spacing: TimestepSpacing | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -59,6 +63,7 @@ class DistillationConfig:
         return {
             "sampler": "ddim",
             "num_inference_steps": self.num_steps,
+            "timestep_spacing": self.timestep_spacing or "trailing",
             "guidance_scale": scale,
             "clip_sample": False,  # the x0 of a step that skips several is none of the data's
         }

@@ -10,7 +10,7 @@ SamplerName = Literal[
     "ddpm", "ddim", "pndm", "ipndm", "dpm++", "dpm++3m", "dpm++2s", "dpm++3s", "dpm++sde", "unipc", "deis", "sa",
     "euler", "euler_a", "heun", "kdpm2", "kdpm2_a", "lms",
 ]  # fmt: skip
-TimestepSpacing = Literal["trailing", "leading", "linspace"]
+TimestepSpacing = Literal["trailing", "leading", "linspace", "quadratic"]
 SigmaSchedule = Literal["karras", "exponential"]
 
 
@@ -24,7 +24,8 @@ class SamplingConfig:
         eta: noise of ddim relative to ddpm: 0 is deterministic, 1 is ddpm's (Song et al. 2021, equation 16); only with
             ddim.
         timestep_spacing: "trailing" counts back from the last timestep, which is pure noise; "linspace" includes the
-            first and the last; "leading" omits the last ones (Lin et al. 2023, table 2).
+            first and the last; "leading" omits the last ones (Lin et al. 2023, table 2); "quadratic" is trailing with
+            shorter steps at low noise (Song et al. 2020, DDIM, appendix D.2).
         sigma_schedule: space the noise levels by sigma / alpha instead of by timesteps: "karras" (Karras et al. 2022,
             equation 5, with rho = 7) or "exponential" (evenly in the logarithm), starting from at most 80.
         guidance_scale: weight of classifier-free guidance by class, caption, numbers and image; 1 is off, 2 to 5 are

@@ -210,8 +210,9 @@ class Diffusion:
         return {} if self.distillation is None else self.distillation.sampling
 
     def distilled(self, config: DistillationConfig) -> Self:
-        """Return this process for a network that is distilled from one of it."""
-        return self.from_dict(self.to_dict() | {"distillation": asdict(config)})
+        """Return this process for a network that is distilled from one of it, with the default spacing of its path."""
+        spacing = config.timestep_spacing or ("trailing" if self.path == "edm" else "quadratic")
+        return self.from_dict(self.to_dict() | {"distillation": asdict(config) | {"timestep_spacing": spacing}})
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write `scheduler_config.json` atomically."""

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unet_denoiser.config.sampling import SamplerName, SamplingConfig
+from unet_denoiser.config.sampling import SamplerName, SamplingConfig, TimestepSpacing
 from unet_denoiser.diffusion.predictions import PREDICTIONS
 from unet_denoiser.diffusion.process import Diffusion
 
@@ -217,15 +217,22 @@ def select_steps(config: SamplingConfig, process: Diffusion) -> tuple[Numbers, N
     total = int((trained <= MAX_RATIO).sum()) if needs_finite_start else len(trained)
     if count > total:
         raise ValueError(f"num_inference_steps={count} must be 1 to {total} for sampler={config.sampler!r}")
-    if config.timestep_spacing == "trailing":  # Lin et al. 2023, table 2
-        indices = np.round(total - np.arange(count) * total / count) - 1
-    elif config.timestep_spacing == "linspace":
-        indices = np.round(np.linspace(total - 1, 0, count))
-    else:
-        indices = np.arange(count - 1.0, -1, -1) * (total // count) + process.step_rules.steps_offset
-        indices = indices.clip(max=total - 1)
-    indices = indices.astype(np.int64)
+    indices = _space_timesteps(config.timestep_spacing, count, total, process.step_rules.steps_offset)
     return process.times.double().numpy()[indices], trained[indices]
+
+
+def _space_timesteps(spacing: TimestepSpacing, count: int, total: int, offset: int) -> NDArray[np.int64]:
+    """Return (count,) different timesteps of 0 to total - 1, falling; the offset is of "leading"."""
+    if spacing == "trailing":  # Lin et al. 2023, table 2
+        timesteps = np.round(total - np.arange(count) * total / count) - 1
+    elif spacing == "linspace":
+        timesteps = np.round(np.linspace(total - 1, 0, count))
+    elif spacing == "leading":
+        timesteps = (np.arange(count - 1.0, -1, -1) * (total // count) + offset).clip(max=total - 1)
+    else:
+        steps = np.arange(count, 0.0, -1)  # as many timesteps, at least, are left for the steps to come
+        timesteps = np.maximum(np.round(total * (steps / count) ** 2), steps) - 1
+    return timesteps.astype(np.int64)
 
 
 def _make_scheduler(spec: SamplerSpec, ratios: Numbers, more_options: Mapping[str, Any]) -> Any:

@@ -14,9 +14,11 @@ from torch import Tensor
 from unet_denoiser.config.unet import UNetConfig
 from unet_denoiser.convert.checkpoint import export_checkpoint
 from unet_denoiser.convert.diffusers_config import to_diffusers
+from unet_denoiser.diffusion.process import Diffusion
 from unet_denoiser.models.fetch import PIPELINE_NAME
 from unet_denoiser.sampling.pipeline.pipeline import Pipeline
 from unet_denoiser.sampling.pipeline.published import IGNORED
+from unet_denoiser.sampling.samplers import Sampler
 from unet_denoiser.utils.files import read_json, write_json
 
 STEPS, STEPS_OF_DDPM = 50, 250  # in the code of a card; ddpm needs more
@@ -54,7 +56,8 @@ def make_copy(pipeline: Pipeline, guidance_scale: float = 1.0) -> DiffusersCopy:
     config, state = _check_held(pipeline), pipeline.model.state_dict()
     if config.context_dim is not None:
         return _copy_text_pipeline(pipeline)
-    if config.num_classes is not None or pipeline.data.vae is not None or pipeline.process.path == "edm":
+    needs_loop = pipeline.process.path == "edm" or _has_own_timesteps(pipeline.process)
+    if config.num_classes is not None or pipeline.data.vae is not None or needs_loop:
         return _copy_network(pipeline, config, state, guidance_scale)
     return _copy_pixel_pipeline(pipeline, config, state)
 
@@ -101,12 +104,21 @@ def _make_scheduler(pipeline: Pipeline) -> Any:
 
     process = pipeline.process
     name = _SCHEDULERS.get(process.path, "DDPMScheduler" if process.learns_variance else "DDIMScheduler")
+    if _has_own_timesteps(process):  # which DDIMScheduler does not take; that of DPM-Solver++ is ddim at order 1
+        name = "DPMSolverMultistepScheduler"
     kind = getattr(diffusers, name)
     known = signature(kind).parameters
     options = {key: value for key, value in process.scheduler.config.items() if key in known}
-    if process.distillation is not None:  # the x0 of a step that skips several is none of the data's
+    if _has_own_timesteps(process):
+        options |= {"solver_order": 1, "algorithm_type": "dpmsolver++", "final_sigmas_type": "zero"}
+    elif process.distillation is not None:  # the x0 of a step that skips several is none of the data's
         options["clip_sample"] = False
     return kind(**options)
+
+
+def _has_own_timesteps(process: Diffusion) -> bool:
+    """Return True for a distilled network whose timesteps no spacing of diffusers has."""
+    return process.distillation is not None and process.distillation.timestep_spacing == "quadratic"
 
 
 def _copy_pixel_pipeline(pipeline: Pipeline, config: UNetConfig, state: Mapping[str, Tensor]) -> DiffusersCopy:
@@ -116,7 +128,6 @@ def _copy_pixel_pipeline(pipeline: Pipeline, config: UNetConfig, state: Mapping[
     process = pipeline.process
     is_ddim = process.path == "vp" and not process.learns_variance
     kind = "DDIMPipeline" if is_ddim else "DDPMPipeline"
-    steps = _count_steps(pipeline)
 
     def write(folder: Path) -> None:
         _write_network(pipeline, config, state, folder)
@@ -128,18 +139,22 @@ def _copy_pixel_pipeline(pipeline: Pipeline, config: UNetConfig, state: Mapping[
         return (
             f"from diffusers import {kind}\n\n"
             f"pipeline = {kind}.from_pretrained({quote(name)})\n"
-            f"images = pipeline(batch_size=4, num_inference_steps={steps}).images\n"
+            f"images = pipeline(batch_size=4, {_steps(pipeline)}).images\n"
             'images[0].save("image.png")'
         )
 
     return DiffusersCopy(write, code, kind)
 
 
-def _count_steps(pipeline: Pipeline) -> int:
+def _steps(pipeline: Pipeline) -> str:
+    """Return the argument that sets the steps: of a scheduler's set_timesteps, and of a pipeline."""
     process = pipeline.process
+    if _has_own_timesteps(process):
+        return f"timesteps={Sampler(pipeline.sampling_config(), process).timesteps.tolist()}"
     if process.distillation is not None:
-        return process.distillation.num_steps
-    return min(STEPS_OF_DDPM if process.learns_variance else STEPS, process.num_train_timesteps)
+        return f"num_inference_steps={process.distillation.num_steps}"
+    most = STEPS_OF_DDPM if process.learns_variance else STEPS
+    return f"num_inference_steps={min(most, process.num_train_timesteps)}"
 
 
 def _copy_network(
@@ -176,7 +191,7 @@ def _loop(pipeline: Pipeline, config: UNetConfig, name: str, scheduler: str, gui
         "",
         f'unet = UNet2DModel.from_pretrained({quote(name)}, subfolder="unet")',
         f'scheduler = {scheduler}.from_pretrained({quote(name)}, subfolder="scheduler")',
-        f"scheduler.set_timesteps({_count_steps(pipeline)})",
+        f"scheduler.set_timesteps({_steps(pipeline)})",
     ]
     if null is not None:
         classes = pipeline.class_names or []
@@ -251,7 +266,7 @@ def _copy_text_pipeline(pipeline: Pipeline) -> DiffusersCopy:
         return (
             f"from diffusers import {kind}\n\n"
             f"pipeline = {kind}.from_pretrained({quote(name)})\n"
-            f'images = pipeline("{EXAMPLE_CAPTION}", num_inference_steps={_count_steps(pipeline)}{guidance}).images\n'
+            f'images = pipeline("{EXAMPLE_CAPTION}", {_steps(pipeline)}{guidance}).images\n'
             'images[0].save("image.png")'
         )
 

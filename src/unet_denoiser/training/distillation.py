@@ -1,6 +1,7 @@
 """Distillation of a diffusion model into one of few steps."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -52,8 +53,7 @@ class Distillation:
         self.process, self.config, self.negative = process, process.distillation, negative or Conditions()
         self.teacher = teacher.eval().requires_grad_(False)
         self._check_teacher(teacher.config)
-        steps = SamplingConfig(sampler="ddim", num_inference_steps=self.config.teacher_steps)
-        levels = torch.from_numpy(np.searchsorted(process.ratios, select_steps(steps, process)[1]))
+        levels = self._select_levels()
         self._timesteps = torch.cat([levels, torch.zeros(1, dtype=torch.long)])  # the last stands for clean data
 
     def to(self, device: torch.device) -> None:
@@ -101,6 +101,18 @@ class Distillation:
             raise ValueError(f"{given} needs conditions, which the teacher was trained without; give 1")
         if not (teacher.learned_null or concat or self.negative.given()):
             raise ValueError(f"{given}: the teacher cannot go without its conditions (learned_null=False); give 1")
+
+    def _select_levels(self) -> Tensor:
+        """Return the levels of the teacher's steps, falling; ValueError if those of the network are not among them."""
+        steps = SamplingConfig(**self.config.sampling)
+        count, teacher_steps = self.config.num_steps, self.config.teacher_steps
+        ratios = select_steps(replace(steps, num_inference_steps=teacher_steps), self.process)[1]
+        if not np.array_equal(ratios[:: teacher_steps // count], select_steps(steps, self.process)[1]):
+            raise ValueError(
+                f"teacher_steps={teacher_steps} must be at most {self.process.num_train_timesteps // count} for "
+                f"num_steps={count} with timestep_spacing={steps.timestep_spacing!r}"
+            )
+        return torch.from_numpy(np.searchsorted(self.process.ratios, ratios))
 
     def _segment(self, t: Tensor, like: Tensor) -> list[_Level]:
         """Return the levels of the segments that timesteps (B,) lie in, from the start of each to its end."""

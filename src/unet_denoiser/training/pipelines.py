@@ -11,6 +11,7 @@ from unet_denoiser.config.paths import expand_home, local_path
 from unet_denoiser.convert.checkpoint_files import CONFIG_NAME, read_process
 from unet_denoiser.diffusion.process import Diffusion, StepRules
 from unet_denoiser.models.fetch import PIPELINE_NAME
+from unet_denoiser.models.layers.rules import prepare_to_sample
 from unet_denoiser.models.unet import UNet
 from unet_denoiser.sampling.pipeline.pipeline import Pipeline, find_scheduler_config
 from unet_denoiser.sampling.pipeline.published import Published, load_published, on_device, vae_factor
@@ -85,7 +86,7 @@ def _refuse_checkpoint(path: Path, checkpoint: str) -> None:
 
 def _load_file(path: Path, device: str | torch.device, others: dict[str, str | None]) -> Pipeline:
     """Load the network of a file, with the text encoder and autoencoder that it needs; ValueError without them."""
-    model = on_device(UNet.from_pretrained(path), device)
+    model = prepare_to_sample(on_device(UNet.from_pretrained(path), device))
     config, told = model.config, read_process(path)
     schedule = find_scheduler_config(path)
     process = Diffusion.from_dict(guess_process(config, told)[0] if schedule is None else schedule)

@@ -27,6 +27,7 @@ from unet_denoiser.config.training import TRAINING_CHANGEABLE, TrainingConfig
 from unet_denoiser.config.unet import UNetConfig
 from unet_denoiser.convert.checkpoint import export_checkpoint
 from unet_denoiser.diffusion.process import Diffusion
+from unet_denoiser.models.layers.rules import prepare_to_sample
 from unet_denoiser.models.unet import UNet
 from unet_denoiser.sampling.pipeline.pipeline import Pipeline
 from unet_denoiser.training.checkpoints import Checkpoints, parse_step, read_whole_checkpoint, select_averages
@@ -160,7 +161,8 @@ class Run:
 
     def load_pipeline(self, checkpoint: str = "latest", device: str | torch.device = "cpu") -> Pipeline:
         """Load everything that sampling needs, with the averaged weights of a checkpoint (see `load_model`)."""
-        return Pipeline(self.path, self.load_model(checkpoint).to(device), self.process, self.data)
+        model = prepare_to_sample(self.load_model(checkpoint).to(device))
+        return Pipeline(self.path, model, self.process, self.data)
 
     def save_pipeline(self, path: Path) -> None:
         """Write a `DDPMPipeline` folder, which diffusers' `DiffusionPipeline.from_pretrained` opens.

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from support.networks import relative_error
+from support.networks import relative_error, small
 from unet_denoiser.models.layers import rules
 from unet_denoiser.models.layers.attention import CrossAttention
 from unet_denoiser.models.layers.conv import Conv2d
@@ -88,3 +88,20 @@ def test_few_pixels_are_trained_with_the_channels_as_given():
         assert rules.is_channels_last(rules.preferred_layout(few))
     layer = Conv2d(128, 128, 3, padding=1)
     assert not rules.is_channels_last(layer(torch.randn(2, 128, 4, 4)))
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_weights_prepared_to_sample_are_the_same_in_memory_order_of_images(dims):
+    torch.manual_seed(0)
+    size = (6, 4, 4)[-dims:]
+    model = small(dims=dims, image_size=size).eval()
+    x, t = torch.randn(2, model.config.in_channels, *size), torch.tensor([3, 700])
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    with torch.inference_mode():
+        expected = model(x, t)
+        assert rules.prepare_to_sample(model) is model
+        assert relative_error(model(x, t), expected) < 1e-5
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    images = [p for p in model.parameters() if p.ndim == 4]
+    assert len(images) > 3 or dims != 2
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in images)

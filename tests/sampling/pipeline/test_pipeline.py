@@ -37,6 +37,7 @@ def test_a_run_loads_its_pipeline(tmp_path):
     pipeline = run.load_pipeline()
     assert (pipeline.path, pipeline.data, pipeline.process) == (tmp_path, run.data, run.process)
     assert all(torch.equal(p, saved.model.get_parameter(name)) for name, p in pipeline.model.named_parameters())
+    assert all(w.is_contiguous(memory_format=torch.channels_last) for w in pipeline.model.parameters() if w.ndim == 4)
 
 
 def test_a_model_folder_loads_with_its_schedule_and_class_names(tmp_path):

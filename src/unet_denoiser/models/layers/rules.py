@@ -7,12 +7,15 @@
     CPU, compiled           channels last    Winograd where it pays        the compiler's           torch's fused one
     GPU, any                as given         torch's                       torch's, kept            torch's fused one
 
+On a CPU, `prepare_to_sample` stores weights with the channels last too.
+
 The measurements are in docs/results: performance.md for CPUs, gpu.md for a GPU. Each way has the same result up to
 rounding, and `plain_convolutions` switches all of them off.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +38,7 @@ _MIN_TRAINED_PIXELS = 256  # of a batch's images, to train with the channels las
 _MAX_SCORES = 2**22  # of an attention by products: more leave the cache
 _PLAIN = (Tensor, nn.Parameter, FakeTensor)  # not, for example, a part of a sharded tensor
 _plain = False
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 _assumed_device: str | None = None
 
 
@@ -145,7 +149,20 @@ def products_are_float32() -> bool:
 
 def channels_last_costs(conv: nn.Conv2d, x: Tensor) -> bool:
     """Return True for few pixels and many weights: reordering these takes longer than the rest of the convolution."""
-    return x.shape[0] * x.shape[2] * x.shape[3] <= 256 and conv.weight.numel() >= 128 * 128 * 9
+    few = x.shape[0] * x.shape[2] * x.shape[3] <= 256 and conv.weight.numel() >= 128 * 128 * 9
+    return few and not is_channels_last(conv.weight)
+
+
+def prepare_to_sample(model: AnyModule) -> AnyModule:
+    """Put the channels of convolutions' weights last on a CPU, so that calls need not reorder them; return the network.
+
+    Values stay the same. It is for networks that are loaded to sample from: gradients, optimizers and other libraries'
+    files expect contiguous weights.
+    """
+    for weight in model.parameters():
+        if weight.ndim == 4 and is_on_cpu(weight):
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    return model
 
 
 def has_static_shape(x: Tensor) -> bool:

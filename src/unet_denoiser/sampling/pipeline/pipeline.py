@@ -18,6 +18,7 @@ from unet_denoiser.data.load import load_autoencoder, load_text_encoder
 from unet_denoiser.diffusion.process import SCHEDULER_NAME, Diffusion
 from unet_denoiser.models.conditions import Conditions, join_text_and_sizes
 from unet_denoiser.models.fetch import fetch_model, fetch_pipeline
+from unet_denoiser.models.layers.rules import prepare_to_sample
 from unet_denoiser.models.unet import UNet
 from unet_denoiser.sampling.pipeline.published import HELD, Published, load_published
 from unet_denoiser.sampling.pipeline.read_images import read_concat, read_image, read_mask
@@ -79,7 +80,8 @@ class Pipeline:
         there is no readable network or schedule.
         """
         if (pipeline := fetch_pipeline(folder)) is not None:
-            return cls(pipeline, *load_published(pipeline, device))
+            loaded = load_published(pipeline, device)
+            return cls(pipeline, prepare_to_sample(loaded.model), *loaded[1:])
         folder = fetch_model(folder)
         model, schedule = UNet.from_pretrained(folder), find_scheduler_config(folder)
         if schedule is None:
@@ -90,7 +92,7 @@ class Pipeline:
         classes, channels = tuple(map(str, found)) or None, process.data_channels(model.config)
         known = {"image_size": model.config.sizes, "channels": channels} | _read_data(folder)
         data = DataConfig.from_dict(known | {"source": str(folder), "class_names": classes})
-        return cls(folder, model.to(device), process, data)
+        return cls(folder, prepare_to_sample(model.to(device)), process, data)
 
     @property
     def class_names(self) -> list[str] | None:

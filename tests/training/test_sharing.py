@@ -62,7 +62,9 @@ def test_the_cards_code_samples(kind, here):
         assert np.array_equal(np.asarray(Image.open("samples.png")), np.asarray(Image.open("shown.png")))
 
 
-@pytest.mark.parametrize("kind", ["classes", "flow", "distilled", "distilled trailing", "latents", "standardised latents"])
+@pytest.mark.parametrize(
+    "kind", ["classes", "flow", "distilled", "distilled trailing", "latents", "standardised latents"]
+)
 def test_the_loop_for_diffusers_gives_our_images(kind, here, monkeypatch):
     """With the noise of our seeds: ddim, guided where the network has a learned null."""
     run, folder = make_run(here / "made", kind), here / "mine"
@@ -192,7 +194,7 @@ def test_slow_networks_get_fewer_images_of_the_same_seeds(here, monkeypatch):
     assert np.array_equal(few[36:68, 2:34], every[36:68, 2:34])
 
 
-def test_a_hub_name_is_read_as_the_folder(here, monkeypatch):
+def test_a_hub_name_is_read_as_the_folder(here, monkeypatch, capsys):
     run, folder = make_run(here / "made", "pixels"), here / "mine"
     share(run, folder, "owner/name", "mit")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file, **_: str(folder / file))
@@ -205,6 +207,15 @@ def test_a_hub_name_is_read_as_the_folder(here, monkeypatch):
     assert name == "owner/name"
     assert "vae/*" in options["allow_patterns"]
     assert "unet/*" not in options["allow_patterns"]
+    main(["info", "owner/name"])
+    assert "image_size=8," in capsys.readouterr().out
+    process = run.process.to_dict()
+    options = ["--steps", "1", "--batch-size", "2", "--learning-rate", "1e-12", "--device", "cpu"]
+    main(["train", str(here / "made" / "data.npz"), "--init", "owner/name", "--out", "tuned", *options])
+    tuned = Run.load("tuned")
+    assert tuned.process.to_dict() == process
+    expected = run.load_model().state_dict()
+    torch.testing.assert_close(tuned.load_model().state_dict(), expected)
 
 
 def test_a_data_json_of_another_kind_is_one_line(here):

@@ -25,8 +25,8 @@ def info(
     """Show a network: its levels with sizes, widths, heads, parameters and FLOPs; with --memory, what training needs.
 
     Args:
-        name: a preset's name, a run directory, a directory or file with a model of any format that convert reads, or a
-            published pipeline's folder or hub name.
+        name: a preset's name, a run directory, a directory or file with a model of any format that convert reads, a
+            published pipeline's folder, or the hub name of a pipeline or a shared model.
         diagram: also draw the network into this .svg file.
         memory: show instead the estimated memory and operations of a training step; the options below describe it
             (default: those of the run, if there is one).
@@ -59,6 +59,7 @@ def _find_network(name: str) -> tuple[UNetConfig, Any]:
     """Return the architecture of a preset, run or model, and the run if it is one."""
     from unet_denoiser.config.presets import PRESETS, preset
     from unet_denoiser.models.conversion import read_architecture
+    from unet_denoiser.models.fetch import fetch_model
     from unet_denoiser.training.run import Run
 
     if name in PRESETS:
@@ -70,7 +71,7 @@ def _find_network(name: str) -> tuple[UNetConfig, Any]:
 
         with open_network(folder / "unet") as network:
             return read_architecture(network), None
-    if (path := local_path(name)).is_file() or (path / "config.json").is_file():
+    if (path := fetch_model(name)).is_file() or (path / "config.json").is_file():
         return read_architecture(path), None
     raise ValueError(f"{name!r} is neither a run, a model's directory or file nor a preset: {', '.join(PRESETS)}")
 

@@ -24,7 +24,7 @@ from unet_denoiser.data.dataset import ImageDataset, StreamDataset
 from unet_denoiser.data.load import WRAPPERS, check_places, load_data, with_found_values
 from unet_denoiser.data.summary import describe_data
 from unet_denoiser.diffusion.process import Diffusion
-from unet_denoiser.models.fetch import fetch_pipeline
+from unet_denoiser.models.fetch import fetch_model, fetch_pipeline
 from unet_denoiser.models.pretrained import write_pretrained
 from unet_denoiser.models.unet import UNet
 from unet_denoiser.sampling.pipeline.pipeline import find_scheduler_config
@@ -186,7 +186,7 @@ def initialization(request: TrainRequest, training: TrainingConfig) -> Initializ
         parts = [name for name in WRAPPERS if name in data and name not in request.data]
         messages = [f"{init}: its {' and '.join(parts)} prepare the data"] * bool(parts)
     else:
-        folder, messages = init if run is None else run.model_folder, []
+        folder, messages = fetch_model(init) if run is None else run.model_folder, []
         network, saved = UNet.from_pretrained(folder), find_scheduler_config(folder)
         if saved is None:
             saved, told = guess_process(network.config, read_process(folder) if folder.is_file() else {})

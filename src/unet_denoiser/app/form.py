@@ -1,7 +1,7 @@
 """The inputs of samples and edits: those that a network has, and what was put into them. Standard library only."""
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, TypeVar, get_args
 
 from unet_denoiser.config.sampling import SamplerName
 
@@ -57,3 +57,25 @@ class Form:
     steps: float | None = None
     guidance: float | None = None
     sampler: str | None = None
+
+
+N = TypeVar("N", int, float)
+
+
+def parse_number(name: str, text: str, kind: type[N]) -> N | None:
+    """Return the number that a text says, None for an empty one; ValueError with its name if it says none."""
+    if not text:
+        return None
+    try:
+        return kind(text)
+    except ValueError:
+        valid = "a whole number, such as 1000" if kind is int else "a number, such as 1e-3"
+        raise ValueError(f"{name}={text!r} must be {valid}, or empty") from None
+
+
+def check_whole(name: str, value: float | None, least: int, most: int) -> int:
+    """Return a whole number; ValueError with its name unless it is one in the range."""
+    if value is None or value != int(value) or not least <= value <= most:
+        shown = "nothing" if value is None else f"{value:g}"
+        raise ValueError(f"{name}={shown} must be a whole number from {least} to {most}")
+    return int(value)

@@ -1,5 +1,6 @@
 """Samples and edits for the page: a form becomes a GenerationRequest, and its picture forms step by step."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from unet_denoiser.app.form import MAX_CAPTION, MAX_IMAGES, MAX_STEPS, Form
+from unet_denoiser.app.form import MAX_CAPTION, MAX_IMAGES, MAX_STEPS, Form, check_whole
 from unet_denoiser.config.editing import EditingConfig
 from unet_denoiser.config.paths import local_path
 from unet_denoiser.sampling.callbacks import LivePreview
@@ -62,10 +63,10 @@ def make_request(
 ) -> GenerationRequest:
     """Return the request of a form; ValueError for a value that is out of range, in one line."""
     edit = edit or EditingConfig()
-    count, seed = _whole("number", form.count, 1, MAX_IMAGES), _whole("seed", form.seed, 0, 2**31 - 1)
+    count, seed = check_whole("number", form.count, 1, MAX_IMAGES), check_whole("seed", form.seed, 0, 2**31 - 1)
     options: dict[str, Any] = {"sampler": form.sampler} if form.sampler else {}
     if form.steps is not None:
-        options["num_inference_steps"] = _whole("steps", form.steps, 1, MAX_STEPS)
+        options["num_inference_steps"] = check_whole("steps", form.steps, 1, MAX_STEPS)
     if form.guidance is not None:
         options["guidance_scale"] = float(form.guidance)
     for name, text in (("caption", form.caption), ("negative_caption", form.negative_caption)):
@@ -84,13 +85,6 @@ def make_request(
         negative_class=form.negative_class or None,
         negative_caption=negative or None,
     )
-
-
-def _whole(name: str, value: float | None, least: int, most: int) -> int:
-    if value is None or value != int(value) or not least <= value <= most:
-        shown = "nothing" if value is None else f"{value:g}"
-        raise ValueError(f"{name}={shown} must be a whole number from {least} to {most}")
-    return int(value)
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -181,7 +175,8 @@ class _Drawing:
     def __call__(self, images: Any) -> Image.Image:
         begun, request = time.monotonic(), self.request
         names = request.classes or request.captions
-        columns = None if request.edit.image is None and request.concat_image is None else min(4, len(images))
+        is_edit = request.edit.image is not None or request.concat_image is not None
+        columns = math.ceil(math.sqrt(len(images))) if is_edit else None
         self.pipeline.save_grid(images, self.file, names, columns=columns)
         with Image.open(self.file) as picture:
             picture.load()

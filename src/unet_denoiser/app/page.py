@@ -13,9 +13,14 @@ from typing import Any
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported: nothing is sent to anyone
 
 import gradio as gr
+from starlette.middleware import Middleware
 
+from unet_denoiser.app.guard import NoForeignFiles
 from unet_denoiser.app.sources import Sources
+from unet_denoiser.app.tabs.edit import edit_tab
+from unet_denoiser.app.tabs.reports import reports_tab
 from unet_denoiser.app.tabs.sample import sample_tab
+from unet_denoiser.app.tabs.training import training_tab
 from unet_denoiser.app.workshop import Workshop
 from unet_denoiser.utils.terminal import printable
 
@@ -31,6 +36,12 @@ def build_page(sources: Sources, workshop: Workshop) -> gr.Blocks:
         gr.Markdown("# unet-denoiser", elem_classes="ud-title")
         with gr.Tab("Sample"):
             sample_tab(page, sources, workshop)
+        with gr.Tab("Edit"):
+            edit_tab(page, sources, workshop)
+        with gr.Tab("Training"):
+            training_tab(page, sources)
+        with gr.Tab("Reports") as reports:
+            reports_tab(page, sources, reports)
     page.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
     return page
 
@@ -39,9 +50,9 @@ def serve(sources: Sources, host: str, port: int) -> None:
     """Show the page until SIGINT or SIGTERM; OSError or ValueError if the address cannot be used."""
     _check_address(host, port)
     workshop = Workshop()
-    page = build_page(sources, workshop)
     with TemporaryDirectory(prefix="unet-denoiser-page-") as uploads:
-        os.environ["GRADIO_TEMP_DIR"] = uploads
+        os.environ["GRADIO_TEMP_DIR"] = uploads  # read when the components are made
+        page = build_page(sources, workshop)
         page.launch(**launch_options(host, port))
         workshop.warm_up()
         print(f"the page is at http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}; Ctrl+C ends it", flush=True)
@@ -69,6 +80,7 @@ def launch_options(host: str, port: int) -> dict[str, Any]:
         "mcp_server": False,
         "footer_links": [],
         "allowed_paths": [],
+        "app_kwargs": {"middleware": [Middleware(NoForeignFiles)], "docs_url": None, "redoc_url": None},
         "max_file_size": MAX_UPLOAD,
         "theme": gr.themes.Default(font=list(fonts), font_mono=list(mono)),
         "css": css,

@@ -30,6 +30,12 @@ class Workshop:
 
         return read_inputs(self._open().load(source))
 
+    def read_canvas(self, source: str, file: Path, *, keep_size: bool) -> Any:
+        """Return an uploaded image as a network sees it, see `uploads.make_canvas`."""
+        from unet_denoiser.app.uploads import make_canvas
+
+        return make_canvas(self._open().load(source), file, keep_size=keep_size)
+
     def stream(
         self, page: str, source: str, form: "Form", edit: EditingConfig | None = None, concat: Path | None = None
     ) -> Iterator[Any]:

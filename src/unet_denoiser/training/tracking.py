@@ -168,7 +168,7 @@ def draw_metrics(lines: list[dict[str, Any]]) -> Any:
     for axes, name in ((loss, "loss"), (norm, "grad_norm")):
         known = read_numbers(lines, name)
         steps, values = [s for s, _ in known], [v for _, v in known]
-        axes.plot(steps, values, color="C0", alpha=0.3)
+        axes.plot(steps, values, color="C0", alpha=0.3, marker="." if len(steps) == 1 else None)
         axes.plot(steps, _smooth(values), color="C0")
     all_levels = [v for line in lines if isinstance(v := line.get("loss_per_level"), list)]
     count = min(64, max(map(len, all_levels), default=0))

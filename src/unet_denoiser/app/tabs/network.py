@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from unet_denoiser.app.form import MAX_IMAGES, MAX_STEPS, SAMPLERS, Form, Inputs
+from unet_denoiser.app.form import SAMPLERS, Form, Inputs
 from unet_denoiser.app.sources import Sources
 from unet_denoiser.app.workshop import Workshop
 
@@ -28,25 +28,35 @@ class NetworkPanel:
         return [self.about, *self.fields]
 
 
-def choose_network(sources: Sources) -> Any:
-    """Create the choice of a run or pipeline."""
-    names = sources.networks()
-    first = names[0] if names else None
-    return gr.Dropdown(names, value=first, label="Run or pipeline", elem_classes="ud-source")
+def choose_network(page: gr.Blocks, sources: Sources) -> Any:
+    """Create the choice of a run or pipeline; the list is made anew when the page is loaded and the choice is opened."""
+    source = gr.Dropdown([], label="Run or pipeline", elem_classes="ud-source")
+    offer_names(page, source, sources.networks)
+    return source
+
+
+def offer_names(page: gr.Blocks, choice: Any, list_names: Callable[[], list[str]]) -> None:
+    """Keep the names of a choice up to date; the first one is chosen where nothing is."""
+
+    def update(name: str | None) -> Any:
+        names = list_names()
+        return gr.update(choices=names, value=name if name in names else next(iter(names), None))
+
+    gr.on([page.load, choice.focus], update, choice, choice, **LOOK)
 
 
 def make_panel(count: int) -> NetworkPanel:
     """Create the inputs of a form; those that a network may lack are hidden until one is read."""
     about = gr.HTML(elem_classes="ud-about")
-    classes = gr.Dropdown([], multiselect=True, label="Class", info="none chosen: all in turn", visible=False)
+    classes = gr.Dropdown([], multiselect=True, label="Class (none: all in turn)", visible=False)
     caption = gr.Textbox(label="Caption", lines=2, visible=False)
     vector = gr.Textbox(label="Numbers", visible=False)
     with gr.Row():
         seed = gr.Number(0, label="Seed", precision=None, min_width=80)
-        number = gr.Number(count, label=f"Images, at most {MAX_IMAGES}", min_width=80)
+        number = gr.Number(count, label="Images", min_width=80)
     with gr.Row():
-        steps = gr.Number(label=f"Steps, at most {MAX_STEPS}", min_width=80)
-        guidance = gr.Number(label="Guidance, 1 is off", step=0.5, min_width=80, visible=False)
+        steps = gr.Number(label="Steps", min_width=80)
+        guidance = gr.Number(label="Guidance", step=0.5, min_width=80, visible=False)
     with gr.Accordion("More", open=False):
         sampler = gr.Dropdown(list(SAMPLERS), label="Sampler")
         negative_class = gr.Dropdown([], label="Negative class", visible=False)
@@ -55,10 +65,10 @@ def make_panel(count: int) -> NetworkPanel:
     return NetworkPanel(about, fields)
 
 
-def make_picture(name: str) -> Any:
+def make_picture(name: str, height: int) -> Any:
     """Create the picture that forms."""
-    look: Any = {"height": 520, "elem_id": name, "elem_classes": "ud-picture", "buttons": ["download", "fullscreen"]}
-    return gr.Image(label="Result", format="png", interactive=False, **look)
+    look: Any = {"height": height, "elem_id": name, "elem_classes": "ud-picture", "min_width": 240}
+    return gr.Image(show_label=False, format="png", interactive=False, buttons=["download", "fullscreen"], **look)
 
 
 def stop_generation(workshop: Workshop) -> Callable[[gr.Request], None]:
@@ -70,7 +80,13 @@ def stop_generation(workshop: Workshop) -> Callable[[gr.Request], None]:
     return handle
 
 
-def show_inputs(inputs: Inputs) -> list[Any]:
+def suggest_count(inputs: Inputs) -> int:
+    """Return a number of images that shows each class equally often."""
+    each = max(2, 16 // max(1, len(inputs.classes)))
+    return min(20, each * len(inputs.classes)) if inputs.classes else 16
+
+
+def show_inputs(inputs: Inputs, count: int) -> list[Any]:
     """Return the updates of a panel for a network: its inputs and their defaults, and what it is in a line."""
     classes, guided, free = list(inputs.classes), inputs.is_guided, not inputs.fixed
     size = " x ".join(map(str, inputs.size))
@@ -83,7 +99,7 @@ def show_inputs(inputs: Inputs) -> list[Any]:
         gr.update(choices=classes, value=None, visible=bool(classes) and guided and free),
         gr.update(value="", visible=inputs.captions and guided and free),
         gr.skip(),
-        gr.skip(),
+        gr.update(value=count),
         gr.update(value=inputs.steps, interactive=free),
         gr.update(value=inputs.guidance, visible=guided or not free, interactive=guided),
         gr.update(value=inputs.sampler, interactive=free),

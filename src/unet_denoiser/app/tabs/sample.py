@@ -16,6 +16,7 @@ from unet_denoiser.app.tabs.network import (
     read_form,
     show_inputs,
     stop_generation,
+    suggest_count,
 )
 from unet_denoiser.app.workshop import Workshop
 
@@ -24,20 +25,20 @@ def sample_tab(page: gr.Blocks, sources: Sources, workshop: Workshop) -> None:
     """Build the tab: inputs at the left, the picture at the right."""
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
-            source = choose_network(sources)
+            source = choose_network(page, sources)
             panel = make_panel(16)
             with gr.Row():
                 start = gr.Button("Sample", variant="primary", elem_id="sample-start")
                 stop = gr.Button("Stop", elem_id="sample-stop")
         with gr.Column(scale=3):
             message = gr.HTML(elem_id="sample-message")
-            picture = make_picture("sample-picture")
+            picture = make_picture("sample-picture", 560)
 
     @refuse_in_one_line(len(panel.outputs))
     def show(name: str | None) -> Any:
         inputs = workshop.read_inputs(sources.find_network(name))
         text = "this network begins with an image: see Edit" if inputs.needs_image else ""
-        return note(text), *show_inputs(inputs)
+        return note(text), *show_inputs(inputs, suggest_count(inputs))
 
     @refuse_while_streaming(1)
     def run(request: gr.Request, name: str | None, *values: Any) -> Iterator[Any]:
@@ -47,6 +48,6 @@ def sample_tab(page: gr.Blocks, sources: Sources, workshop: Workshop) -> None:
         for frame in workshop.stream(str(request.session_hash), network, form):
             yield note(frame.text), frame.picture
 
-    gr.on([page.load, source.change], show, source, [message, *panel.outputs], **LOOK)
+    source.change(show, source, [message, *panel.outputs], **LOOK)
     start.click(run, [source, *panel.fields], [message, picture], **JOB)
     stop.click(stop_generation(workshop), queue=False)

@@ -73,17 +73,16 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def address(folder):
+def server(folder):
     process, address = start_page(folder)
-    yield address
+    yield process, address
     process.kill()
+    process.wait()
 
 
 @pytest.fixture(scope="module")
-def page(browser, address):
-    page = open_page(browser, address)
-    yield page
-    assert {url.split("/")[2] for url in page.asked} == {address.removeprefix("http://")}  # nothing from elsewhere
+def page(browser, server):
+    return open_page(browser, server[1])
 
 
 def open_page(browser, address):
@@ -147,7 +146,9 @@ def test_a_sample_forms_step_by_step_and_is_the_commands(page, folder, monkeypat
     main(["sample", "runs/digits", "--out", "same.png", *EXACT.split()])
     found = picture_of(page, "sample-picture")
     with Image.open("same.png") as expected:
-        assert np.array_equal(found.reshape(expected.height, expected.width, -1)[..., 0], np.asarray(expected.convert("L")))
+        assert np.array_equal(
+            found.reshape(expected.height, expected.width, -1)[..., 0], np.asarray(expected.convert("L"))
+        )
 
 
 @pytest.mark.parametrize(
@@ -199,10 +200,21 @@ def test_a_broken_upload_is_one_line_and_an_image_is_inpainted(page, folder):
     assert not np.array_equal(first, given)
 
 
-def test_a_training_outlives_the_page_stops_and_resumes(folder, browser):
+def test_reports_have_their_pictures(page):
+    page.get_by_role("tab", name="Reports").click()
+    assert "unet-denoiser evaluate runs/digits" in wait_for(page, "reports-evaluation", "\\w")
+
+
+def test_no_file_of_the_machine_is_served_and_nothing_is_asked_of_others(page, server, folder):
+    address = server[1]
+    assert {url.split("/")[2] for url in page.asked if not url.startswith(("data:", "blob:"))} == {address[7:]}
+    for path in ("file=/etc/passwd", f"file={folder}/runs/digits/config.json", "file=http://example.com/"):
+        with pytest.raises(HTTPError, match="403"):
+            urlopen(f"{address}/gradio_api/{path}")
+
+
+def test_a_training_outlives_the_page_stops_and_resumes(folder, page, server, browser):
     """The page is killed while it trains; a new one finds the training, stops it, and resumes it to its end."""
-    first, address = start_page(folder)
-    page = open_page(browser, address)
     page.get_by_role("tab", name="Training").click()
     page.get_by_role("button", name="New training").click()
     for name, value in (("Name of the run", "../elsewhere"), ("Batch size", "many")):
@@ -211,6 +223,7 @@ def test_a_training_outlives_the_page_stops_and_resumes(folder, browser):
         page.click("#training-start")
         assert "must be" in wait_for(page, "training-message", re.escape(repr(value)))
         fill(page, name, kept or "new")
+    choose(page, "Data", "digits")
     for name, value in (("Steps", "5000"), ("Batch size", "4")):
         fill(page, name, value)
     page.click("#training-start")
@@ -220,9 +233,8 @@ def test_a_training_outlives_the_page_stops_and_resumes(folder, browser):
         assert read_training(run).runs, (run / "train.log").read_text()
         time.sleep(0.2)
     keep(page, "training")
-    page.close()
-    first.send_signal(signal.SIGKILL)
-    first.wait()
+    server[0].kill()
+    server[0].wait()
     second, address = start_page(folder)
     try:
         page = open_page(browser, address)
@@ -244,14 +256,3 @@ def test_a_training_outlives_the_page_stops_and_resumes(folder, browser):
         assert second.wait(timeout=20) == 0
     finally:
         second.kill()
-
-
-def test_reports_have_their_pictures(page):
-    page.get_by_role("tab", name="Reports").click()
-    assert "unet-denoiser evaluate runs/digits" in wait_for(page, "reports-evaluation", "\\w")
-
-
-def test_no_file_of_the_machine_is_served(address, folder):
-    for path in ("file=/etc/passwd", f"file={folder}/runs/digits/config.json", "file=http://example.com/"):
-        with pytest.raises(HTTPError, match="403"):
-            urlopen(f"{address}/gradio_api/{path}")

@@ -22,7 +22,9 @@ def show_figure(figure: Any) -> str:
     figure.set_size_inches(10, 3.6)
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
-    return f'<img class="ud-plot" alt="loss, gradient norm and loss per noise level" src="{_as_uri(buffer.getvalue())}">'
+    return (
+        f'<img class="ud-plot" alt="loss, gradient norm and loss per noise level" src="{_as_uri(buffer.getvalue())}">'
+    )
 
 
 def _show(file: Path, words: str) -> str:

@@ -90,7 +90,9 @@ def _kernel(value: Mapping[str, float]) -> str:
 def make_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table of Markdown: the first column to the left, numbers to the right."""
     lines = [heads, ["---", *["--:"] * (len(heads) - 1)], *rows]
-    return "\n".join("| " + " | ".join(escape_markdown(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(escape_markdown(cell).replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
 
 
 def escape_markdown(text: str) -> str:

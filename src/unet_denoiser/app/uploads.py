@@ -87,9 +87,7 @@ def make_edit(
     if task == "inpaint":
         return EditingConfig(image=file, mask=save_mask(values["layers"], folder), resample=resample), None
     names = ("top", "right", "bottom", "left")
-    margins: Any = tuple(
-        check_whole(name, value, 0, 512) for name, value in zip(names, values["margins"], strict=True)
-    )
+    margins: Any = tuple(check_whole(name, value, 0, 512) for name, value in zip(names, values["margins"], strict=True))
     height, width = inputs.size[0] + margins[0] + margins[2], inputs.size[1] + margins[1] + margins[3]
     if height * width > MAX_RESULT:
         raise ValueError(f"the margins make {height:,} x {width:,} pixels; at most {MAX_RESULT:,} are made")

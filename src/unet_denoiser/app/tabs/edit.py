@@ -66,7 +66,9 @@ def edit_tab(page: gr.Blocks, sources: Sources, workshop: Workshop) -> None:
     @refuse_in_one_line(1 + len(shown))
     def show_task(name: str | None, chosen: str | None, file: str | None) -> Any:
         inputs = workshop.read_inputs(sources.find_network(name))
-        image = gr.skip() if file is None else workshop.read_canvas(name or "", Path(file), keep_size=chosen == "upscale")
+        image = (
+            gr.skip() if file is None else workshop.read_canvas(name or "", Path(file), keep_size=chosen == "upscale")
+        )
         return note(""), image, *_show_options(chosen, inputs)
 
     @refuse_in_one_line(2)

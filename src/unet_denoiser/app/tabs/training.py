@@ -22,11 +22,9 @@ def training_tab(page: gr.Blocks, sources: Sources) -> None:
     seen = gr.State(())
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
-            run = gr.Dropdown([], label="Run", elem_id="training-run")
+            run = gr.Dropdown([], label="Run")
             offer_names(page, run, sources.runs)
-            steps = gr.Textbox(
-                label="Steps in total, to resume", placeholder="as before", elem_id="training-total"
-            )
+            steps = gr.Textbox(label="Steps in total, to resume", placeholder="as before")
             with gr.Row():
                 stop = gr.Button("Stop", elem_id="training-stop")
                 resume = gr.Button("Resume", elem_id="training-resume")
@@ -52,7 +50,13 @@ def training_tab(page: gr.Blocks, sources: Sources) -> None:
         marks = (name, len(found.metrics), tuple(file.name for file in found.previews), found.status)
         if marks == tuple(before):  # nothing to draw anew
             return _describe(found), gr.skip(), gr.skip(), _log(read_log(path / "train.log")), gr.skip()
-        return _describe(found), _draw(found.metrics), _show_previews(found.previews), _log(read_log(path / "train.log")), marks
+        return (
+            _describe(found),
+            _draw(found.metrics),
+            _show_previews(found.previews),
+            _log(read_log(path / "train.log")),
+            marks,
+        )
 
     @refuse_in_one_line(len(looked) - 1)
     def tick(name: str | None, before: tuple[Any, ...]) -> Any:
@@ -93,15 +97,16 @@ def training_tab(page: gr.Blocks, sources: Sources) -> None:
 
 def _make_fields(sources: Sources) -> list[Any]:
     """Create the inputs of a new training."""
-    data = gr.Dropdown(sources.datasets(), value=sources.datasets()[-1], label="Data", elem_id="training-data")
-    name = gr.Textbox(label="Name of the run", placeholder="digits-2", elem_id="training-name")
+    names = sources.datasets()
+    data = gr.Dropdown(names, value=names[:2][-1], label="Data")
+    name = gr.Textbox(label="Name of the run", placeholder="digits-2")
     with gr.Row():
-        steps = gr.Textbox(label="Steps", placeholder="about an hour of them", min_width=100, elem_id="training-steps")
+        steps = gr.Textbox(label="Steps", placeholder="about an hour of them", min_width=100)
         batch = gr.Textbox("32", label="Batch size", min_width=100)
     with gr.Row():
         size = gr.Textbox(label="Image size", placeholder="that of the data", min_width=100)
         rate = gr.Textbox(label="Learning rate", placeholder="by the width", min_width=100)
-    every = gr.Textbox("1m", label="Previews every (steps, or a time as 10m)", elem_id="training-previews-every")
+    every = gr.Textbox("1m", label="Previews every (steps, or a time as 10m)")
     return [data, name, steps, batch, size, rate, every]
 
 

@@ -108,10 +108,10 @@ def choose(page, name, option):
 
 def wait_for(page, name, pattern):
     """Wait until the element says something; return what it says."""
-    page.wait_for_function(
-        "([id, words]) => new RegExp(words).test(document.getElementById(id).innerText)", arg=[name, pattern]
-    )
-    return page.inner_text(f"#{name}").strip()
+    lines = ", ".join(f"#{name} {kind}" for kind in (".ud-note", ".ud-error", ".ud-state", ".md"))
+    read = "lines => [...document.querySelectorAll(lines)].map(line => line.innerText.trim()).join('\\n')"
+    page.wait_for_function(f"([lines, words]) => new RegExp(words).test(({read})(lines))", arg=[lines, pattern])
+    return page.evaluate(read, lines)
 
 
 def picture_of(page, name):
@@ -177,7 +177,7 @@ def test_a_broken_upload_is_one_line_and_an_image_is_inpainted(page, folder):
     upload.set_input_files(folder / "large.png")
     page.wait_for_selector("text=exceed the maximum allowed size of 20.0 Mb >> nth=0")
     page.click("#edit-start")
-    assert wait_for(page, "edit-message", "no image") == "no image is uploaded; give one, such as a PNG"
+    assert wait_for(page, "edit-message", "no image is") == "no image is uploaded; give one, such as a PNG"
     upload.set_input_files(folder / "one.png")
     wait_for(page, "edit-message", "one.png, as the network sees it")
     choose(page, "Edit", "Inpaint")
@@ -200,9 +200,17 @@ def test_a_broken_upload_is_one_line_and_an_image_is_inpainted(page, folder):
     assert not np.array_equal(first, given)
 
 
-def test_reports_have_their_pictures(page):
+def test_reports_have_their_pictures(page, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    if not SHOWN_RUN:
+        main(["doctor", "runs/digits", "--num-images", "4", "--num-samples", "4", "--device", "cpu"])
     page.get_by_role("tab", name="Reports").click()
-    assert "unet-denoiser evaluate runs/digits" in wait_for(page, "reports-evaluation", "\\w")
+    wait_for(page, "reports-doctor", "noise level t")
+    wait_for(page, "reports-evaluation", "held-out" if SHOWN_RUN else "unet-denoiser evaluate runs/digits")
+    pictures = page.locator("#reports-doctor-pictures img")
+    assert pictures.count() == 2
+    assert all(picture.evaluate("image => image.naturalWidth") > 100 for picture in pictures.all())
+    keep(page, "reports")
 
 
 def test_no_file_of_the_machine_is_served_and_nothing_is_asked_of_others(page, server, folder):

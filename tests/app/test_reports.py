@@ -39,7 +39,7 @@ def test_the_doctors_report_says_what_the_command_prints(run, capsys):
 
 
 def test_the_evaluations_figures_are_those_that_the_command_prints(run, capsys):
-    few = ["--num-samples", "12", "--num-inference-steps", "2", "--extractor", "pixels", "--allow-few", "--device", "cpu"]
+    few = ["--num-samples", "12", "--num-inference-steps", "2", "--extractor", "pixels", "--allow-few"]
     main(["evaluate", str(run), "--held-out", "digits:held-out", *few])
     printed = capsys.readouterr().out
     section = read_evaluation(run)

@@ -8,8 +8,9 @@ from typing import Any
 import gradio as gr
 
 from unet_denoiser.app.form import Inputs
-from unet_denoiser.app.messages import note, refuse_in_one_line, refuse_while_streaming
+from unet_denoiser.app.messages import note
 from unet_denoiser.app.sources import Sources
+from unet_denoiser.app.tabs.handlers import refuse_in_one_line, refuse_while_streaming
 from unet_denoiser.app.tabs.network import (
     JOB,
     LOOK,

@@ -29,14 +29,14 @@ class NetworkPanel:
 
 
 def choose_network(page: gr.Blocks, sources: Sources) -> Any:
-    """Create the choice of a run or pipeline; the list is made anew when the page is loaded and the choice is opened."""
+    """Create the choice of a run or pipeline."""
     source = gr.Dropdown([], label="Run or pipeline", elem_classes="ud-source")
     offer_names(page, source, sources.networks)
     return source
 
 
 def offer_names(page: gr.Blocks, choice: Any, list_names: Callable[[], list[str]]) -> None:
-    """Keep the names of a choice up to date; the first one is chosen where nothing is."""
+    """List the names of a choice when the page is loaded and when it is opened; the first is chosen if none is."""
 
     def update(name: str | None) -> Any:
         names = list_names()

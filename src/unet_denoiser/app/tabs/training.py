@@ -7,9 +7,10 @@ from typing import Any
 import gradio as gr
 
 from unet_denoiser.app.form import parse_number
-from unet_denoiser.app.messages import note, refuse_in_one_line
+from unet_denoiser.app.messages import note
 from unet_denoiser.app.pictures import show_figure, show_pictures
 from unet_denoiser.app.sources import Sources
+from unet_denoiser.app.tabs.handlers import refuse_in_one_line
 from unet_denoiser.app.tabs.network import LOOK, offer_names
 
 REFRESH_SECONDS = 2.0

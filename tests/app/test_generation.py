@@ -3,17 +3,21 @@
 import threading
 from dataclasses import replace
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from support import pipelines
+from support.commands import TINY
 from support.networks import randomise
 from unet_denoiser import DataConfig, Diffusion, DistillationConfig, EditingConfig, Pipeline, UNet
 from unet_denoiser.app.form import Form
-from unet_denoiser.app.generation import Stopped, make_request, stream
+from unet_denoiser.app.generation import PipelineHolder, Stopped, make_request, stream
 from unet_denoiser.app.inputs import read_inputs
 from unet_denoiser.app.uploads import check_upload, make_canvas, make_edit, save_mask
+from unet_denoiser.cli.app import main
 from unet_denoiser.sampling.pipeline.generation import generate
 
 OPTIONS = {"model_channels": 8, "channel_mult": (1,), "num_heads": 1, "norm_groups": 2, "image_size": 8}
@@ -185,3 +189,34 @@ def test_the_canvas_shows_what_the_network_sees_and_masks_are_what_is_painted(pi
     mask = np.asarray(Image.open(save_mask([first, second], tmp_path)))
     assert sorted(zip(*np.nonzero(mask), strict=True)) == [(0, 0), (2, 3)]
     assert EditingConfig(image=image, mask=tmp_path / "mask.png").mask == tmp_path / "mask.png"
+
+
+def test_a_published_pipeline_is_sampled_by_its_captions(tmp_path):
+    """With its own guidance; the networks that change an image show that they need one."""
+    pipelines.stable_diffusion(tmp_path / "drawing")
+    pipeline = PipelineHolder().load(str(tmp_path / "drawing"))
+    inputs = read_inputs(pipeline)
+    assert (inputs.captions, inputs.classes, inputs.is_guided, inputs.guidance) == (True, (), True, 7.5)
+    assert inputs.tasks == ("vary", "inpaint", "outpaint")
+    form = Form(caption="a red fox", negative_caption="blurry", seed=3, count=2, steps=2, guidance=3, sampler="ddim")
+    request = make_request(pipeline, form)
+    frame = list(stream(pipeline, request, threading.Event()))[-1]
+    pipeline.save_grid(generate(pipeline, request), tmp_path / "expected.png", ("a red fox",))
+    with Image.open(tmp_path / "expected.png") as expected:
+        assert np.array_equal(frame.picture, expected)
+    with pytest.raises(ValueError, match="draws what a caption says"):
+        list(stream(pipeline, make_request(pipeline, replace(form, caption=" ")), threading.Event()))
+    pipelines.stable_diffusion(tmp_path / "painting", diffusers.StableDiffusionInpaintPipeline, "sd-1-inpainting")
+    inputs = read_inputs(PipelineHolder().load(str(tmp_path / "painting")))
+    assert (inputs.needs_image, inputs.tasks) == (True, ("inpaint", "outpaint"))
+
+
+def test_a_pipeline_is_kept_until_its_files_change(tmp_path):
+    main(["train", "digits", "--out", str(tmp_path / "run"), *TINY])
+    holder = PipelineHolder()
+    first = holder.load(str(tmp_path / "run"))
+    assert holder.load(str(tmp_path / "run")) is first
+    main(["train", "--resume", str(tmp_path / "run"), "--steps", "5", "--device", "cpu"])
+    second = holder.load(str(tmp_path / "run"))
+    assert second is not first
+    assert not torch.equal(next(second.model.parameters()), next(first.model.parameters()))

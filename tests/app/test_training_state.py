@@ -107,6 +107,12 @@ def test_a_progress_bar_is_read_as_a_terminal_shows_it(tmp_path):
     assert len(read_log(tmp_path / "log")) <= 8192
 
 
+def test_a_resumed_training_needs_more_steps(tmp_path):
+    main(["train", "digits", "--out", str(tmp_path / "run"), *TINY])
+    with pytest.raises(ValueError, match=r"steps=3: .* is already at step 3; give a larger number"):
+        resume_training(tmp_path / "run", 3)
+
+
 def test_what_cannot_be_done_is_one_line(tmp_path, run):
     with pytest.raises(ValueError, match="no training runs here"):
         stop_training(run)

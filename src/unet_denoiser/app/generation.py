@@ -3,7 +3,7 @@
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, Queue
@@ -23,6 +23,7 @@ from unet_denoiser.sampling.samplers import Sampler
 from unet_denoiser.training.pipelines import load_pipeline
 from unet_denoiser.utils.device import resolve_device
 
+BATCH_PIXELS = 2**20  # of the images that are generated at a time: 64 of 128 x 128, 4 of 512 x 512
 FRAME_SECONDS, FRAME_SHARE = 0.25, 0.2  # between pictures at least; share of the time that they may take
 
 
@@ -134,32 +135,39 @@ def stream(pipeline: Pipeline, request: GenerationRequest, stop: threading.Event
 
 
 def _generate(pipeline: Pipeline, request: GenerationRequest, work: _Work) -> None:
-    """Do the work of `stream`: send frames, then the last one or an exception."""
-    begun, done, total = time.monotonic(), 0, len(Sampler(request.config, pipeline.process))
-    with TemporaryDirectory(prefix="unet-denoiser-") as folder:
-        draw = _Drawing(pipeline, request, Path(folder) / "samples.png")
+    """Send the frames of a generation; an exception goes to the thread that reads them."""
+    try:
+        with TemporaryDirectory(prefix="unet-denoiser-") as folder:
+            draw = _Drawing(pipeline, request, Path(folder) / "samples.png")
+            work.frames.put(_finish(pipeline, request, work, draw))
+    except BaseException as error:
+        work.frames.put(error)
 
-        def on_step(step: Step) -> None:
-            nonlocal done
-            done += 1
-            if work.stop.is_set():
-                raise Stopped(f"stopped after step {done}")
-            preview(step)
 
-        def show(x: Any) -> None:
-            if draw.is_due():
-                of = f" of {total}" if request.edit.image is None and len(request.seeds) <= 64 else ""
-                work.frames.put(Frame(draw(pipeline.decode(x)), f"step {done}{of}", is_last=False))
+def _finish(pipeline: Pipeline, request: GenerationRequest, work: _Work, draw: "_Drawing") -> Frame:
+    """Generate images and send the picture as it forms; return the last frame."""
+    begun, done, size = time.monotonic(), 0, pipeline.data.image_size
+    is_edit, count = draw.is_edit, len(request.seeds)
+    pixels = math.prod(size) if isinstance(size, tuple) else 1
+    batch = max(1, min(count, 4 if is_edit else BATCH_PIXELS // pixels))
+    total = len(Sampler(request.config, pipeline.process)) * -(-count // batch)
 
-        preview: Callable[[Step], None] = LivePreview(len(request.seeds), 1, show)
-        try:
-            images = generate(pipeline, request, batch_size=MAX_IMAGES, on_step=on_step)
-            seconds = time.monotonic() - begun
-            count = f"{len(images)} image{'s' * (len(images) > 1)}"
-            settings = f"{done} steps of {request.config.sampler}"
-            work.frames.put(Frame(draw(images), f"{count} in {seconds:.1f} s, {settings}", is_last=True))
-        except BaseException as error:  # raised again in the thread that reads the frames
-            work.frames.put(error)
+    def on_step(step: Step) -> None:
+        nonlocal done
+        done += 1
+        if work.stop.is_set():
+            raise Stopped(f"stopped after step {done}")
+        preview(step)
+
+    def show(x: Any) -> None:
+        if draw.is_due():
+            of = "" if is_edit else f" of {total}"  # edits leave out steps, or repeat them
+            work.frames.put(Frame(draw(pipeline.decode(x)), f"step {done}{of}", is_last=False))
+
+    preview = LivePreview(count, 1, show)
+    images = generate(pipeline, request, batch_size=batch, on_step=on_step)
+    said = f"{count} image{'s' * (count > 1)} in {time.monotonic() - begun:.1f} s"
+    return Frame(draw(images), f"{said}, {done} steps of {request.config.sampler}", is_last=True)
 
 
 class _Drawing:
@@ -167,6 +175,7 @@ class _Drawing:
 
     def __init__(self, pipeline: Pipeline, request: GenerationRequest, file: Path) -> None:
         self.pipeline, self.request, self.file = pipeline, request, file
+        self.is_edit = request.edit.image is not None or request.concat_image is not None
         self.next = 0.0
 
     def is_due(self) -> bool:
@@ -175,8 +184,7 @@ class _Drawing:
     def __call__(self, images: Any) -> Image.Image:
         begun, request = time.monotonic(), self.request
         names = request.classes or request.captions
-        is_edit = request.edit.image is not None or request.concat_image is not None
-        columns = math.ceil(math.sqrt(len(images))) if is_edit else None
+        columns = math.ceil(math.sqrt(len(images))) if self.is_edit else None
         self.pipeline.save_grid(images, self.file, names, columns=columns)
         with Image.open(self.file) as picture:
             picture.load()

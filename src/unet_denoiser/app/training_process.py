@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unet_denoiser.app.training_state import LOG_NAME
+from unet_denoiser.app.training_state import LOG_NAME, read_training
 from unet_denoiser.config.training import TrainingConfig
 from unet_denoiser.training.loop import check_new
 from unet_denoiser.training.run import PROCESS_NAME, Run
@@ -45,6 +45,8 @@ def resume_training(path: Path, steps: int | None = None) -> None:
         raise ValueError(f"{path} has no checkpoint to resume from; start a new training")
     if steps is not None:
         run.with_training(steps=steps)
+        if steps <= (step := read_training(path).step):
+            raise ValueError(f"steps={steps}: {path} is already at step {step}; give a larger number")
     _run(path, ["train", "--resume", str(path.absolute()), *_as_arguments({"steps": steps} if steps else {})])
 
 

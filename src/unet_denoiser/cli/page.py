@@ -9,9 +9,9 @@ from unet_denoiser.cli.options import OptionalPath
 
 
 def app(
-    runs: Annotated[
-        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[RUN ...]", help_behavior_hint="")
-    ] = ("runs",),
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...", help_behavior_hint="")] = (
+        "runs",
+    ),
     *,
     data: OptionalPath = None,
     host: str = "127.0.0.1",

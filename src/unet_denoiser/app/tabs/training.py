@@ -132,12 +132,13 @@ def _describe(found: Any) -> str:
         words.append(f"loss {found.metrics[-1]['loss']:.4f}")
     if found.seconds_left is not None:
         words.append(f"{_duration(found.seconds_left)} left")
-    if found.status == "failed" or (found.status == "starting" and found.message):
+    failed = not found.runs and found.message.startswith("unet-denoiser: error")
+    if failed or found.status in ("starting", "failed"):
         words.append(escape(found.message))
     share = found.step / found.steps if found.steps else 0.0
     bar = f'<div class="ud-bar"><div style="width: {100 * share:.1f}%"></div></div>'
-    kind = "ud-error" if found.status == "failed" else "ud-state"
-    return f'<div class="{kind}">{" · ".join(words)}</div>{bar}'
+    kind = "ud-error" if failed or found.status == "failed" else ""
+    return f'<div class="ud-state {kind}">{" · ".join(word for word in words if word)}</div>{bar}'
 
 
 def _duration(seconds: float) -> str:

@@ -1,7 +1,6 @@
 """A file that says which process works somewhere, for others that look. Standard library and psutil."""
 
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,13 +49,3 @@ def find_worker(path: Path) -> Worker | None:
     except (OSError, ValueError, KeyError, TypeError, psutil.Error):
         return None
     return Worker(pid, since, about) if lives else None
-
-
-def wait_for_end(path: Path, seconds: float) -> bool:
-    """Wait until the process that a file names has ended; False if it still lives after `seconds`."""
-    end = time.monotonic() + seconds
-    while find_worker(path) is not None:
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.05)
-    return True

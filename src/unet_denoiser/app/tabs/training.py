@@ -12,6 +12,7 @@ from unet_denoiser.app.pictures import show_figure, show_pictures
 from unet_denoiser.app.sources import Sources
 from unet_denoiser.app.tabs.handlers import refuse_in_one_line
 from unet_denoiser.app.tabs.network import LOOK, offer_names
+from unet_denoiser.config.paths import local_path
 
 REFRESH_SECONDS = 2.0
 MAX_PREVIEWS = 12  # the latest ones are shown
@@ -41,27 +42,18 @@ def training_tab(page: gr.Blocks, sources: Sources) -> None:
                 log = gr.HTML()
     looked = [state, plot, previews, log, seen]
 
+    @refuse_in_one_line(len(looked) - 1)
     def look(name: str | None, before: tuple[Any, ...]) -> Any:
-        from unet_denoiser.app.training_state import read_log, read_training
+        from unet_denoiser.app.training_state import LOG_NAME, read_log, read_training
 
         if name is None:
             return note("no run is chosen"), "", "", "", ()
         path = sources.find_run(name)
-        found = read_training(path)
+        found, log_text = read_training(path), _show_log(read_log(path / LOG_NAME))
         marks = (name, len(found.metrics), tuple(file.name for file in found.previews), found.status)
         if marks == tuple(before):  # nothing to draw anew
-            return _describe(found), gr.skip(), gr.skip(), _log(read_log(path / "train.log")), gr.skip()
-        return (
-            _describe(found),
-            _draw(found.metrics),
-            _show_previews(found.previews),
-            _log(read_log(path / "train.log")),
-            marks,
-        )
-
-    @refuse_in_one_line(len(looked) - 1)
-    def tick(name: str | None, before: tuple[Any, ...]) -> Any:
-        return look(name, before)
+            return _describe(found), gr.skip(), gr.skip(), log_text, gr.skip()
+        return _describe(found), _draw(found.metrics), _show_previews(found.previews), log_text, marks
 
     @refuse_in_one_line(1)
     def begin(*values: Any) -> Any:
@@ -70,7 +62,7 @@ def training_tab(page: gr.Blocks, sources: Sources) -> None:
         data, name, *options = values
         source, path = sources.find_dataset(data), sources.new_run((name or "").strip())
         start_training(source, path, _read_options(options))
-        named = next(one for one in sources.runs() if Path(one).name == path.name)
+        named = next(one for one in sources.runs() if local_path(one) == path)
         return note(f"{path}: started"), gr.update(choices=sources.runs(), value=named)
 
     @refuse_in_one_line(0)
@@ -90,7 +82,7 @@ def training_tab(page: gr.Blocks, sources: Sources) -> None:
         return note(f"{path}: resumed")
 
     timer = gr.Timer(REFRESH_SECONDS)
-    gr.on([timer.tick, run.change], tick, [run, seen], looked, trigger_mode="always_last", **LOOK)
+    gr.on([timer.tick, run.change], look, [run, seen], looked, trigger_mode="always_last", **LOOK)
     start.click(begin, fields, [message, run], **DO)
     stop.click(end, run, message, **DO)
     resume.click(go_on, [run, steps], message, **DO)
@@ -159,5 +151,5 @@ def _show_previews(files: list[Path]) -> str:
     return show_pictures([(file, f"step {int(file.stem.removeprefix('step-')):,}") for file in latest])
 
 
-def _log(text: str) -> str:
+def _show_log(text: str) -> str:
     return f'<div class="ud-log">{escape(text)}</div>' if text else note("no log: this training was not started here")

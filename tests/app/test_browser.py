@@ -232,12 +232,12 @@ def test_a_training_outlives_the_page_stops_and_resumes(folder, page, server, br
         assert "must be" in wait_for(page, "training-message", re.escape(repr(value)))
         fill(page, name, kept or "new")
     choose(page, "Data", "digits")
-    for name, value in (("Steps", "5000"), ("Batch size", "4")):
+    for name, value in (("Steps", "5000"), ("Batch size", "4"), ("Previews every (steps, or a time as 10m)", "100")):
         fill(page, name, value)
     page.click("#training-start")
     wait_for(page, "training-message", "runs/new: started")
     run = folder / "runs" / "new"
-    while read_training(run).step < 10:
+    while read_training(run).step < (300 if SCREENSHOTS else 10):
         assert read_training(run).runs, (run / "train.log").read_text()
         time.sleep(0.2)
     keep(page, "training")

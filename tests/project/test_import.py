@@ -12,6 +12,7 @@ import unet_denoiser
 HEAVY = ["diffusers", "accelerate", "transformers", "datasets", "huggingface_hub", "PIL", "tyro", "sklearn"]
 
 PUBLIC_NAMES = {
+    "app": "",
     "cli": "main",
     "config": "UNetConfig DiffusionConfig TrainingConfig DataConfig SamplingConfig EditingConfig MemoryConfig preset "
     "DistillationConfig "

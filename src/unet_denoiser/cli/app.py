@@ -12,13 +12,14 @@ from unet_denoiser.cli.errors import one_line_errors, one_line_warning
 from unet_denoiser.cli.evaluate import evaluate
 from unet_denoiser.cli.info import info
 from unet_denoiser.cli.options import parse_command
+from unet_denoiser.cli.page import app
 from unet_denoiser.cli.sample import sample
 from unet_denoiser.cli.share import share
 from unet_denoiser.cli.train import train
 from unet_denoiser.utils.cache import provide_caches
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    command.__name__: command for command in (train, distill, sample, evaluate, doctor, info, convert, share)
+    command.__name__: command for command in (train, distill, sample, evaluate, doctor, info, convert, share, app)
 }
 
 

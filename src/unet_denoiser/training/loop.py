@@ -28,12 +28,13 @@ from unet_denoiser.training.checkpoints import read_metadata, select_averages
 from unet_denoiser.training.distillation import Distillation
 from unet_denoiser.training.distributed import is_sharded
 from unet_denoiser.training.lora import save_lora
-from unet_denoiser.training.run import MODEL_STEP, Run
+from unet_denoiser.training.run import MODEL_STEP, PROCESS_NAME, Run
 from unet_denoiser.training.schedule import Schedule
 from unet_denoiser.training.tracking import LOG_EVERY, MetricsLog, log_to_trackers, plot, start_trackers
 from unet_denoiser.training.trainer import Trainer, TrainingStep
 from unet_denoiser.utils.files import remove_leftovers, write_json
 from unet_denoiser.utils.images import save_grid
+from unet_denoiser.utils.processes import announced
 from unet_denoiser.utils.signals import TrainingInterrupted, watch_signals
 from unet_denoiser.utils.terminal import command
 
@@ -102,7 +103,7 @@ def train(run: Run, trainer: Trainer) -> Iterator[TrainingStep]:
         NonFiniteError, OSError: training cannot continue; the last good checkpoint is unchanged.
     """
     run = run.with_training(mixed_precision=trainer.config.mixed_precision)  # so that it is kept on other devices
-    with _lock(run.path) if trainer.accelerator.is_main_process else nullcontext():
+    with _lock(run.path, trainer.step) if trainer.accelerator.is_main_process else nullcontext():
         metrics, signals = _prepare_directory(run, trainer), [0]
 
         def request_stop(number: int) -> None:
@@ -123,13 +124,16 @@ def train(run: Run, trainer: Trainer) -> Iterator[TrainingStep]:
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Keep other processes from training in the directory; ValueError if one does already."""
+def _lock(path: Path, step: int) -> Iterator[None]:
+    """Keep other processes from training in the directory, and say who trains there from which step on.
+
+    ValueError if another process does already.
+    """
     from filelock import FileLock, Timeout
 
     path.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(path / ".lock", timeout=0):
+        with FileLock(path / ".lock", timeout=0), announced(path / PROCESS_NAME, step=step):
             yield
     except Timeout:
         raise ValueError(f"{path}: another process trains in it; wait until it ends") from None

@@ -7,6 +7,7 @@ RUN/init/             the network that training started from, with --init
 RUN/checkpoints/      training states to resume from, one file each
 RUN/samples/          previews: grids of samples with fixed seeds
 RUN/.lock             held by the process that trains here
+RUN/.process.json     its number, and the step that it began with; only while it trains
 RUN/metrics.jsonl     loss, gradient norm, learning rate and more over the steps; RUN/loss.png shows them
 """
 
@@ -34,6 +35,7 @@ from unet_denoiser.training.checkpoints import Checkpoints, parse_step, read_who
 from unet_denoiser.training.lora import merge_lora_weights
 from unet_denoiser.utils.files import read_json, write_json
 
+PROCESS_NAME = ".process.json"
 MODEL_STEP = "unet_denoiser_step"  # in the metadata of model.safetensors: the step of its weights
 
 

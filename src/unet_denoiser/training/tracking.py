@@ -72,7 +72,7 @@ class MetricsLog:
 
     def read(self) -> list[dict[str, Any]]:
         """Return all lines so far, without damaged ones."""
-        return [line for _, line in _read_lines(self.path)[0]]
+        return read_metrics(self.path)
 
     def state(self) -> dict[str, Any]:
         """Return the metadata that a checkpoint keeps of the log (JSON)."""
@@ -88,6 +88,11 @@ class MetricsLog:
             return
         self.sums, self.smoothed, self.weight = dict(metrics["sums"]), metrics["smoothed"], metrics["weight"]
         self.levels.load_state_dict({"totals": torch.tensor(metrics["levels"])})
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a metrics.jsonl, without damaged ones; none if there is no file."""
+    return [line for _, line in _read_lines(path)[0]]
 
 
 def _read_lines(path: Path) -> tuple[list[tuple[str, dict[str, Any]]], int]:
@@ -150,6 +155,12 @@ def log_to_trackers(trainer: Trainer, line: Mapping[str, Any]) -> None:
 
 def plot(lines: list[dict[str, Any]], path: Path) -> None:
     """Plot loss, gradient norm and loss per noise level over the steps, each smoothed, into a PNG."""
+    figure = draw_metrics(lines)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=100))
+
+
+def draw_metrics(lines: list[dict[str, Any]]) -> Any:
+    """Return matplotlib's figure of loss, gradient norm and loss per noise level over the steps, each smoothed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4), layout="constrained")
@@ -157,7 +168,7 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
     for axes, name in ((loss, "loss"), (norm, "grad_norm")):
         known = read_numbers(lines, name)
         steps, values = [s for s, _ in known], [v for _, v in known]
-        axes.plot(steps, values, color="C0", alpha=0.3)
+        axes.plot(steps, values, color="C0", alpha=0.3, marker="." if len(steps) == 1 else None)
         axes.plot(steps, _smooth(values), color="C0")
     all_levels = [v for line in lines if isinstance(v := line.get("loss_per_level"), list)]
     count = min(64, max(map(len, all_levels), default=0))
@@ -169,7 +180,7 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
         levels.legend(title="noise level", fontsize="x-small", ncols=2)
     for axes, title in ((loss, "loss"), (norm, "gradient norm"), (levels, "loss per noise level, 1 the least noisy")):
         axes.set(title=title, xlabel="step", yscale="log")
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=100))
+    return figure
 
 
 def _smooth(values: list[float]) -> list[float]:

@@ -22,7 +22,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "config": (
         *("UNetConfig", "DiffusionConfig", "TrainingConfig", "DataConfig", "SamplingConfig", "EditingConfig"),
-        *("DistillationConfig", "MemoryConfig", "preset", "list_presets"),
+        *("DistillationConfig", "ExportConfig", "MemoryConfig", "preset", "list_presets"),
     ),
     "models": ("UNet", "ResBlock", "SinusoidalPosEmb", "SelfAttention", "CrossAttention"),
     "models.diffusers_adapter": ("DiffusersUNet",),

@@ -26,6 +26,7 @@ QKVOrder = Literal["legacy", "new"]
 ExportFormat = Literal["onnx", "openvino", "torch"]
 ExportPrecision = Literal["float32", "bfloat16", "float16", "int8"]
 BackendName = Literal["torch", "openvino", "onnxruntime", "auto"]
+BackendPrecision = Literal["float32", "bfloat16", "int8"]
 
 
 def signature_of(cls: Callable[P, Any]) -> Callable[[Callable[..., None]], Callable[Concatenate[Any, P], None]]:

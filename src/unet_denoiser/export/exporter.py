@@ -18,7 +18,7 @@ from unet_denoiser.diffusion.process import Diffusion
 from unet_denoiser.export import onnx_format, openvino_format, torch_format
 from unet_denoiser.export.check import CheckedCase, compare, draw_inputs, require_precise
 from unet_denoiser.export.libraries import is_installed
-from unet_denoiser.export.network import AXES, ExportedNetwork, InputSpec, call_network, input_specs
+from unet_denoiser.export.network import AXES, ExportedNetwork, InputSpec, call_network, input_specs, least_size
 from unet_denoiser.export.program import trace
 from unet_denoiser.export.readme import Subject, write_readme
 from unet_denoiser.export.schedule import SCHEDULE_NAME, describe_schedule
@@ -128,16 +128,11 @@ def free_axes(specs: Mapping[str, InputSpec]) -> set[str]:
     return {axis for spec in specs.values() for axis in spec.shape if isinstance(axis, str)}
 
 
-def least_size(model: UNet) -> int:
-    """Return the least length of an axis in a file of any size: two positions at the coarsest level."""
-    return 2 ** (len(model.config.widths) - 1) + 1
-
-
 def _cases(model: UNet, specs: Mapping[str, InputSpec]) -> list[dict[str, int]]:
     """Return the lengths of the axes that are checked: the network's own, and odd ones where any may come."""
     space = AXES[model.config.dims]
     own = dict(zip(space, model.config.sizes, strict=True)) | {"batch": 2, "tokens": 7}
-    low = least_size(model)
+    low = least_size(model.config)
     own |= {axis: max(own[axis], low) for axis in space}
     free = free_axes(specs)
     fixed = {"batch": _fixed(specs["x"].shape[0]), **dict(zip(space, map(_fixed, specs["x"].shape[2:]), strict=True))}
@@ -162,7 +157,7 @@ def _save(request: ExportRequest, specs: Mapping[str, InputSpec], path: Path, co
         model = model.to(_DTYPES[config.precision])
     generator, axes = torch.Generator().manual_seed(0), _cases(request.model, specs)[0]
     inputs = draw_inputs(specs, request.process, request.process.num_train_timesteps // 2, axes, generator)
-    program = trace(ExportedNetwork(model, names), inputs, {n: s.shape for n, s in specs.items()}, least_size(model))
+    program = trace(ExportedNetwork(model, names), inputs, {n: s.shape for n, s in specs.items()}, least_size(model.config))
     if config.to == "torch":
         torch_format.save(program, path)
     elif config.to == "onnx":

@@ -55,6 +55,11 @@ def input_specs(config: UNetConfig, process: Diffusion) -> dict[str, InputSpec]:
     return specs
 
 
+def least_size(config: UNetConfig) -> int:
+    """Return the least length of an axis in a file of any size: two positions at the coarsest level."""
+    return 2 ** (len(config.widths) - 1) + 1
+
+
 class ExportedNetwork(nn.Module):
     """A `UNet` with the arguments of `input_specs`, in their order.
 

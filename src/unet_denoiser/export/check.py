@@ -5,12 +5,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from unet_denoiser.config.base import ExportPrecision
 from unet_denoiser.diffusion.process import Diffusion
-from unet_denoiser.export.network import InputSpec, call_network
-from unet_denoiser.models.unet import UNet
+from unet_denoiser.export.network import InputSpec
 
 Array = np.ndarray[Any, Any]
 # of the root mean square of the output's error, relative to that of the output, at each noise level and size
@@ -34,13 +34,19 @@ def check_levels(process: Diffusion) -> list[int]:
 
 
 def draw_inputs(
-    specs: Mapping[str, InputSpec], process: Diffusion, k: int, axes: Mapping[str, int], generator: torch.Generator
+    specs: Mapping[str, InputSpec],
+    process: Diffusion,
+    k: int,
+    axes: Mapping[str, int],
+    generator: torch.Generator,
+    samples: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Draw the inputs of a call at timestep k from random data, none of them zero.
 
     Args:
         axes: the length of each axis that may have any: "batch", "height" and so on.
         generator: on the CPU.
+        samples: data (N, C, *spatial) to use instead; they are resized.
     """
     drawn: dict[str, Tensor] = {}
     for name, spec in specs.items():
@@ -56,37 +62,43 @@ def draw_inputs(
     if "context_mask" in drawn:
         drawn["context_mask"][:, 0] = True
     data = drawn["x"] if process.data_range is None else process.clip(drawn["x"] * process.data_range[1] / 2)
+    if samples is not None:
+        chosen = samples[torch.randint(0, len(samples), (len(data),), generator=generator)]
+        data = F.interpolate(chosen.float(), size=data.shape[2:])
     timestep, noise = torch.full((len(data),), k), torch.randn(data.shape, generator=generator)
     (alpha, sigma), noisy = process.alpha_sigma(timestep, data), process.add_noise(data, noise, timestep)
     drawn["x"] = process.network_input(noisy, alpha, sigma)
+    if "x0_estimate" in drawn:
+        drawn["x0_estimate"] = data + 0.1 * drawn["x0_estimate"]
     return drawn
 
 
 def compare(
     network: Callable[[Mapping[str, Array]], list[Array]],
-    model: UNet,
-    process: Diffusion,
-    specs: Mapping[str, InputSpec],
+    original: Callable[[Mapping[str, Tensor]], Tensor],
+    draw: Callable[[int, Mapping[str, int], torch.Generator], dict[str, Tensor]],
+    levels: Sequence[int],
     cases: Sequence[Mapping[str, int]],
 ) -> list[CheckedCase]:
-    """Call an exported network and its original with the same inputs at all levels; return the errors.
+    """Call an exported network and its original with the same inputs, at all levels and sizes; return the errors.
 
     Args:
         network: called with arrays by name.
-        model: in float32.
+        original: in float32, called with tensors by name.
+        draw: (timestep, lengths of the free axes, generator) -> inputs.
+        levels: the timesteps.
         cases: the lengths of the free axes of each case.
     """
     generator, checked = torch.Generator().manual_seed(0), []
-    device = model.device
     for axes in cases:
-        for k in check_levels(process):
-            inputs = draw_inputs(specs, process, k, axes, generator)
+        for k in levels:
+            inputs = draw(k, axes, generator)
             with torch.no_grad():
-                wanted = call_network(model, {name: value.to(device) for name, value in inputs.items()}).cpu()
+                wanted = original(inputs).cpu()
             found = torch.from_numpy(network({name: value.numpy() for name, value in inputs.items()})[0])
             scale = wanted.square().mean().sqrt().clamp_min(_LEAST_OUTPUT)
             error = ((found.float() - wanted).square().mean().sqrt() / scale).item()
-            checked.append(CheckedCase(k, axes["batch"], tuple(inputs["x"].shape[2:]), error))
+            checked.append(CheckedCase(k, len(inputs["x"]), tuple(inputs["x"].shape[2:]), error))
     return checked
 
 

@@ -16,7 +16,7 @@ from unet_denoiser.config.base import halve
 from unet_denoiser.config.export import ExportConfig
 from unet_denoiser.diffusion.process import Diffusion
 from unet_denoiser.export import onnx_format, openvino_format, torch_format
-from unet_denoiser.export.check import CheckedCase, compare, draw_inputs, require_precise
+from unet_denoiser.export.check import CheckedCase, check_levels, compare, draw_inputs, require_precise
 from unet_denoiser.export.libraries import is_installed
 from unet_denoiser.export.network import AXES, ExportedNetwork, InputSpec, call_network, input_specs, least_size
 from unet_denoiser.export.program import trace
@@ -41,7 +41,8 @@ class ExportRequest:
         steps: the timesteps of the sampling in the README, falling.
         clip_sample: clip each predicted x0 in it.
         example: conditions of one sample or more, by name; the sampling in the README uses them.
-        calibration: calls of the network at all noise levels, by name, for int8.
+        calibration: inputs of calls at all noise levels, for int8.
+        samples: of the network (N, C, *spatial): the check of int8, whose ranges are theirs, is made with them.
         subject: what the README says of the network.
         tokens: of a context in a file of fixed sizes.
     """
@@ -51,7 +52,8 @@ class ExportRequest:
     steps: Sequence[int]
     clip_sample: bool = True
     example: Mapping[str, Tensor] = field(default_factory=dict)
-    calibration: Callable[[], list[dict[str, Tensor]]] | None = None
+    calibration: Sequence[Mapping[str, Tensor]] | None = None
+    samples: Tensor | None = None
     subject: Subject = field(default_factory=Subject)
     tokens: int | None = None
 
@@ -84,8 +86,7 @@ def export_network(request: ExportRequest, out: Path, config: ExportConfig) -> E
         folder.mkdir()
         path = folder / NETWORK_FILES[config.to]
         _save(request, specs, path, config)
-        cases = _cases(request.model, specs)
-        checked = compare(open_network(path, config, specs, cases), request.model, request.process, specs, cases)
+        checked = _compare(request, open_network(path, config, specs), specs)
         found.append(ExportReport(out, checked, require_precise(checked, config.precision)))
         write_json(folder / SCHEDULE_NAME, describe_schedule(request.process, request.steps, request.clip_sample))
         example = _make_example(request, specs)
@@ -167,14 +168,44 @@ def _save(request: ExportRequest, specs: Mapping[str, InputSpec], path: Path, co
         if config.precision == "int8":
             from unet_denoiser.export.quantization import quantize
 
-            assert request.calibration is not None
-            converted = quantize(converted, request.calibration())
+            converted = quantize(converted, _fit_calls(request.calibration or (), specs))
         openvino_format.save(converted, path, half=config.precision in _DTYPES)
 
 
-def open_network(
-    path: Path, config: ExportConfig, specs: Mapping[str, InputSpec], cases: Sequence[Mapping[str, int]]
-) -> Network:
+def _fit_calls(calls: Sequence[Mapping[str, Tensor]], specs: Mapping[str, InputSpec]) -> list[dict[str, Tensor]]:
+    """Cut recorded calls to the fixed lengths of a file's batch and tokens."""
+    fitted = []
+    for call in calls:
+        size = specs["x"].shape[0]
+        for first in range(0, len(call["x"]), size if isinstance(size, int) else len(call["x"])):
+            rows = torch.arange(first, first + (size if isinstance(size, int) else len(call["x"]))) % len(call["x"])
+            fitted.append({name: fit_tokens(call[name][rows], name, specs) for name in specs})
+    return fitted
+
+
+def fit_tokens(value: Tensor, name: str, specs: Mapping[str, InputSpec]) -> Tensor:
+    """Cut or pad the tokens of a context, or its mask, to a file's fixed number; other inputs stay as they are."""
+    if name not in ("context", "context_mask") or isinstance(count := specs[name].shape[1], str):
+        return value
+    missing = max(0, count - value.shape[1])
+    padding = value.new_zeros(len(value), missing, *value.shape[2:])
+    return torch.cat([value[:, :count], padding], dim=1)
+
+
+def _compare(request: ExportRequest, network: Network, specs: Mapping[str, InputSpec]) -> list[CheckedCase]:
+    """Compare an exported file with the network."""
+    model, process = request.model, request.process
+
+    def original(inputs: Mapping[str, Tensor]) -> Tensor:
+        return call_network(model, {name: value.to(model.device) for name, value in inputs.items()})
+
+    def draw(k: int, axes: Mapping[str, int], generator: torch.Generator) -> dict[str, Tensor]:
+        return draw_inputs(specs, process, k, axes, generator, request.samples)
+
+    return compare(network, original, draw, check_levels(process), _cases(model, specs))
+
+
+def open_network(path: Path, config: ExportConfig, specs: Mapping[str, InputSpec]) -> Network:
     """Open an exported file to call it with arrays by name."""
     if config.to == "onnx":
         return onnx_format.OnnxNetwork(path)
@@ -192,12 +223,15 @@ def _make_example(request: ExportRequest, specs: Mapping[str, InputSpec]) -> dic
         axes = axes | {"tokens": given["context"].shape[1]}
     inputs = draw_inputs(specs, process, k, axes, torch.Generator().manual_seed(1))
     for name, value in given.items():
-        inputs[name] = value[torch.arange(axes["batch"]) % len(value)].to(inputs[name].dtype)
+        rows = value[torch.arange(axes["batch"]) % len(value)].to(inputs[name].dtype)
+        inputs[name] = fit_tokens(rows, name, specs)
         if name == "context" and "context_mask" not in given:
-            inputs["context_mask"] = torch.ones(inputs["context"].shape[:2], dtype=torch.bool)
+            inputs["context_mask"] = fit_tokens(torch.ones(rows.shape[:2], dtype=torch.bool), "context_mask", specs)
     inputs |= {name: torch.zeros_like(value) for name, value in inputs.items() if name.startswith("drop_")}
     with torch.no_grad():
         output = call_network(request.model, {name: v.to(request.model.device) for name, v in inputs.items()})
     others = {name: value for name, value in request.example.items() if name.startswith("negative_")}
-    inputs |= {name: value[torch.arange(axes["batch"]) % len(value)] for name, value in others.items()}
+    for name, value in others.items():
+        rows = value[torch.arange(axes["batch"]) % len(value)]
+        inputs[name] = fit_tokens(rows, name.removeprefix("negative_"), specs)
     return {name: value.numpy() for name, value in inputs.items()} | {"output": output.cpu().numpy()}

@@ -25,7 +25,8 @@ def save(program: Any, path: Path, names: Sequence[str], outputs: Sequence[str] 
     external = sum(value.nbytes for value in program.state_dict.values()) > _MAX_INLINE_BYTES
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it reports its steps
         warnings.simplefilter("ignore")
-        logging.getLogger("onnxscript").setLevel(logging.ERROR)
+        for name in ("onnxscript", "torch.onnx"):
+            logging.getLogger(name).setLevel(logging.ERROR)
         result: Any = torch.onnx.export(
             program, (), dynamo=True, input_names=list(names), output_names=list(outputs), verbose=False
         )

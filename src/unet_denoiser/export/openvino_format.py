@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -37,9 +38,9 @@ def convert(program: Any, names: Sequence[str], outputs: Sequence[str] = ("outpu
 
     A module is not taken: OpenVINO would trace it by torch.jit, which fails in ours.
     """
-    with without_telemetry():
-        ov = require("openvino")
-        model = ov.convert_model(program)
+    with without_telemetry(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, about what the converter uses of it
+        model = require("openvino").convert_model(program)
     for ports, wanted in ((model.inputs, names), (model.outputs, outputs)):
         for port, name in zip(ports, wanted, strict=True):
             port.get_tensor().set_names({name})

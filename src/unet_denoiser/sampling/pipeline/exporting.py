@@ -10,7 +10,10 @@ from torch import Tensor
 from unet_denoiser.config.export import ExportConfig
 from unet_denoiser.export.exporter import ExportReport, ExportRequest, export_network
 from unet_denoiser.export.readme import Subject
+from unet_denoiser.diffusion.process import Diffusion
 from unet_denoiser.models.conditions import Conditions
+from unet_denoiser.models.unet import UNet
+from unet_denoiser.sampling.calibration import Call, calibrate
 from unet_denoiser.sampling.guidance import embed_guidance_scale
 from unet_denoiser.sampling.pipeline.pipeline import Pipeline
 from unet_denoiser.sampling.samplers import select_steps
@@ -43,6 +46,9 @@ def export_pipeline(pipeline: Pipeline, out: Path, config: ExportConfig | None =
         guidance_scale=scale if guided else 1.0,
         negative=tuple(negative),
     )
+    space = config.image_size or model.config.sizes
+    sizes = space * (model.config.dims if len(space) == 1 else 1)
+    recorded = calibrate(model, process, sizes, Conditions(**example)) if config.precision == "int8" else None
     table = process.times.double().numpy()
     request = ExportRequest(
         model,
@@ -50,10 +56,26 @@ def export_pipeline(pipeline: Pipeline, out: Path, config: ExportConfig | None =
         steps=[int(abs(table - time).argmin()) for time in times],
         clip_sample=sampling.clip_sample,
         example=example | {f"negative_{name}": value for name, value in negative.items()},
+        calibration=None if recorded is None else [_as_inputs(call, model, process) for call in recorded.calls],
+        samples=None if recorded is None else recorded.samples,
         subject=subject,
         tokens=data.caption_length if data.text_encoder else None,
     )
     return export_network(request, out, config)
+
+
+def _as_inputs(call: Call, model: UNet, process: Diffusion) -> dict[str, Tensor]:
+    """Return a recorded call as the inputs of an exported network."""
+    inputs, channels = {"t": call.t.float()} | call.given, process.data_channels(model.config)
+    inputs["x"] = call.x[:, :channels]
+    if process.self_conditioning:
+        inputs["x0_estimate"] = call.x[:, channels:]
+    if "context" in inputs and "context_mask" not in inputs:
+        inputs["context_mask"] = torch.ones(inputs["context"].shape[:2], dtype=torch.bool)
+    if model.config.learned_null:
+        keep = torch.zeros(len(call.x), dtype=torch.bool)
+        inputs |= {f"drop_{name}": call.drop.get(name, keep) for name in model.config.conditions}
+    return inputs
 
 
 def _find_example(pipeline: Pipeline) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

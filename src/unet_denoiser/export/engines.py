@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import copy
 import json
 from collections.abc import Callable, Mapping
 from functools import cached_property, lru_cache
@@ -16,7 +17,7 @@ from torch import Tensor
 from unet_denoiser.config.base import BackendPrecision
 from unet_denoiser.export import onnx_format, openvino_format
 from unet_denoiser.export.libraries import require
-from unet_denoiser.export.network import AXES, least_size
+from unet_denoiser.export.network import AXES
 from unet_denoiser.export.program import trace
 from unet_denoiser.export.steps import Entry, NetworkStep, draw_step_inputs, step_axes
 from unet_denoiser.models.unet import UNet
@@ -52,21 +53,25 @@ class Engines:
     def __call__(self, entry: Entry, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """Return the outputs of a step."""
         sizes = tuple(inputs["x"].shape[2:])
-        # the few sizes below cannot be traced together with all others
-        fixed = sizes if min(sizes) < least_size(self.model.config) else None
-        if (entry, fixed) not in self.files:
-            self.files[entry, fixed] = self._make(entry, fixed)
+        if (entry, sizes) not in self.files:
+            self.files[entry, sizes] = self._make(entry, sizes)
         shapes = tuple((name, tuple(value.shape)) for name, value in inputs.items())
-        network = _open(self.files[entry, fixed], self.precision, shapes, torch.get_num_threads())
+        network = _open(self.files[entry, sizes], self.precision, shapes, torch.get_num_threads())
         outputs = network({name: value.detach().contiguous().numpy() for name, value in inputs.items()})
         return tuple(torch.from_numpy(output) for output in outputs)
 
-    def _make(self, entry: Entry, fixed: tuple[int, ...] | None) -> Path:
+    def is_kept(self, entry: Entry, sizes: tuple[int, ...]) -> bool:
+        """Return True if a step is converted already."""
+        return (cache_directory() / "engines" / self._key(entry, sizes)).is_dir()
+
+    def _make(self, entry: Entry, sizes: tuple[int, ...]) -> Path:
         """Return the converted step, from the cache if it is there."""
+        return compute_once("engines", self._key(entry, sizes), lambda folder: self._convert(folder, entry, sizes))
+
+    def _key(self, entry: Entry, sizes: tuple[int, ...]) -> str:
         libraries = {"openvino": ("openvino",), "onnxruntime": ("onnxruntime", "onnxscript")}[self.name]
         versions = [f"{name} {version(name)}" for name in ("unet-denoiser", "torch", *libraries)]
-        key = digest([self._weights, self.name, self.precision, entry, str(fixed), *versions])
-        return compute_once("engines", key, lambda folder: self._convert(folder, entry, fixed))
+        return digest([self._weights, self.name, self.precision, entry, str(sizes), *versions])
 
     @cached_property
     def _weights(self) -> str:
@@ -74,16 +79,15 @@ class Engines:
         tensors = (value.contiguous().view(torch.uint8).numpy().data for value in self.model.state_dict().values())
         return digest([json.dumps(self.model.config.to_dict(), sort_keys=True), *map(bytes, tensors)])
 
-    def _convert(self, folder: Path, entry: Entry, fixed: tuple[int, ...] | None) -> None:
-        config = self.model.config
-        axes, names = step_axes(self.model, entry), tuple(step_axes(self.model, entry))
-        least, space = least_size(config), AXES[config.dims]
-        sizes = fixed or tuple(max(n, least) for n in config.sizes)
-        given = dict(zip(space, sizes, strict=True))
-        if fixed is not None:
-            axes = {name: tuple(given.get(n, n) if isinstance(n, str) else n for n in shape) for name, shape in axes.items()}
-        inputs = draw_step_inputs(self.model, entry, given | {"batch": 2, "tokens": 3})
-        program = trace(NetworkStep(self.model, entry), inputs, axes, least)
+    def _convert(self, folder: Path, entry: Entry, sizes: tuple[int, ...]) -> None:
+        """Convert a step for one size and any batch: with the size open as well, it takes three times as long."""
+        fixed, model = dict(zip(AXES[len(sizes)], sizes, strict=True)), copy.deepcopy(self.model).requires_grad_(False)
+        axes = {
+            name: tuple(fixed.get(n, n) if isinstance(n, str) else n for n in shape)
+            for name, shape in step_axes(model, entry).items()
+        }
+        names, inputs = tuple(axes), draw_step_inputs(model, entry, fixed | {"batch": 2, "tokens": 3})
+        program = trace(NetworkStep(model, entry), inputs, axes)
         outputs = ("output", "deep_features") if entry == "full_deep" else ("output",)
         if self.name == "onnxruntime":
             return onnx_format.save(program, folder / "network.onnx", names, outputs)

@@ -153,7 +153,7 @@ def _fixed(length: int | str) -> int | None:
 
 def _save(request: ExportRequest, specs: Mapping[str, InputSpec], path: Path, config: ExportConfig) -> None:
     """Trace the network in the export's precision, and write it in the export's format."""
-    model, names = copy.deepcopy(request.model).cpu().eval(), tuple(specs)
+    model, names = copy.deepcopy(request.model).cpu().eval().requires_grad_(False), tuple(specs)
     if config.to != "openvino" and config.precision in _DTYPES:
         model = model.to(_DTYPES[config.precision])
     generator, axes = torch.Generator().manual_seed(0), _cases(request.model, specs)[0]
@@ -165,6 +165,7 @@ def _save(request: ExportRequest, specs: Mapping[str, InputSpec], path: Path, co
         onnx_format.save(program, path, names)
     else:
         converted = openvino_format.convert(program, names)
+        openvino_format.fix_shapes(converted, {name: spec.shape for name, spec in specs.items()})
         if config.precision == "int8":
             from unet_denoiser.export.quantization import quantize
 

@@ -49,6 +49,11 @@ def convert(program: Any, names: Sequence[str], outputs: Sequence[str] = ("outpu
     return model
 
 
+def fix_shapes(model: Any, axes: Mapping[str, Sequence[int | str]]) -> None:
+    """Give the inputs their lengths: the converter leaves all of them open, whatever the program says."""
+    model.reshape({name: [n if isinstance(n, int) else -1 for n in shape] for name, shape in axes.items()})
+
+
 def save(model: Any, path: Path, *, half: bool = False) -> None:
     """Write a model as PATH.xml and PATH.bin, with the weights in float16 if `half`."""
     require("openvino").save_model(model, str(path), compress_to_fp16=half)

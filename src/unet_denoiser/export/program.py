@@ -10,7 +10,7 @@ from unet_denoiser.models.layers.rules import plain_convolutions
 
 
 def trace(
-    module: nn.Module, inputs: Mapping[str, Tensor], axes: Mapping[str, Sequence[int | str]], min_size: int
+    module: nn.Module, inputs: Mapping[str, Tensor], axes: Mapping[str, Sequence[int | str]], min_size: int = 1
 ) -> Any:
     """Trace a module, called with inputs by position, to a `torch.export.ExportedProgram`.
 

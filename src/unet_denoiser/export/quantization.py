@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -21,7 +23,8 @@ def quantize(model: Any, calls: Sequence[Mapping[str, Tensor]]) -> Any:
     Args:
         calls: inputs of calls at all noise levels, by name; their least and largest activations are the ranges.
     """
-    with without_telemetry():
+    # its progress bars would come between the lines of a command
+    with without_telemetry(), contextlib.redirect_stdout(io.StringIO()):
         nncf = require("nncf", "precision='int8'")
         from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters
         from nncf.quantization.range_estimator import RangeEstimatorParametersSet

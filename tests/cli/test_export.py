@@ -56,7 +56,7 @@ def test_exports_a_saved_model(here):
     model = UNet(model_channels=8, channel_mult=(1, 2), num_res_blocks=1, num_heads=2, context_dim=None, norm_groups=4)
     model.save_pretrained("model")
     Diffusion().save_pretrained("model")
-    main("export model out --to torch --image-size 8 --batch-size 1".split())
+    main(["export", "model", "out", "--to", "torch", "--image-size", "8", "--batch-size", "1"])
     run_readme(Path("out"))
     assert np.load("out/samples.npy").shape == (1, 3, 8, 8)
 

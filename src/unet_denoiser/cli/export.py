@@ -47,4 +47,6 @@ def export(
         pipeline = load_pipeline(source, "cpu", checkpoint=checkpoint, vae=vae, text_encoder=text_encoder)
         report = export_pipeline(pipeline, target, config)
         calls = f"{len(report.checked)} calls"
-        print(printable(f"{target}: {config.to}, {config.precision}; error {report.error:.1e} of the output in {calls}"))
+        print(
+            printable(f"{target}: {config.to}, {config.precision}; error {report.error:.1e} of the output in {calls}")
+        )

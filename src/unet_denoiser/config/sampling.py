@@ -102,7 +102,9 @@ class SamplingConfig:
                 "by; leave it out"
             )
         if self.compile and self.backend != "torch":
-            raise ValueError(f"compile=True compiles for torch, not for backend={self.backend!r}; leave out one of them")
+            raise ValueError(
+                f"compile=True compiles for torch, not for backend={self.backend!r}; leave out one of them"
+            )
         if self.backend_precision != "float32" and self.backend != "openvino":
             raise ValueError(
                 f"backend_precision={self.backend_precision!r} needs backend='openvino', not {self.backend!r}"

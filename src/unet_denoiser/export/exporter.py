@@ -158,7 +158,9 @@ def _save(request: ExportRequest, specs: Mapping[str, InputSpec], path: Path, co
         model = model.to(_DTYPES[config.precision])
     generator, axes = torch.Generator().manual_seed(0), _cases(request.model, specs)[0]
     inputs = draw_inputs(specs, request.process, request.process.num_train_timesteps // 2, axes, generator)
-    program = trace(ExportedNetwork(model, names), inputs, {n: s.shape for n, s in specs.items()}, least_size(model.config))
+    program = trace(
+        ExportedNetwork(model, names), inputs, {n: s.shape for n, s in specs.items()}, least_size(model.config)
+    )
     if config.to == "torch":
         torch_format.save(program, path)
     elif config.to == "onnx":

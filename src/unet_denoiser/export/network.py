@@ -41,7 +41,9 @@ def input_specs(config: UNetConfig, process: Diffusion) -> dict[str, InputSpec]:
     if (count := process.concat_channels(config)) > 0:
         specs["concat"] = InputSpec(torch.float32, image(count), "the image that the network sees")
     if config.num_classes:
-        specs["class_labels"] = InputSpec(torch.int64, ("batch",), f"classes 0 to {config.num_classes - 1}", config.num_classes)
+        specs["class_labels"] = InputSpec(
+            torch.int64, ("batch",), f"classes 0 to {config.num_classes - 1}", config.num_classes
+        )
     if config.vector_dim:
         specs["vector"] = InputSpec(torch.float32, ("batch", config.vector_dim), "the numbers")
     if config.context_dim:

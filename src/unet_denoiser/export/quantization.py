@@ -26,9 +26,8 @@ def quantize(model: Any, calls: Sequence[Mapping[str, Tensor]]) -> Any:
     # its progress bars would come between the lines of a command
     with without_telemetry(), contextlib.redirect_stdout(io.StringIO()):
         nncf = require("nncf", "precision='int8'")
-        from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters
-        from nncf.quantization.range_estimator import RangeEstimatorParametersSet
-
+        ranges = require("nncf.quantization.range_estimator").RangeEstimatorParametersSet.MINMAX
+        parameters = require("nncf.quantization.advanced_parameters").AdvancedQuantizationParameters
         logging.getLogger("nncf").setLevel(logging.ERROR)
         arrays = [{name: value.numpy().copy() for name, value in call.items()} for call in calls]
         return nncf.quantize(
@@ -36,9 +35,7 @@ def quantize(model: Any, calls: Sequence[Mapping[str, Tensor]]) -> Any:
             nncf.Dataset(arrays),
             subset_size=len(arrays),
             ignored_scope=nncf.IgnoredScope(names=sorted(names_without_image(model)), validate=False),
-            advanced_parameters=AdvancedQuantizationParameters(
-                activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX
-            ),
+            advanced_parameters=parameters(activations_range_estimator_params=ranges),
         )
 
 

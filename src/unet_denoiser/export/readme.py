@@ -72,7 +72,12 @@ def _describe_files(config: ExportConfig) -> str:
 def _call(specs: Mapping[str, InputSpec], config: ExportConfig) -> str:
     """Return the code that defines `network` and calls it once."""
     if config.to == "onnx":
-        lines = ["import numpy as np", "import onnxruntime", "", 'session = onnxruntime.InferenceSession("network.onnx")']
+        lines = [
+            "import numpy as np",
+            "import onnxruntime",
+            "",
+            'session = onnxruntime.InferenceSession("network.onnx")',
+        ]
         body = ["    return session.run(None, inputs)[0]"]
     elif config.to == "openvino":
         hint = "bf16" if config.precision == "bfloat16" else "f32"
@@ -80,7 +85,9 @@ def _call(specs: Mapping[str, InputSpec], config: ExportConfig) -> str:
         lines += ['example = dict(np.load("example.npz"))', 'model = openvino.Core().read_model("network.xml")']
         if any(isinstance(axis, str) for spec in specs.values() for axis in spec.shape):
             names = "[i.any_name for i in model.inputs]"
-            lines += [f"model.reshape({{name: list(example[name].shape) for name in {names}}})  # any size would be slow"]
+            lines += [
+                f"model.reshape({{name: list(example[name].shape) for name in {names}}})  # any size would be slow"
+            ]
         lines += [f'compiled = openvino.compile_model(model, "CPU", {{"INFERENCE_PRECISION_HINT": "{hint}"}})']
         body = ["    return compiled(inputs)[0]"]
     else:
@@ -99,7 +106,9 @@ def _describe_inputs(specs: Mapping[str, InputSpec], channels: int, process: Dif
     rows = ["| input | dtype | shape | |", "|---|---|---|---|"]
     for name, spec in specs.items():
         rows.append(f"| `{name}` | {_DTYPES[spec.dtype]} | ({', '.join(map(str, spec.shape))}) | {spec.meaning} |")
-    more = f"; its first {channels} channels are the prediction, the others a variance" if process.learns_variance else ""
+    more = (
+        f"; its first {channels} channels are the prediction, the others a variance" if process.learns_variance else ""
+    )
     rows.append(f"\nThe output is float32, of the size of `x`{more}.\n")
     return "\n".join(rows)
 

@@ -21,7 +21,6 @@ from unet_denoiser.sampling.arguments import SamplingRequest
 from unet_denoiser.sampling.calibration import calibrate
 from unet_denoiser.sampling.samplers import Sampler
 
-
 CONVERSION_SECONDS = 20.0  # of a small network, tracing, converting and compiling; docs/results/backends.md
 MIN_LARGE_BATCH = 8
 MIN_WIDE_CHANNELS = 128  # from here on torch's side has Winograd's filtering, which is as fast with large batches
@@ -75,7 +74,9 @@ def _choose(
 @torch.no_grad()
 def _measure_call(model: UNet, sizes: tuple[int, ...]) -> float:
     """Return the seconds of a network's call for one sample, without conditions' embeddings."""
-    inputs = draw_step_inputs(model, "full", dict(zip(AXES[len(sizes)], sizes, strict=True)) | {"batch": 1, "tokens": 8})
+    inputs = draw_step_inputs(
+        model, "full", dict(zip(AXES[len(sizes)], sizes, strict=True)) | {"batch": 1, "tokens": 8}
+    )
     step = NetworkStep(model, "full").eval()
     seconds = []
     for _ in range(2):  # the first call transforms weights

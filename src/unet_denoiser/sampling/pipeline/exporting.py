@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from unet_denoiser.config.export import ExportConfig
+from unet_denoiser.diffusion.process import Diffusion
 from unet_denoiser.export.exporter import ExportReport, ExportRequest, export_network
 from unet_denoiser.export.readme import Subject
-from unet_denoiser.diffusion.process import Diffusion
 from unet_denoiser.models.conditions import Conditions
 from unet_denoiser.models.unet import UNet
 from unet_denoiser.sampling.calibration import Call, calibrate

@@ -1,5 +1,6 @@
 """Options and settings that all tests share."""
 
+import logging
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network; read when huggingface_hub is imported
@@ -8,6 +9,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+# torch traces its compiler in detail to this logger, which pytest would format and keep: minutes, and gigabytes
+logging.getLogger("torch.__trace").propagate = False
 
 
 def pytest_addoption(parser):

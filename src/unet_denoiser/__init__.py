@@ -9,11 +9,13 @@ if TYPE_CHECKING:
     from unet_denoiser.data import *  # noqa: F403
     from unet_denoiser.diffusion import *  # noqa: F403
     from unet_denoiser.evaluation import *  # noqa: F403
+    from unet_denoiser.export import *  # noqa: F403
     from unet_denoiser.models import *  # noqa: F403
     from unet_denoiser.models.diffusers_adapter import DiffusersUNet as DiffusersUNet
     from unet_denoiser.models.summary import summarize as summarize
     from unet_denoiser.sampling import *  # noqa: F403
     from unet_denoiser.sampling.pipeline import Pipeline as Pipeline
+    from unet_denoiser.sampling.pipeline import export_pipeline as export_pipeline
     from unet_denoiser.training import *  # noqa: F403
     from unet_denoiser.utils.images import save_grid as save_grid
 
@@ -22,7 +24,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "config": (
         *("UNetConfig", "DiffusionConfig", "TrainingConfig", "DataConfig", "SamplingConfig", "EditingConfig"),
-        *("DistillationConfig", "MemoryConfig", "preset", "list_presets"),
+        *("DistillationConfig", "ExportConfig", "MemoryConfig", "preset", "list_presets"),
     ),
     "models": ("UNet", "ResBlock", "SinusoidalPosEmb", "SelfAttention", "CrossAttention"),
     "models.diffusers_adapter": ("DiffusersUNet",),
@@ -33,7 +35,8 @@ _EXPORTS = {
         *("sample", "sample_steps", "denoise", "Sampler", "Guidance", "Start", "TrajectoryRecorder"),
         *("image_to_image", "inpaint", "outpaint", "upscale", "interpolate", "invert", "regenerate"),
     ),
-    "sampling.pipeline": ("Pipeline",),
+    "sampling.pipeline": ("Pipeline", "export_pipeline"),
+    "export": ("ExportReport", "ExportRequest", "export_network"),
     "training": ("Trainer", "TrainingStep", "Distillation", "EMA", "Run", "load_trainer", "train"),
     "evaluation": ("evaluate", "load_extractor", "frechet_distance", "kernel_distance"),
     "convert": ("import_checkpoint", "export_state_dict", "export_checkpoint", "merge_lora"),

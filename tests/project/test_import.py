@@ -9,17 +9,32 @@ import pytest
 
 import unet_denoiser
 
-HEAVY = ["diffusers", "accelerate", "transformers", "datasets", "huggingface_hub", "PIL", "tyro", "sklearn"]
+HEAVY = [
+    "openvino",
+    "nncf",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "diffusers",
+    "accelerate",
+    "transformers",
+    "datasets",
+    "huggingface_hub",
+    "PIL",
+    "tyro",
+    "sklearn",
+]
 
 PUBLIC_NAMES = {
     "app": "",
     "cli": "main",
     "config": "UNetConfig DiffusionConfig TrainingConfig DataConfig SamplingConfig EditingConfig MemoryConfig preset "
-    "DistillationConfig "
+    "DistillationConfig ExportConfig "
     "list_presets",
     "convert": "import_checkpoint export_state_dict export_checkpoint merge_lora",
     "data": "load_data make_loader ImageDataset ArrayDataset ImageFolder",
     "diffusion": "Diffusion training_losses Losses LossWeighting",
+    "export": "ExportReport ExportRequest export_network",
     "evaluation": "evaluate load_extractor frechet_distance kernel_distance",
     "models": "UNet ResBlock SinusoidalPosEmb SelfAttention CrossAttention",
     "sampling": "sample sample_steps denoise Sampler Guidance Start TrajectoryRecorder image_to_image inpaint outpaint "
@@ -27,7 +42,13 @@ PUBLIC_NAMES = {
     "training": "Trainer TrainingStep Distillation EMA Run load_trainer train",
     "utils": "",
 }
-FROM_DEEPER = {"save_grid", "summarize", "DiffusersUNet", "Pipeline"}  # public, but in no sub-package's __init__
+FROM_DEEPER = {
+    "save_grid",
+    "summarize",
+    "DiffusersUNet",
+    "Pipeline",
+    "export_pipeline",
+}  # public, but in no sub-package's __init__
 
 RUN = """
 import torch, unet_denoiser

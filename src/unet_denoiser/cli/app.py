@@ -10,6 +10,7 @@ from unet_denoiser.cli.distill import distill
 from unet_denoiser.cli.doctor import doctor
 from unet_denoiser.cli.errors import one_line_errors, one_line_warning
 from unet_denoiser.cli.evaluate import evaluate
+from unet_denoiser.cli.export import export
 from unet_denoiser.cli.info import info
 from unet_denoiser.cli.options import parse_command
 from unet_denoiser.cli.page import app
@@ -19,7 +20,8 @@ from unet_denoiser.cli.train import train
 from unet_denoiser.utils.cache import provide_caches
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    command.__name__: command for command in (train, distill, sample, evaluate, doctor, info, convert, share, app)
+    command.__name__: command
+    for command in (train, distill, sample, evaluate, doctor, info, convert, export, share, app)
 }
 
 

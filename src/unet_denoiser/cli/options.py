@@ -19,6 +19,7 @@ from unet_denoiser.config.data import DataConfig
 from unet_denoiser.config.diffusion import DiffusionConfig
 from unet_denoiser.config.distillation import DistillationConfig
 from unet_denoiser.config.editing import EditingConfig
+from unet_denoiser.config.export import ExportConfig
 from unet_denoiser.config.memory import MemoryConfig
 from unet_denoiser.config.paths import local_path
 from unet_denoiser.config.sampling import SamplingConfig
@@ -136,6 +137,7 @@ if TYPE_CHECKING:
     SamplingOptions: TypeAlias = dict[str, Any]
     EditingOptions: TypeAlias = dict[str, Any]
     DistillationOptions: TypeAlias = dict[str, Any]
+    ExportOptions: TypeAlias = dict[str, Any]
 else:
     DataOptions = Annotated[make_options(DataConfig, without=("source",)), tyro.conf.OmitArgPrefixes]
     TrainingOptions = Annotated[make_options(TrainingConfig), tyro.conf.OmitArgPrefixes]
@@ -145,6 +147,7 @@ else:
     SamplingOptions = Annotated[make_options(SamplingConfig), tyro.conf.OmitArgPrefixes]
     EditingOptions = Annotated[make_options(EditingConfig), tyro.conf.OmitArgPrefixes]
     DistillationOptions = Annotated[make_options(DistillationConfig), tyro.conf.OmitArgPrefixes]
+    ExportOptions = Annotated[make_options(ExportConfig), tyro.conf.OmitArgPrefixes]
 OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 OptionalSize = Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="INT [INT]", help_behavior_hint="")]
 OptionalNumber = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]

@@ -4,6 +4,7 @@ from unet_denoiser.config.data import DataConfig as DataConfig
 from unet_denoiser.config.diffusion import DiffusionConfig as DiffusionConfig
 from unet_denoiser.config.distillation import DistillationConfig as DistillationConfig
 from unet_denoiser.config.editing import EditingConfig as EditingConfig
+from unet_denoiser.config.export import ExportConfig as ExportConfig
 from unet_denoiser.config.memory import MemoryConfig as MemoryConfig
 from unet_denoiser.config.presets import list_presets as list_presets
 from unet_denoiser.config.presets import preset as preset

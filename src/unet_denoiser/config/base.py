@@ -23,6 +23,10 @@ TrackerName = Literal["tensorboard", "wandb"]
 ForeignFormat = Literal["diffusers", "ldm", "adm", "ddpm"]
 CheckpointFormat = Literal["unet-denoiser", "pipeline", ForeignFormat]
 QKVOrder = Literal["legacy", "new"]
+ExportFormat = Literal["onnx", "openvino", "torch"]
+ExportPrecision = Literal["float32", "bfloat16", "float16", "int8"]
+BackendName = Literal["torch", "openvino", "onnxruntime", "auto"]
+BackendPrecision = Literal["float32", "bfloat16", "int8"]
 
 
 def signature_of(cls: Callable[P, Any]) -> Callable[[Callable[..., None]], Callable[Concatenate[Any, P], None]]:

@@ -69,14 +69,14 @@ class DistillationConfig:
         }
 
     def check_sampling(self, config: SamplingConfig) -> None:
-        """Raise ValueError for options that the network was not distilled for; `compile` is free."""
+        """Raise ValueError for options that the network was not distilled for; those of speed alone are free."""
         valid, given = asdict(SamplingConfig(**self.sampling)), asdict(config)
         low, high = self.guidance_range
         for name, value in given.items():
             if name == "guidance_scale" and self.draws_guidance:
                 if not low <= value <= high:
                     raise ValueError(f"guidance_scale={value}: this network was distilled for {low:g} to {high:g}")
-            elif value != valid[name] and name != "compile":
+            elif value != valid[name] and name not in ("compile", "backend", "backend_precision"):
                 raise ValueError(f"{name}={value!r}: {self.describe()}; leave it out, or give {valid[name]!r}")
 
     def describe(self) -> str:

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from unet_denoiser.config.base import check_minimum, check_types
+from unet_denoiser.config.base import BackendName, BackendPrecision, check_minimum, check_types
 
 SamplerName = Literal[
     "ddpm", "ddim", "pndm", "ipndm", "dpm++", "dpm++3m", "dpm++2s", "dpm++3s", "dpm++sde", "unipc", "deis", "sa",
@@ -46,6 +46,11 @@ class SamplingConfig:
             kernels are replayed as CUDA graphs.
         image_guidance_scale: weight of guidance by an image of --concat-image alone, where guidance_scale is the weight
             of all else; 1.5 is usual (Brooks et al. 2023, equation 3; default: guidance_scale, for both together).
+        backend: run the network on a CPU by "openvino" or "onnxruntime" (pip install 'unet-denoiser[export]') instead
+            of "torch": converted once, compiled once per size, kept on disk; "auto" takes OpenVINO where it is
+            installed and the request is long enough to pay for compiling.
+        backend_precision: of "openvino": "float32"; "bfloat16", for processors that have units for it; or "int8",
+            quantised by ranges that are measured on samples of the network's own.
 
     Raises:
         ValueError: an option that cannot work, with its name, its value and a valid one.
@@ -64,6 +69,8 @@ class SamplingConfig:
     reuse: int | None = None
     compile: bool = False
     image_guidance_scale: float | None = None
+    backend: BackendName = "torch"
+    backend_precision: BackendPrecision = "float32"
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -94,6 +101,14 @@ class SamplingConfig:
             raise ValueError(
                 f"guidance_rescale={self.guidance_rescale}: guidance_scale=0 computes no conditional output to rescale "
                 "by; leave it out"
+            )
+        if self.compile and self.backend != "torch":
+            raise ValueError(
+                f"compile=True compiles for torch, not for backend={self.backend!r}; leave out one of them"
+            )
+        if self.backend_precision != "float32" and self.backend != "openvino":
+            raise ValueError(
+                f"backend_precision={self.backend_precision!r} needs backend='openvino', not {self.backend!r}"
             )
         if self.dynamic_threshold is not None:
             if not 0 < self.dynamic_threshold <= 1:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from unet_denoiser.export.engines import Engines
 from unet_denoiser.models.conditions import Conditions
 from unet_denoiser.models.input_checks import check_inputs
 from unet_denoiser.models.layers.attention import project_context
@@ -28,19 +29,25 @@ WARM_UP_FRACTION = 0.12  # of the calls, at the start, compute everything: featu
 
 
 def make_cached_unet(
-    model: UNet, timesteps: Tensor | None = None, *, reuse: int | None = None, compile: bool = False
+    model: UNet,
+    timesteps: Tensor | None = None,
+    *,
+    reuse: int | None = None,
+    compile: bool = False,
+    engines: Engines | None = None,
 ) -> Callable[..., Tensor]:
     """Return the network of one generation as guidance calls it, network(x, t, **inputs) -> float32 output.
 
     A network with another `forward`, or one that is sharded, hooked or compiled by other code, is called as it is:
-    ValueError for `reuse` or `compile` with it. The arguments are those of `CachedUNet`.
+    ValueError for `reuse`, `compile` or `engines` with it. The arguments are those of `CachedUNet`.
     """
     has_own_forward = isinstance(model, UNet) and getattr(model.forward, "__func__", None) is UNet.forward
     if has_own_forward and not (
         isinstance(next(model.parameters()), DTensor) or has_hooks(model) or model._compiled_call_impl is not None
     ):
-        return CachedUNet(model, timesteps, reuse=reuse, compile=compile)
-    for name, value in (("reuse", reuse), ("compile", compile)):
+        return CachedUNet(model, timesteps, reuse=reuse, compile=compile, engines=engines)
+    backend = None if engines is None else engines.name
+    for name, value in (("reuse", reuse), ("compile", compile), ("backend", backend)):
         if value:
             raise ValueError(
                 f"{name}={value} needs a UNet with its own forward, neither sharded nor hooked nor compiled already"
@@ -70,10 +77,17 @@ class CachedUNet:
             sampler with two calls per step computes them in every (reuse / 2)-th step. A call with another batch (a
             guidance interval begins or ends) computes them too. None and 1 compute them always.
         compile: run both entry points, with and without deep features, through torch.compile; on a GPU as CUDA graphs.
+        engines: run both in these engines instead.
     """
 
     def __init__(
-        self, model: UNet, timesteps: Tensor | None = None, *, reuse: int | None = None, compile: bool = False
+        self,
+        model: UNet,
+        timesteps: Tensor | None = None,
+        *,
+        reuse: int | None = None,
+        compile: bool = False,
+        engines: Engines | None = None,
     ) -> None:
         self.model, self.reuse = model, reuse or 1
         self.run_full: Callable[..., Any] = _run_full
@@ -82,6 +96,9 @@ class CachedUNet:
             # torch keeps the graphs of each thread apart, and some of its versions fail outside of the main thread
             graphs = model.device.type == "cuda" and current_thread() is main_thread()
             self.run_full, self.run_shallow = _compile(_run_full, graphs), _compile(_run_shallow, graphs)
+        self.engines = engines
+        if engines is not None:
+            self.run_full, self.run_shallow = self._run_full_engine, self._run_shallow_engine
         self.num_calls, self.call = 0 if timesteps is None else len(timesteps), -1
         self.warm_up = round(WARM_UP_FRACTION * self.num_calls)
         self.timesteps = None if timesteps is None else timesteps.unique().to(model.device)
@@ -111,6 +128,22 @@ class CachedUNet:
             self.features = [*(self.features[:-1] if is_near else self.features[-1:]), (self.call, deep)]
         return out.float()
 
+    def _run_full_engine(
+        self, model: UNet, x: Tensor, emb: Tensor, context: Context | None
+    ) -> tuple[Tensor, Tensor | None]:
+        assert self.engines is not None
+        inputs = _engine_inputs(x, emb, context)
+        if self.reuse > 1:
+            out, deep = self.engines("full_deep", inputs)
+            return out, deep
+        return self.engines("full", inputs)[0], None
+
+    def _run_shallow_engine(
+        self, model: UNet, x: Tensor, emb: Tensor, context: Context | None, deep: Tensor
+    ) -> tuple[Tensor]:
+        assert self.engines is not None
+        return (self.engines("shallow", _engine_inputs(x, emb, context) | {"deep": deep})[0],)
+
     def _forecast(self) -> Tensor:
         """Extrapolate the deep features of this call linearly from the two that are kept, or return the only one."""
         last, deep = self.features[-1]
@@ -134,9 +167,19 @@ class CachedUNet:
             check_inputs(model.config, model.dtype, x, t, given, drop=drop)
             with full_precision(x.device.type):
                 added, context = model.embed_conditions(len(x), given, drop)
-            context = None if context is None else project_context(model, context)
+            if context is not None and self.engines is None:  # engines compute keys and values inside
+                context = project_context(model, context)
             self.embedded[key] = _Embedded(added, context, [value for _, value in tensors])
         return self.embedded[key]
+
+
+def _engine_inputs(x: Tensor, emb: Tensor, context: Context | None) -> dict[str, Tensor]:
+    """Return the inputs of a step in an engine."""
+    if context is None:
+        return {"x": x, "emb": emb}
+    tokens, mask = context.tokens, context.mask
+    mask = torch.ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask
+    return {"x": x, "emb": emb, "tokens": tokens, "mask": mask}
 
 
 def _run_full(model: UNet, x: Tensor, emb: Tensor, context: Context | None) -> tuple[Tensor, Tensor]:

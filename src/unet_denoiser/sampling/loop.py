@@ -1,7 +1,7 @@
 """The reverse process: from noise to data, with any sampler, for any network."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from unet_denoiser.config.sampling import SamplingConfig
 from unet_denoiser.diffusion.process import Diffusion, accepts_concat
+from unet_denoiser.export.engines import Engines
 from unet_denoiser.models.conditions import Conditions
 from unet_denoiser.models.unet import UNet
 from unet_denoiser.sampling.arguments import SamplingRequest, check_process
+from unet_denoiser.sampling.backends import make_engines
 from unet_denoiser.sampling.cached_unet import make_cached_unet
 from unet_denoiser.sampling.guidance import Guidance, embed_guidance_scale
 from unet_denoiser.sampling.samplers import Generators, Sampler
@@ -190,6 +192,7 @@ def _run_batches(model: UNet, sampler: Sampler, request: SamplingRequest, shape:
     run, device = request.loop or denoise_steps, model.device
     allow_tf32(device.type)
     with _evaluation_mode(model, request.guide):
+        engines = {unet: make_engines(unet, sampler, request, shape) for unet in (model, request.guide) if unet}
         for first in range(0, len(request.seeds), request.batch_size):
             indices = slice(first, min(first + request.batch_size, len(request.seeds)))
             generators = [torch.Generator().manual_seed(int(seed)) for seed in request.seeds[indices]]
@@ -197,7 +200,7 @@ def _run_batches(model: UNet, sampler: Sampler, request: SamplingRequest, shape:
             if request.start is not None:
                 start, (alpha, sigma) = request.start.x[indices].to(x), sampler.alpha_sigma(0)
                 x = alpha * start + sigma * x if request.start.add_noise else start  # DDPM, equation 4
-            guidance = _make_guidance(model, sampler, request, indices)
+            guidance = _make_guidance(model, sampler, request, indices, engines)
             edit = None if request.edit is None else partial(_edit, request.edit, indices)
             for step in run(guidance, sampler, x, edit=edit, generators=generators):
                 yield step._replace(indices=indices)
@@ -207,7 +210,13 @@ def _edit(edit: Callable[[Tensor, float, slice], Tensor], indices: slice, x0: Te
     return edit(x0, t, indices)
 
 
-def _make_guidance(model: UNet, sampler: Sampler, request: SamplingRequest, indices: slice) -> Guidance:
+def _make_guidance(
+    model: UNet,
+    sampler: Sampler,
+    request: SamplingRequest,
+    indices: slice,
+    engines: Mapping[UNet, Engines | None],
+) -> Guidance:
     """Make the guidance of one batch, with networks that share work among the batch's calls."""
     config, process = request.config, sampler.process
     conditions, negative = (
@@ -225,7 +234,8 @@ def _make_guidance(model: UNet, sampler: Sampler, request: SamplingRequest, indi
         conditions, config = replace(conditions, time_cond=time_cond), replace(config, guidance_scale=1.0)
 
     def network(unet: UNet) -> Callable[..., Tensor]:
-        return accepts_concat(make_cached_unet(unet, sampler.timesteps, reuse=config.reuse, compile=config.compile))
+        options: Any = {"reuse": config.reuse, "compile": config.compile, "engines": engines[unet]}
+        return accepts_concat(make_cached_unet(unet, sampler.timesteps, **options))
 
     return Guidance(
         network(model),

@@ -76,7 +76,9 @@ def _settings(pipeline: Pipeline, request: GenerationRequest) -> dict[str, Any]:
     edit = request.edit
     files = [file for file in (edit.image, edit.mask, request.concat_image) if file is not None]
     options = asdict(request.config) | asdict(edit)
-    del options["compile"]
+    del options["compile"], options["backend"]  # which differ by rounding alone
+    if options["backend_precision"] == "float32":
+        del options["backend_precision"]
     if options["image_guidance_scale"] is None:  # as in folders of older versions, which lack it
         del options["image_guidance_scale"]
     return {name: str(value) if isinstance(value, Path) else value for name, value in options.items()} | {

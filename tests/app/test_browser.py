@@ -30,10 +30,11 @@ CHROMIUM = shutil.which("chromium")
 if CHROMIUM is None:
     pytest.skip("needs a browser: apt-get install chromium", allow_module_level=True)
 
-SCREENSHOTS, SHOWN_RUN = os.environ.get("APP_SCREENSHOTS"), os.environ.get("APP_RUN")
+SHOWN_RUN = os.environ.get("APP_RUN")
+SCREENSHOTS = Path(name).absolute() if (name := os.environ.get("APP_SCREENSHOTS")) else None
 OLD = Path(__file__).parents[1] / "support" / "old"  # a run of two steps
 LONG = 60_000  # milliseconds: the machine may be busy
-EXACT = "--num-images 16 --seed 3 --num-inference-steps 100 --guidance-scale 2 --sampler ddim --device cpu"
+EXACT = "--num-images 40 --seed 3 --num-inference-steps 30 --guidance-scale 2 --sampler ddim --device cpu"
 
 
 def start_page(folder: Path) -> tuple[subprocess.Popen, str]:
@@ -122,9 +123,10 @@ def picture_of(page, name):
 
 def keep(page, name):
     if SCREENSHOTS:
+        page.evaluate("window.scrollTo(0, 0)")
         page.mouse.move(0, 0)
         time.sleep(1)
-        page.screenshot(path=Path(SCREENSHOTS) / f"app-{name}.png")
+        page.screenshot(path=SCREENSHOTS / f"app-{name}.png")
 
 
 def test_a_sample_forms_step_by_step_and_is_the_commands(page, folder, monkeypatch):
@@ -134,13 +136,13 @@ def test_a_sample_forms_step_by_step_and_is_the_commands(page, folder, monkeypat
         const listen = {subtree: true, childList: true, characterData: true};
         new MutationObserver(() => window.said.push(element.innerText)).observe(element, listen);
     }""")
-    for name, value in (("Seed", "3"), ("Images", "16"), ("Steps", "100"), ("Guidance", "2")):
+    for name, value in (("Seed", "3"), ("Images", "40"), ("Steps", "30"), ("Guidance", "2")):
         fill(page, name, value)
     page.get_by_role("button", name="More").locator("visible=true").click()
     choose(page, "Sampler", "ddim")
     page.click("#sample-start")
-    assert wait_for(page, "sample-message", " s, ").startswith("16 images in ")
-    assert any(re.fullmatch(r"step \d+ of 100", text.strip()) for text in page.evaluate("window.said"))
+    assert wait_for(page, "sample-message", " s, ").startswith("40 images in ")
+    assert any(re.fullmatch(r"step \d+ of 30", text.strip()) for text in page.evaluate("window.said"))
     keep(page, "sample")
     monkeypatch.chdir(folder)
     main(["sample", "runs/digits", "--out", "same.png", *EXACT.split()])

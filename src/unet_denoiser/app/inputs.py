@@ -48,4 +48,4 @@ def _find_tasks(pipeline: Pipeline) -> tuple[Task, ...]:
         return ("inpaint", "outpaint")
     if kind is not None:
         return ("upscale",) if kind.name == "downscaled" else ("translate",)
-    return ("vary", "inpaint", "outpaint", *(("upscale",) if pipeline.data.vae is None else ()))  # type: ignore[return-value]
+    return ("vary", "inpaint", "outpaint", *(("upscale",) if pipeline.data.vae is None else ()))

@@ -15,7 +15,7 @@ from unet_denoiser.app.tabs.network import LOOK, offer_names
 from unet_denoiser.config.paths import local_path
 
 REFRESH_SECONDS = 2.0
-MAX_PREVIEWS = 12  # the latest ones are shown
+MAX_PREVIEWS, PREVIEW_SIDE = 12, 150  # the latest ones are shown; pixels of the shorter side, at least
 DO: Any = {"concurrency_id": "training", "concurrency_limit": 1, "show_progress": "hidden"}
 
 
@@ -148,7 +148,7 @@ def _draw(metrics: list[dict[str, Any]]) -> str:
 def _show_previews(files: list[Path]) -> str:
     """Return the previews with their steps, the latest first."""
     latest = files[::-1][:MAX_PREVIEWS]
-    return show_pictures([(file, f"step {int(file.stem.removeprefix('step-')):,}") for file in latest])
+    return show_pictures([(file, f"step {int(file.stem.removeprefix('step-')):,}") for file in latest], PREVIEW_SIDE)
 
 
 def _show_log(text: str) -> str:

@@ -27,7 +27,7 @@ def run(trained, here):
 
 
 def test_exports_a_run_whose_readme_samples_digits(run, capsys):
-    main(f"export {run} out --to onnx".split())
+    main(f"export {run} out --to onnx --image-size 8 --batch-size 2".split())
     said = capsys.readouterr().out
     assert said.startswith("out: onnx, float32; error ")
     assert said.count("\n") == 1

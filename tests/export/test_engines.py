@@ -85,7 +85,7 @@ def test_outputs_have_memory_of_their_own():
 
 def test_other_precisions_and_missing_libraries_are_refused(monkeypatch):
     with pytest.raises(
-        ValueError, match="backend='openvino' runs networks in float32 on a CPU; this one is in torch.b"
+        ValueError, match=r"backend='openvino' runs networks in float32 on a CPU; this one is in torch.b"
     ):
         Engines(small().bfloat16(), "openvino", "float32")
     monkeypatch.setattr("unet_denoiser.export.libraries.find_spec", lambda name: None)

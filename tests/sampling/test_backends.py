@@ -86,6 +86,7 @@ def test_a_student_samples_by_it():
     torch.testing.assert_close(found, wanted, rtol=0, atol=2e-4 * wanted.abs().max())
 
 
+@pytest.mark.slow
 def test_int8_is_near():
     options = {"model": network(model_channels=16), "process": Diffusion(), "seeds": [0, 1]}
     options |= {"num_inference_steps": 4}

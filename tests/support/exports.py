@@ -1,5 +1,6 @@
 """Exported networks: small pipelines, and the code of a README run as a user runs it."""
 
+import contextlib
 import json
 import os
 import re
@@ -9,6 +10,8 @@ import torch
 
 from support.networks import small
 from unet_denoiser import DataConfig, Diffusion
+from unet_denoiser.export import exporter
+from unet_denoiser.export.network import call_network
 from unet_denoiser.sampling.pipeline.pipeline import Pipeline
 
 NET = {"in_channels": 1, "out_channels": 1}
@@ -48,3 +51,31 @@ def first_noise(folder):
 
 def read_schedule(folder):
     return json.loads((folder / "schedule.json").read_text())
+
+
+def as_arrays(model):
+    """Return a network as an engine is called: with arrays by name."""
+
+    def network(inputs):
+        with torch.no_grad():
+            return [call_network(model, {name: torch.from_numpy(np.array(v)) for name, v in inputs.items()}).numpy()]
+
+    return network
+
+
+def without_engine(monkeypatch, model):
+    """Let exports write an empty file, and let the network stand for the engine that would read it."""
+    monkeypatch.setattr(exporter, "_save", lambda request, specs, path, config: path.touch())
+    monkeypatch.setattr(exporter, "open_network", lambda *args: as_arrays(model))
+
+
+def run_sampling(folder, model):
+    """Run the sampling of the README alone, with the network itself in place of the exported file."""
+    call, loop = readme_blocks(folder)
+    example = dict(np.load(folder / "example.npz"))
+    network = as_arrays(model)
+    names = {"np": np, "example": example, "network": lambda **inputs: network(inputs)[0]}
+    compile(call, "README.md", "exec")
+    with contextlib.chdir(folder):
+        exec(compile(loop, "README.md", "exec"), names)
+    return np.load(folder / "samples.npy")

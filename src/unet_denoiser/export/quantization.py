@@ -1,4 +1,4 @@
-"""Quantisation to 8 bits by NNCF, with ranges of all noise levels, and the embeddings of time and conditions in float."""
+"""Quantisation to 8 bits by NNCF: ranges of all noise levels, and the embeddings of time and conditions in float."""
 
 from __future__ import annotations
 

@@ -188,10 +188,9 @@ def _describe_check(checked: Sequence[CheckedCase], config: ExportConfig) -> str
         errors = [f"{case.error:.1e}" for case in checked if (case.batch, case.size) == (batch, size)]
         rows.append(f"| {'x'.join(map(str, size))} | {batch} | {' | '.join(errors)} |")
     return (
-        f"The file's output was compared with the original network's before it was written here. Its error is {worst:.1e}\n"
-        f"of the output at most (root mean squares; {BOUNDS[config.precision]:g} is accepted in {config.precision}):\n\n"
-        + "\n".join(rows)
-        + "\n"
+        "The file's output was compared with the original network's before it was put here. Its error is at most\n"
+        f"{worst:.1e} of the output (root mean squares; {BOUNDS[config.precision]:g} is accepted in "
+        f"{config.precision}):\n\n" + "\n".join(rows) + "\n"
     )
 
 

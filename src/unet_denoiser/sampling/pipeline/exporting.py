@@ -23,9 +23,9 @@ _EXAMPLE_CAPTION = "a photo"
 
 
 def export_pipeline(pipeline: Pipeline, out: Path, config: ExportConfig | None = None) -> ExportReport:
-    """Export the network of a pipeline to a new folder; `image_size` is in pixels, and the errors are `export_network`'s.
+    """Export the network of a pipeline to a new folder, with its schedule, an example and a README.
 
-    The folder has the network, its schedule, an example and a README.
+    `image_size` is in pixels. The errors are those of `export_network`.
     """
     config = config or ExportConfig()
     model, process = pipeline.model, pipeline.process

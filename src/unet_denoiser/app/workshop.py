@@ -21,8 +21,8 @@ class Workshop:
         self._stops: dict[str, threading.Event] = {}
 
     def warm_up(self) -> None:
-        """Import all that a first sample needs, in a thread of its own, so that the page need not wait for it."""
-        threading.Thread(target=self._open, daemon=True).start()
+        """Import all that a first sample needs; pages and samples need not wait for it then."""
+        self._open()
 
     def read_inputs(self, source: str) -> "Inputs":
         """Return the inputs of the network of a run or pipeline."""

@@ -23,6 +23,8 @@ from PIL import Image
 
 from unet_denoiser.app.training_state import read_training
 from unet_denoiser.cli.app import main
+from unet_denoiser.training.run import PROCESS_NAME
+from unet_denoiser.utils.processes import find_worker
 
 gradio = pytest.importorskip("gradio", reason="needs the extra app: pip install 'unet-denoiser[app]'")
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
@@ -33,7 +35,7 @@ if CHROMIUM is None:
 SHOWN_RUN = os.environ.get("APP_RUN")
 SCREENSHOTS = Path(name).absolute() if (name := os.environ.get("APP_SCREENSHOTS")) else None
 OLD = Path(__file__).parents[1] / "support" / "old"  # a run of two steps
-LONG = 60_000  # milliseconds: the machine may be busy
+LONG = 120_000  # milliseconds: the machine may be busy
 EXACT = "--num-images 40 --seed 3 --num-inference-steps 30 --guidance-scale 2 --sampler ddim --device cpu"
 
 
@@ -266,3 +268,5 @@ def test_a_training_outlives_the_page_stops_and_resumes(folder, page, server, br
         assert second.wait(timeout=20) == 0
     finally:
         second.kill()
+        if (worker := find_worker(run / PROCESS_NAME)) is not None:
+            os.kill(worker.pid, signal.SIGKILL)

@@ -53,8 +53,10 @@ def serve(sources: Sources, host: str, port: int) -> None:
     with TemporaryDirectory(prefix="unet-denoiser-page-") as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads  # read when the components are made
         page = build_page(sources, workshop)
+        workshop.warm_up(
+            sources.networks()
+        )  # before the server listens: imports in the background would make the first page slow
         page.launch(**launch_options(host, port))
-        workshop.warm_up()
         print(f"the page is at http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}; Ctrl+C ends it", flush=True)
         if host not in LOOPBACK:
             print(f"host={host}: whoever reaches this address can use the page; nothing asks who it is", flush=True)

@@ -1,11 +1,13 @@
 """What all tabs work with: one network at a time, and generations that can be stopped."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unet_denoiser.config.editing import EditingConfig
+from unet_denoiser.config.paths import local_path
 
 if TYPE_CHECKING:
     from unet_denoiser.app.generation import Form, PipelineHolder
@@ -20,9 +22,12 @@ class Workshop:
         self._lock = threading.Lock()
         self._stops: dict[str, threading.Event] = {}
 
-    def warm_up(self) -> None:
-        """Import all that a first sample needs, in a thread of its own, so that the page need not wait for it."""
-        threading.Thread(target=self._open, daemon=True).start()
+    def warm_up(self, networks: Sequence[str]) -> None:
+        """Import all that a first sample needs, and read the first network that is on this machine."""
+        self._open()
+        for source in [name for name in networks if local_path(name).exists()][:1]:
+            with suppress(Exception):  # the page says what is wrong with it
+                self.read_inputs(source)
 
     def read_inputs(self, source: str) -> "Inputs":
         """Return the inputs of the network of a run or pipeline."""

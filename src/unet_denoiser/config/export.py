@@ -6,6 +6,10 @@ from unet_denoiser.config.base import ExportFormat, ExportPrecision, check_minim
 
 # which precisions each format can hold, and what stands in the way of the others
 _REFUSED = {
+    (
+        "openvino",
+        "bfloat16",
+    ): "OpenVINO would round the time as well, to 8 bits; sample --backend openvino embeds it outside",
     ("onnx", "bfloat16"): "onnxruntime has no bfloat16 convolutions for a CPU",
     ("onnx", "int8"): "only OpenVINO's quantisation is held",
     ("torch", "int8"): "only OpenVINO's quantisation is held",

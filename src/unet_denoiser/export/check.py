@@ -109,6 +109,7 @@ def require_precise(checked: Sequence[CheckedCase], precision: ExportPrecision) 
         size = "x".join(map(str, worst.size))
         raise ValueError(
             f"precision={precision!r}: the exported network's output differs from the network's by "
-            f"{worst.error:.1e} of it, at timestep {worst.timestep} and size {size}; at most {BOUNDS[precision]:g} is accepted"
+            f"{worst.error:.1e} of it, at timestep {worst.timestep} and size {size}; at most "
+            f"{BOUNDS[precision]:g} is accepted"
         )
     return worst.error

@@ -64,8 +64,8 @@ def write_readme(
 def _describe_files(config: ExportConfig) -> str:
     files = {"onnx": "`network.onnx`", "openvino": "`network.xml` and `network.bin`", "torch": "`network.pt2`"}
     return (
-        f"{files[config.to]}: the network, in {config.precision}. `schedule.json`: its noise levels. `example.npz`: the\n"
-        "inputs of one call, and the output that the original network has for them.\n"
+        f"{files[config.to]}: the network, in {config.precision}. `schedule.json`: its noise levels. `example.npz`:\n"
+        "the inputs of one call, and the output that the original network has for them.\n"
     )
 
 
@@ -80,15 +80,12 @@ def _call(specs: Mapping[str, InputSpec], config: ExportConfig) -> str:
         ]
         body = ["    return session.run(None, inputs)[0]"]
     elif config.to == "openvino":
-        hint = "bf16" if config.precision == "bfloat16" else "f32"
         lines = ["import numpy as np", "import openvino", ""]
         lines += ['example = dict(np.load("example.npz"))', 'model = openvino.Core().read_model("network.xml")']
         if any(isinstance(axis, str) for spec in specs.values() for axis in spec.shape):
             names = "[i.any_name for i in model.inputs]"
-            lines += [
-                f"model.reshape({{name: list(example[name].shape) for name in {names}}})  # any size would be slow"
-            ]
-        lines += [f'compiled = openvino.compile_model(model, "CPU", {{"INFERENCE_PRECISION_HINT": "{hint}"}})']
+            lines += [f"model.reshape({{name: list(example[name].shape) for name in {names}}})  # else slow"]
+        lines += ['compiled = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})']
         body = ["    return compiled(inputs)[0]"]
     else:
         lines = ["import numpy as np", "import torch", "", 'program = torch.export.load("network.pt2").module()']

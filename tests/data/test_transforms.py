@@ -40,7 +40,8 @@ def mean_colour(image):
 )
 def test_modes_become_rgb_on_the_background(tmp_path, mode, colour, rgb):
     suffix = {"CMYK": "tif", "YCbCr": "tif"}.get(mode, "png")
-    write_image(tmp_path / "d" / f"a.{suffix}", Image.new(mode, (8, 8), colour))
+    packed = {"compression": "tiff_lzw"} if mode == "YCbCr" else {}  # Pillow 12 does not read its own without
+    write_image(tmp_path / "d" / f"a.{suffix}", Image.new(mode, (8, 8), colour), **packed)
     assert mean_colour(load_only_image(tmp_path / "d", channels=3, background="#ff0000")) == rgb
 
 

@@ -6,7 +6,7 @@ Time and conditions are embedded outside, in float32 and once for a whole sampli
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -55,8 +55,8 @@ def step_axes(model: UNet, entry: Entry) -> dict[str, tuple[int | str, ...]]:
 
 def deep_channels(model: UNet) -> int:
     """Return the channels of the deep features: those that the last block of the decoder takes, less its skip's."""
-    first = next(iter(model.decoder[-1].children()))
-    return int(first.norm1.num_channels) - model.config.stem_width  # type: ignore[union-attr, operator]
+    first: Any = next(iter(model.decoder[-1].children()))
+    return int(first.norm1.num_channels) - model.config.stem_width
 
 
 def draw_step_inputs(model: UNet, entry: Entry, lengths: Mapping[str, int]) -> dict[str, Tensor]:

@@ -90,7 +90,7 @@ def export_network(request: ExportRequest, out: Path, config: ExportConfig) -> E
         found.append(ExportReport(out, checked, require_precise(checked, config.precision)))
         write_json(folder / SCHEDULE_NAME, describe_schedule(request.process, request.steps, request.clip_sample))
         example = _make_example(request, specs)
-        np.savez(folder / EXAMPLE_NAME, **example)
+        np.savez(folder / EXAMPLE_NAME, **example)  # type: ignore[arg-type]  # a name might be allow_pickle
         readme = write_readme(request.subject, specs, config, checked, request.process, request.model.config)
         (folder / "README.md").write_text(readme, encoding="utf-8")
 
@@ -108,7 +108,8 @@ def require_libraries(config: ExportConfig) -> None:
 
 def fix_axes(specs: Mapping[str, InputSpec], request: ExportRequest, config: ExportConfig) -> dict[str, InputSpec]:
     """Return the inputs with those axes fixed that the export fixes; ValueError for a wrong number of axes."""
-    space, fixed = AXES[request.model.config.dims], {}
+    space = AXES[request.model.config.dims]
+    fixed: dict[str, int] = {}
     if config.image_size is not None:
         sizes = config.image_size * (len(space) if len(config.image_size) == 1 else 1)
         if len(sizes) != len(space):

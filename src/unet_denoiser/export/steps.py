@@ -56,7 +56,7 @@ def step_axes(model: UNet, entry: Entry) -> dict[str, tuple[int | str, ...]]:
 def deep_channels(model: UNet) -> int:
     """Return the channels of the deep features: those that the last block of the decoder takes, less its skip's."""
     first = next(iter(model.decoder[-1].children()))
-    return int(first.norm1.num_channels) - model.config.stem_width  # type: ignore[union-attr, operator]
+    return int(first.norm1.num_channels) - model.config.stem_width  # type: ignore[union-attr, arg-type]
 
 
 def draw_step_inputs(model: UNet, entry: Entry, lengths: Mapping[str, int]) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from unet_denoiser import Diffusion, UNet
 from unet_denoiser.config.defaults import architecture_for
 from unet_denoiser.export.engines import Engines
 from unet_denoiser.models.conditions import Conditions
+from unet_denoiser.models.layers.rules import prepare_to_sample
 from unet_denoiser.sampling.backends import calibrate_step
 from unet_denoiser.sampling.cached_unet import CachedUNet
 
@@ -35,7 +36,7 @@ BACKENDS = [
 
 
 def build(name: str, quick: bool) -> UNet:
-    """Build a network with random weights that do not vanish."""
+    """Build a network with random weights that do not vanish, as it is loaded to sample from."""
     torch.manual_seed(0)
     if name == "fashion":
         options = {"model_channels": 8} if quick else {}
@@ -45,7 +46,7 @@ def build(name: str, quick: bool) -> UNet:
     for p in model.parameters():
         if p.ndim > 1 and not p.any():
             torch.nn.init.normal_(p, std=p[0].numel() ** -0.5)
-    return model.eval()
+    return prepare_to_sample(model.eval())
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from unet_denoiser.convert.checkpoint import export_checkpoint
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ("", r"Expected one of \{train, distill, sample, evaluate, doctor, info, convert, share, app\}"),
+        ("", r"Expected one of \{train, distill, sample, evaluate, doctor, info, convert, export, share, app\}"),
         ("paint", "Unrecognized options: paint"),
         ("sample", r"Missing from unet-denoiser sample: RUN .*\(see unet-denoiser sample --help\)"),
         ("train digits --bach-size 3", "Unrecognized options: --bach-size, 3; --batch-size is near"),

@@ -25,6 +25,7 @@ SHORT = {
     "evaluate": "--num-samples 6 --num-inference-steps 2 --extractor pixels --allow-few --device cpu",
     "doctor": "--num-images 2 --num-samples 2 --device cpu",
     "info": "",
+    "export": "",
 }
 CUT = re.compile(r"--(steps|batch-size|num-inference-steps|image-size) \d+")
 MISSING_HERE = ("--text-encoder", "--vae", "--init", "convert")  # they need files of other projects

@@ -43,7 +43,7 @@ def make_engines(model: UNet, sampler: Sampler, request: SamplingRequest, shape:
 
 
 def saved_share(channels: int, batch: int) -> float:
-    """Return the share of time that OpenVINO saves in float32, as prototypes measured (docs/results/backends.md)."""
+    """Return the share of time that OpenVINO saves in float32: the least measured (docs/results/backends.md)."""
     if channels >= MIN_WIDE_CHANNELS:
         return 0.3 if batch < MIN_LARGE_BATCH else 0.0
     return 0.5 if batch < MIN_LARGE_BATCH else 0.25

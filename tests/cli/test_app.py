@@ -31,6 +31,7 @@ from unet_denoiser.convert.checkpoint import export_checkpoint
         ("convert a b --to onnx", "invalid choice 'onnx' for argument '--to'. Expected one of .*'ldm'"),
     ],
 )
+@pytest.mark.usefixtures("here")  # where no run has the default's name yet
 def test_wrong_command_lines_are_one_line(capsys, args, message):
     assert re.search(message, error(capsys, *args.split()))
 

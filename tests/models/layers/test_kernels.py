@@ -26,6 +26,7 @@ def write_compiler(path, command):
 
 @pytest.mark.parametrize("command", ["exit 1", "touch broken", "exec true"])
 def test_a_compiler_that_fails_is_no_error(monkeypatch, tmp_path, command):
+    monkeypatch.chdir(tmp_path)  # "touch" makes its file there
     monkeypatch.setenv("CXX", write_compiler(tmp_path / "c++", command))
     assert kernels.load_kernels() is None
     assert not list(tmp_path.glob("cache/*"))

@@ -1,4 +1,4 @@
-"""What the server answers besides the page: nothing that it would fetch from elsewhere."""
+"""A guard of the server: it fetches nothing from elsewhere for anyone."""
 
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeAlias

@@ -1,4 +1,4 @@
-"""What all tabs work with: one network at a time, and generations that can be stopped."""
+"""The network of all tabs, one at a time, and generations that can be stopped."""
 
 import threading
 from collections.abc import Iterator, Sequence

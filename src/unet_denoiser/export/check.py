@@ -38,6 +38,7 @@ def draw_inputs(
     process: Diffusion,
     k: int,
     axes: Mapping[str, int],
+    *,
     generator: torch.Generator,
     samples: Tensor | None = None,
 ) -> dict[str, Tensor]:

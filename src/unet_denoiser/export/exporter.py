@@ -20,7 +20,7 @@ from unet_denoiser.export.check import CheckedCase, check_levels, compare, draw_
 from unet_denoiser.export.libraries import is_installed
 from unet_denoiser.export.network import AXES, ExportedNetwork, InputSpec, call_network, input_specs, least_size
 from unet_denoiser.export.program import trace
-from unet_denoiser.export.readme import Subject, write_readme
+from unet_denoiser.export.readme import Subject, format_readme
 from unet_denoiser.export.schedule import SCHEDULE_NAME, describe_schedule
 from unet_denoiser.models.unet import UNet
 from unet_denoiser.utils.files import write_atomically, write_json
@@ -91,7 +91,8 @@ def export_network(request: ExportRequest, out: Path, config: ExportConfig) -> E
         write_json(folder / SCHEDULE_NAME, describe_schedule(request.process, request.steps, request.clip_sample))
         example: dict[str, Any] = _make_example(request, specs)
         np.savez(folder / EXAMPLE_NAME, **example)
-        readme = write_readme(request.subject, specs, config, checked, request.process, request.model.config)
+        process, network = request.process, request.model.config
+        readme = format_readme(request.subject, specs, config, checked, process=process, network=network)
         (folder / "README.md").write_text(readme, encoding="utf-8")
 
     write_atomically(out, write)
@@ -157,7 +158,7 @@ def _save(request: ExportRequest, specs: Mapping[str, InputSpec], path: Path, co
     if config.to != "openvino" and config.precision in _DTYPES:
         model = model.to(_DTYPES[config.precision])
     generator, axes = torch.Generator().manual_seed(0), _cases(request.model, specs)[0]
-    inputs = draw_inputs(specs, request.process, request.process.num_train_timesteps // 2, axes, generator)
+    inputs = draw_inputs(specs, request.process, request.process.num_train_timesteps // 2, axes, generator=generator)
     program = trace(
         ExportedNetwork(model, names), inputs, {n: s.shape for n, s in specs.items()}, least_size(model.config)
     )
@@ -203,7 +204,7 @@ def _compare(request: ExportRequest, network: Network, specs: Mapping[str, Input
         return call_network(model, {name: value.to(model.device) for name, value in inputs.items()})
 
     def draw(k: int, axes: Mapping[str, int], generator: torch.Generator) -> dict[str, Tensor]:
-        return draw_inputs(specs, process, k, axes, generator, request.samples)
+        return draw_inputs(specs, process, k, axes, generator=generator, samples=request.samples)
 
     return compare(network, original, draw, check_levels(process), _cases(model, specs))
 
@@ -224,7 +225,7 @@ def _make_example(request: ExportRequest, specs: Mapping[str, InputSpec]) -> dic
     given = {name: value for name, value in request.example.items() if name in specs}
     if "tokens" in free_axes(specs) and "context" in given:
         axes = axes | {"tokens": given["context"].shape[1]}
-    inputs = draw_inputs(specs, process, k, axes, torch.Generator().manual_seed(1))
+    inputs = draw_inputs(specs, process, k, axes, generator=torch.Generator().manual_seed(1))
     for name, value in given.items():
         rows = value[torch.arange(axes["batch"]) % len(value)].to(inputs[name].dtype)
         inputs[name] = fit_tokens(rows, name, specs)

@@ -35,11 +35,12 @@ class Subject:
     negative: Sequence[str] = ()
 
 
-def write_readme(
+def format_readme(
     subject: Subject,
     specs: Mapping[str, InputSpec],
     config: ExportConfig,
     checked: Sequence[CheckedCase],
+    *,
     process: Diffusion,
     network: UNetConfig,
 ) -> str:

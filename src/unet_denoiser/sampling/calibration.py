@@ -52,7 +52,7 @@ def calibrate(
         conditions: of one sample or more; those that are not given are drawn.
     """
     generator, device = torch.Generator().manual_seed(0), model.device
-    given = _complete(model, process, conditions or Conditions(), sizes, count, generator)
+    given = _complete(model, process, conditions or Conditions(), sizes, count=count, generator=generator)
     drop = {}
     if model.config.learned_null:
         half = torch.arange(count, device=device) % 2 == 1
@@ -87,7 +87,7 @@ def _run(model: UNet, call: Call) -> Tensor:
 
 
 def _complete(
-    model: UNet, process: Diffusion, known: Conditions, sizes: Sequence[int], count: int, generator: torch.Generator
+    model: UNet, process: Diffusion, known: Conditions, sizes: Sequence[int], *, count: int, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """Return all conditions that a network takes, for `count` samples; draw those that are not known."""
     config, found = model.config, known.given()

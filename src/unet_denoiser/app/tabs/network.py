@@ -24,7 +24,7 @@ class NetworkPanel:
 
     @property
     def outputs(self) -> list[Any]:
-        """What `show_inputs` updates."""
+        """The components that `show_inputs` updates."""
         return [self.about, *self.fields]
 
 

@@ -16,7 +16,7 @@ demo: .venv/installed  ## train on handwritten digits, generate new ones, measur
 	$(BIN)/python examples/demo.py
 
 test: .venv/installed  ## all tests
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal --durations 20
 
 test-oldest test-newest: test-%: .venv-%/installed  ## the core of the tests with the oldest and the newest dependencies
 	.venv-$*/bin/pip install --quiet --disable-pip-version-check --no-deps --force-reinstall .

@@ -31,6 +31,8 @@ SLOW = {  # name -> options of sampling
     "dpm++, 25 steps": {"num_inference_steps": 25},
 }
 FAST = {f"dpm++, {n} step{'s' * (n > 1)}": {"num_inference_steps": n} for n in (8, 4, 2, 1)}
+FAST["dpm++, 8 quadratic steps"] = {"num_inference_steps": 8, "timestep_spacing": "quadratic"}
+ENGINE = ("ddim, 50 steps", "dpm++, 8 quadratic steps")  # of the teacher, through OpenVINO too
 SLOW_PART = 4  # a slow row has the samples divided by this
 SAMPLE_BATCH, TIMED_IMAGES, ROUNDS = 50, 8, 2
 MAX_JUDGED, MAX_HELD_OUT = 5000, 2000  # images of the support vector machine, and to compare with
@@ -55,12 +57,25 @@ class Row(NamedTuple):
         return p.decode(x).clamp(-1, 1), labels
 
 
-def make_rows(teacher: Path, students: list[Path], guidance_scale: float) -> list[Row]:
+def make_teacher(options: argparse.Namespace, sampling: dict[str, Any], name: str = "", part: int = 1) -> Row:
+    """Return a sampling of the guided teacher."""
+    pipeline = Run.load(options.teacher).load_pipeline()
+    return Row(f"teacher, {name}", pipeline, {"guidance_scale": options.guidance_scale} | sampling, part)
+
+
+def make_rows(options: argparse.Namespace) -> list[Row]:
     """Return the samplings of the teacher, the slow ones first, and those of the students."""
-    pipeline, guided = Run.load(teacher).load_pipeline(), {"guidance_scale": guidance_scale}
-    rows = [Row(f"teacher, {name}", pipeline, guided | more, SLOW_PART) for name, more in SLOW.items()]
-    rows += [Row(f"teacher, {name}", pipeline, guided | more) for name, more in FAST.items()]
-    return rows + [Row(f"student, {path.name}", Run.load(path).load_pipeline(), {}) for path in students]
+    rows = [make_teacher(options, sampling, name, SLOW_PART) for name, sampling in SLOW.items()]
+    rows += [make_teacher(options, sampling, name) for name, sampling in FAST.items()]
+    rows += [Row(f"student, {path.name}", Run.load(path).load_pipeline(), {}) for path in options.students]
+    if options.openvino:
+        chosen = [row for row in rows if row.name.startswith("student") or row.name.endswith(ENGINE)]
+        for precision in ("float32", "int8"):
+            engine = {"backend": "openvino", "backend_precision": precision}
+            rows += [
+                row._replace(name=f"{row.name}, OpenVINO {precision}", options=row.options | engine) for row in chosen
+            ]
+    return [row for row in rows if any(part in row.name for part in options.only)]
 
 
 def train_judge(run: Run) -> SVC:
@@ -76,8 +91,7 @@ def measure_quality(rows: list[Row], run: Run, options: argparse.Namespace) -> l
     extractor, judge = load_extractor(options.extractor), train_judge(run)
     lines: list[list[str]] = []
     if options.held_out is None:
-        reference = rows[0]._replace(options={"guidance_scale": options.guidance_scale})
-        real = reference.sample(range(REFERENCE_SEED, REFERENCE_SEED + options.num_samples))[0]
+        real = make_teacher(options, {}).sample(range(REFERENCE_SEED, REFERENCE_SEED + options.num_samples))[0]
     else:
         data = load_data(DataConfig(options.held_out, run.data.image_size, run.data.channels))
         real = torch.stack([data[i]["image"] for i in range(min(len(data), MAX_HELD_OUT))])
@@ -101,19 +115,22 @@ def match_sizes(side: Side) -> None:
         block.upsamplers[0].forward = partial(block.upsamplers[0].forward, output_size=wanted)
 
 
-def measure_times(rows: list[Row], teacher: Path) -> list[list[str]]:
+def measure_times(rows: list[Row], options: argparse.Namespace) -> list[list[str]]:
     """Return the lines of the table of times; ValueError for a teacher whose network diffusers would call otherwise."""
-    if rows[0].pipeline.process.path != "vp":
-        raise ValueError(f"--times: {teacher} has another path than vp, for which this script has no loop of diffusers")
-    side, seeds = Side("teacher", teacher, Path()), range(TIMED_IMAGES)
+    side, seeds = Side("teacher", options.teacher, Path()), range(TIMED_IMAGES)
+    if side.run.process.path != "vp":
+        raise ValueError(
+            f"--times: {options.teacher} has another path than vp, which diffusers' loop here cannot sample"
+        )
     peer, peer_name = Setting("ddim", 50, ours=False), "diffusers, ddim, 50 steps"
     match_sizes(side)
-    error = (rows[0].sample(range(2))[0] - sample_with_diffusers(side, peer, range(2)).clamp(-1, 1)).abs().max()
+    ours = make_teacher(options, SLOW["ddim, 50 steps"])
+    error = (ours.sample(range(2))[0] - sample_with_diffusers(side, peer, range(2)).clamp(-1, 1)).abs().max()
     print_progress(f"images of both sides differ by {error:.1e} at most")
     calls: dict[str, Any] = {row.name: partial(row.sample, seeds) for row in rows}
     calls[peer_name] = partial(sample_with_diffusers, side, peer, seeds)
     for row in rows:  # the first call is slow
-        if row.name.startswith(("student", "teacher, dpm++, 1 ")):
+        if row.name.startswith(("student", "teacher, dpm++, 1 ")) or "OpenVINO" in row.name:
             row.sample(seeds)
     seconds = measure_seconds(calls, ROUNDS)
     whole = seconds[peer_name]
@@ -129,10 +146,14 @@ def main() -> None:
     parser.add_argument("--extractor", default="pixels")
     parser.add_argument("--held-out", metavar="DATA", help="compare with these images, as of `train`")
     parser.add_argument("--times", action="store_true")
+    parser.add_argument("--openvino", action="store_true", help="also sample through OpenVINO")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="rows whose names contain one of these")
     options = parser.parse_args()
     machine, run = read_machine(), Run.load(options.teacher)
-    rows = make_rows(options.teacher, options.students, options.guidance_scale)
-    table = measure_times(rows, options.teacher) if options.times else measure_quality(rows, run, options)
+    rows = make_rows(options)
+    if not rows:
+        parser.error(f"--only {' '.join(options.only)}: no row has such a name")
+    table = measure_times(rows, options) if options.times else measure_quality(rows, run, options)
     print(format_machine(machine, read_command()))
     print(format_table(TIMES_HEAD if options.times else HEAD, table))
 

@@ -129,7 +129,7 @@ def test_what_cannot_be_done_is_one_line(tmp_path, run):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_training_that_is_started_fails_in_its_log_and_the_signal_to_stop_is_sigint(tmp_path, sleeper):
+def test_a_training_that_is_started_fails_in_its_log_and_the_signal_to_stop_is_sigterm(tmp_path, sleeper):
     (tmp_path / "empty").mkdir()
     start_training(str(tmp_path / "empty"), tmp_path / "run", {"steps": 1, "learning_rate": None})
     assert read_training(tmp_path / "run").status == "starting"
@@ -141,4 +141,4 @@ def test_a_training_that_is_started_fails_in_its_log_and_the_signal_to_stop_is_s
     assert "empty" in state.message
     announce(tmp_path / "run" / ".process.json", sleeper.pid, step=0)
     stop_training(tmp_path / "run")
-    assert sleeper.wait(timeout=20) == -signal.SIGINT
+    assert sleeper.wait(timeout=20) == -signal.SIGTERM

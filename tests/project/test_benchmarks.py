@@ -15,8 +15,13 @@ def run_speed(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture
-def report(monkeypatch):
+def scripts(monkeypatch):
+    """Let the test import from benchmarks/."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+@pytest.fixture
+def report(scripts):
     import report
 
     return report
@@ -63,10 +68,14 @@ def test_without_time_the_sweep_measures_nothing_and_says_so():
         (("--sweep", "--only", "load"), "--sweep measures forward and train only"),
     ],
 )
-def test_options_without_an_effect_are_refused(arguments, message):
-    done = run_speed(*arguments)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].endswith(message)
+def test_options_without_an_effect_are_refused(arguments, message, scripts, monkeypatch, capsys):
+    import speed
+
+    monkeypatch.setattr(sys, "argv", ["speed.py", *arguments])
+    with pytest.raises(SystemExit) as end:
+        speed.parse_arguments()
+    assert end.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith(message)
 
 
 def test_the_distribution_counts_ratios_along_each_axis(report):

@@ -131,6 +131,40 @@ def test_a_student_whose_steps_are_exact_has_no_loss_and_samples_the_flow(path):
     assert_close(last.x, flow_to(x, start, (torch.ones(1), torch.zeros(1))), rtol=1e-3, atol=1e-3)
 
 
+def test_large_errors_count_by_their_size_and_small_ones_by_their_square():
+    """The pseudo-Huber loss of each value, whose two ends are |e| - 0.03 and e^2 / 0.06."""
+    process = Diffusion(clip_sample_range=None).distilled(DistillationConfig(4, teacher_steps=8))
+    x0, draws = draw()
+    losses = Distillation(process, Oracle(process))(Recorder(process), x0, **draws)
+    size = losses.error.sqrt()  # the data have one value
+    assert_close(losses.loss, (size**2 + 0.03**2).sqrt() - 0.03)
+    large = size > 0.3
+    assert large.any()
+    assert_close(losses.loss[large], size[large] - 0.03, rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_half_of_the_states_are_the_networks_own(path):
+    """The other half is noised data."""
+    process = Diffusion(path=path, clip_sample_range=None).distilled(DistillationConfig(4, teacher_steps=8))
+    x0, draws = draw()
+    student, seen = PerfectStudent(process), []
+
+    def network(x, time, **conditions):
+        seen.append((x, time))
+        return student(x, time)
+
+    Distillation(process, Oracle(process))(network, x0, **draws)
+    t = torch.searchsorted(process.times, seen[-1][1].contiguous())
+    alpha, sigma = levels_of(process, t, x0)
+    x = seen[-1][0] / process.prediction.c_in(alpha, sigma)
+    noised = alpha * x0 + sigma * draws["noise"]
+    start = levels_of(process, torch.full_like(t, 999), x0)
+    own = flow_to(start[1] * draws["noise"], start, (alpha, sigma))  # where exact steps lead
+    is_own = (torch.arange(16) % 4 >= 2)[:, None]
+    assert_close(x, torch.where(is_own, own, noised), rtol=1e-4, atol=1e-4)
+
+
 def make_student(guidance_scale=2.0, num_steps=2, options=None, net=None, seed=0, **more):
     """Return the trainer of a student whose teacher is its own random start."""
     config = DistillationConfig(num_steps, guidance_scale, teacher_steps=4 * num_steps)

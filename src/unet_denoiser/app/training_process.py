@@ -55,7 +55,7 @@ def stop_training(path: Path) -> None:
     worker = find_worker(path / PROCESS_NAME)
     if worker is None:
         raise ValueError(f"{path}: no training runs here; there is nothing to stop")
-    os.kill(worker.pid, signal.SIGINT)
+    os.kill(worker.pid, signal.SIGTERM)  # SIGINT is ignored by what a shell started in the background
 
 
 def _as_arguments(options: Mapping[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from unet_denoiser.sampling.samplers import select_steps
 from unet_denoiser.utils.broadcasting import append_dims
 
 GUIDANCE_DIM = 256  # of the embedding of the guidance scale, as LCM has it
+HUBER_WIDTH = 0.03  # of an error in the velocity, below which the loss is quadratic
 
 
 class _Level(NamedTuple):
@@ -35,8 +37,9 @@ class Distillation:
     """The loss of a network that learns to do several steps of a guided teacher at once.
 
     The teacher's steps go through N noise levels, which are divided into one segment for each step of the network. x_t
-    is noised data at the start of a segment. From there the teacher goes to the segment's end with the steps of dpm++,
-    the default sampler. The network learns the x0 whose single ddim step leads from x_t to the same end.
+    is at the start of a segment: half of the time noised data, else what the network itself reaches from pure noise,
+    as in sampling. From there the teacher goes to the segment's end with the steps of dpm++, the default sampler. The
+    network learns the x0 whose single ddim step leads from x_t to the same end.
 
     Args:
         process: with `distillation`.
@@ -64,12 +67,14 @@ class Distillation:
     def __call__(
         self, network: Callable[..., Tensor], x0: Tensor, *, t: Tensor, noise: Tensor, guidance: Tensor, **inputs: Any
     ) -> Losses:
-        """Compute the squared error of the network's prediction, as a velocity; `t` of the losses is the level's.
+        """Compute the pseudo-Huber loss of the network's prediction, as a velocity; `t` of the losses is the level's.
+
+        It is nearly the absolute error of each value, which leaves details sharper than the squared error does.
 
         Args:
             network: the one that learns, called as in `training_losses`.
             x0: (B, C, ...) data.
-            t: (B,) integers from 0 to T - 1, each as likely, which choose the segments.
+            t: (B,) integers from 0 to T - 1, each as likely, which choose the segments and their kind of x_t.
             noise: like x0.
             guidance: (B,) in [0, 1), the place of the guidance scale in its range.
             inputs: conditions.
@@ -77,17 +82,21 @@ class Distillation:
         low, high = self.config.guidance_range
         scale = low + (high - low) * guidance
         embedding = {"time_cond": embed_guidance_scale(scale, GUIDANCE_DIM)} if self.config.draws_guidance else {}
-        levels = self._segment(t, x0)
+        place = t * self.config.num_steps / self.process.num_train_timesteps
+        index, own = self.config.num_steps - 1 - place.long(), append_dims(place % 1 >= 0.5, x0.ndim)
+        levels = self._segment(index, x0)
         start, end = levels[0], levels[-1]
+        network = partial(accepts_concat(network), **inputs, **embedding)
         xt = start.alpha * x0 + start.sigma * noise
         with torch.no_grad():
+            xt = torch.where(own, self._reach(network, noise, index), xt)
             target = _ddim_x0(xt, self._follow_teacher(xt, levels, scale, inputs), start, end)
-        output = accepts_concat(network)(*self._seen(xt, start), **inputs, **embedding)
-        predicted = self._x0(output, xt, start)
+        predicted = self._x0(network(*self._seen(xt, start)), xt, start)
         # the squared error of x0 by (alpha^2 + sigma^2) / sigma^2 is that of the velocity
         weight = 1 + (start.alpha / start.sigma).square()
-        error = (weight * (predicted - target).square()).flatten(1).mean(1)  # (B,)
-        return Losses(error, error, start.t)
+        error = weight * (predicted - target).square()
+        loss = (error + HUBER_WIDTH**2).sqrt() - HUBER_WIDTH  # Song and Dhariwal 2023, section 3.3, of each value
+        return Losses(loss.flatten(1).mean(1), error.flatten(1).mean(1), start.t)
 
     def _check_teacher(self, teacher: UNetConfig) -> None:
         """Raise ValueError for a teacher that cannot be distilled."""
@@ -114,17 +123,29 @@ class Distillation:
             )
         return torch.from_numpy(np.searchsorted(self.process.ratios, ratios))
 
-    def _segment(self, t: Tensor, like: Tensor) -> list[_Level]:
-        """Return the levels of the segments that timesteps (B,) lie in, from the start of each to its end."""
+    def _segment(self, index: Tensor, like: Tensor) -> list[_Level]:
+        """Return the levels of segments (B,), counted from pure noise, from the start of each to its end."""
         count, segments = self.config.teacher_steps, self.config.num_steps
-        first = (segments - 1 - t * segments // self.process.num_train_timesteps) * (count // segments)  # (B,)
-        timesteps, levels = self._timesteps, []
+        first, timesteps, levels = index * (count // segments), self._timesteps, []
         for i in range(count // segments + 1):
             alpha, sigma = self.process.alpha_sigma(timesteps[first + i], like)
             alpha = torch.where(alpha == 0, 1 / self.process.ratios[-1], alpha)  # pure noise, as samplers take it
             clean = append_dims(first + i == count, like.ndim)
             levels.append(_Level(timesteps[first + i], torch.where(clean, 1, alpha), torch.where(clean, 0, sigma)))
         return levels
+
+    def _reach(self, network: Callable[..., Tensor], noise: Tensor, index: Tensor) -> Tensor:
+        """Return the x_t at the starts of segments (B,) that the network's own steps lead to from pure noise.
+
+        Noised data alone would teach it nothing about the errors of its steps before, which it then cannot mend. All
+        samples go through all calls, since sharded processes must make as many.
+        """
+        x = self._segment(torch.zeros_like(index), noise)[0].sigma * noise
+        for step in range(self.config.num_steps - 1):
+            levels = self._segment(torch.full_like(index, step), noise)
+            x0 = self._x0(network(*self._seen(x, levels[0])), x, levels[0])
+            x = torch.where(append_dims(index > step, x.ndim), _ddim_step(x, x0, levels[0], levels[-1]), x)
+        return x
 
     def _follow_teacher(self, x: Tensor, levels: Sequence[_Level], scale: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         """Go from level to level with the guided teacher, by dpm++ (Lu et al. 2022, DPM-Solver++(2M))."""

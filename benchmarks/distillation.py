@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from measure import format_machine, format_table, measure_seconds, print_progress, read_command, read_machine
 from reuse import Setting, Side, sample_with_diffusers
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from unet_denoiser import DataConfig, Pipeline, Run, load_data, load_extractor, sample
 from unet_denoiser.config.base import per_axis
-from unet_denoiser.evaluation.feature_extractors import extract
+from unet_denoiser.evaluation.feature_extractors import dataset_features, extract
 from unet_denoiser.evaluation.metrics import kernel_distance
 
 SLOW = {  # name -> options of sampling
@@ -91,15 +92,15 @@ def measure_quality(rows: list[Row], run: Run, options: argparse.Namespace) -> l
     extractor, judge = load_extractor(options.extractor), train_judge(run)
     lines: list[list[str]] = []
     if options.held_out is None:
-        real = make_teacher(options, {}).sample(range(REFERENCE_SEED, REFERENCE_SEED + options.num_samples))[0]
+        images = make_teacher(options, {}).sample(range(REFERENCE_SEED, REFERENCE_SEED + options.num_samples))[0]
+        real = extract(extractor, images.split(SAMPLE_BATCH))
     else:
         data = load_data(DataConfig(options.held_out, run.data.image_size, run.data.channels))
-        real = torch.stack([data[i]["image"] for i in range(min(len(data), MAX_HELD_OUT))])
-    real_features = extract(extractor, real.split(SAMPLE_BATCH))
+        real = dataset_features(data, np.arange(min(len(data), MAX_HELD_OUT)), extractor, "held-out images")
     print_progress(f"{len(real)} images to compare with")
     for row in rows:
         x, labels = row.sample(range(options.num_samples // row.part))
-        distance = kernel_distance(extract(extractor, x.split(SAMPLE_BATCH)), real_features)
+        distance = kernel_distance(extract(extractor, x.split(SAMPLE_BATCH)), real)
         asked = (judge.predict(x.flatten(1).numpy()) == labels.numpy()).mean()
         shown = f"{1e3 * distance.value:.1f} ± {1e3 * distance.standard_error:.1f}"
         lines.append([row.name, f"{len(x):,}", shown, f"{asked:.1%}"])

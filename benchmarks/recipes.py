@@ -31,7 +31,7 @@ from unet_denoiser.evaluation.metrics import kernel_distance
 from unet_denoiser.training.ema import EMA
 from unet_denoiser.training.schedule import learning_rate_at
 
-BATCH, SAMPLE_BATCH, HELD_OUT = 32, 50, 4000
+BATCH, SAMPLE_BATCH, HELD_OUT = 32, 50, 2000
 
 
 @dataclass(frozen=True)

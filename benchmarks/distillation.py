@@ -10,7 +10,7 @@ Run: python benchmarks/distillation.py runs/digits runs/digits-4 runs/digits-2 [
 """
 
 import argparse
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,8 +31,10 @@ SLOW = {  # name -> options of sampling
     "ddim, 50 steps, reuse 5": {"sampler": "ddim", "num_inference_steps": 50, "reuse": 5},
     "dpm++, 25 steps": {"num_inference_steps": 25},
 }
-FAST = {f"dpm++, {n} step{'s' * (n > 1)}": {"num_inference_steps": n} for n in (8, 4, 2, 1)}
-FAST["dpm++, 8 quadratic steps"] = {"num_inference_steps": 8, "timestep_spacing": "quadratic"}
+FAST: dict[str, dict[str, Any]] = {
+    **{f"dpm++, {n} step{'s' * (n > 1)}": {"num_inference_steps": n} for n in (8, 4, 2, 1)},
+    "dpm++, 8 quadratic steps": {"num_inference_steps": 8, "timestep_spacing": "quadratic"},
+}
 ENGINE = ("ddim, 50 steps", "dpm++, 8 quadratic steps")  # of the teacher, through OpenVINO too
 SLOW_PART = 4  # a slow row has the samples divided by this
 SAMPLE_BATCH, TIMED_IMAGES, ROUNDS = 50, 8, 2
@@ -58,17 +60,23 @@ class Row(NamedTuple):
         return p.decode(x).clamp(-1, 1), labels
 
 
+@cache
+def load_pipeline(run: Path) -> Pipeline:
+    """Return a run's pipeline, which its rows share."""
+    return Run.load(run).load_pipeline()
+
+
 def make_teacher(options: argparse.Namespace, sampling: dict[str, Any], name: str = "", part: int = 1) -> Row:
     """Return a sampling of the guided teacher."""
-    pipeline = Run.load(options.teacher).load_pipeline()
-    return Row(f"teacher, {name}", pipeline, {"guidance_scale": options.guidance_scale} | sampling, part)
+    pipeline, guided = load_pipeline(options.teacher), {"guidance_scale": options.guidance_scale}
+    return Row(f"teacher, {name}", pipeline, guided | sampling, part)
 
 
 def make_rows(options: argparse.Namespace) -> list[Row]:
     """Return the samplings of the teacher, the slow ones first, and those of the students."""
     rows = [make_teacher(options, sampling, name, SLOW_PART) for name, sampling in SLOW.items()]
     rows += [make_teacher(options, sampling, name) for name, sampling in FAST.items()]
-    rows += [Row(f"student, {path.name}", Run.load(path).load_pipeline(), {}) for path in options.students]
+    rows += [Row(f"student, {path.name}", load_pipeline(path), {}) for path in options.students]
     if options.openvino:
         chosen = [row for row in rows if row.name.startswith("student") or row.name.endswith(ENGINE)]
         for precision in ("float32", "int8"):

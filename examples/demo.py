@@ -18,7 +18,7 @@ from unet_denoiser.data.sources.arrays import digits
 RUN, FEW = Path("runs/digits"), Path("runs/digits-4")
 TRAIN = f"train digits --out {RUN} --steps 480 --batch-size 128 --learning-rate 2e-3 --ema-decay 0.99"
 SAMPLE = f"sample {RUN} --num-images 100 --guidance-scale 2"
-DISTILL = f"distill {RUN} --out {FEW} --num-steps 4 --guidance-scale 2"
+DISTILL = f"distill {RUN} --out {FEW} --num-steps 4 --guidance-scale 2 --teacher-steps 8 --batch-size 64"
 SAMPLE_FEW = f"sample {FEW} --num-images 100"
 SAMPLES = 500
 
